@@ -1,0 +1,116 @@
+"""Every configuration key, with its default; recipes change some of them.
+
+A key is set on the command line as --config.section.key=value. Keys that are not
+listed here do not exist, and naming one is an error.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+
+  # Runs that come first, by name: each maps to the keys in which it differs from
+  # the defaults. 'stage:NAME' as a path below means what stage NAME exported.
+  config.stages = ConfigDict()
+
+  config.teacher = ConfigDict()
+  config.teacher.path = ""  # HF folder, hub id, .gguf file or a finished run's workdir
+  config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
+  config.teacher.model = _random_model()  # a teacher drawn at random, for trials only
+
+  config.student = ConfigDict()
+  config.student.path = ""  # start from this model, or …
+  config.student.layers = 0  # … from so many evenly spaced layers of the teacher, or …
+  config.student.model = _random_model()  # … at random with these dimensions
+
+  config.method = ConfigDict()
+  config.method.name = "okd"  # a key of okd_jax.METHODS
+  config.method.kd_ratio = 1.0  # kd, rkd: share of the divergence, the rest is CE on gold
+  config.method.temperature = 1.0  # divides logits; losses are multiplied by its square
+  config.method.divergence = "forward_kl"  # okd: from the adapted teacher to the student
+  config.method.teacher_divergence = "forward_kl"  # okd: from the student to the module
+  config.method.beta = 0.5  # weight of the teacher's side in jensen_shannon
+  config.method.teacher_kl_weight = 0.25  # okd: alpha, the module's pull to the student
+  config.method.student_kl_weight = 1.0  # okd: the rest is CE on gold for the student
+  config.method.update = "simultaneous"  # okd: or 'sequential', the module first
+
+  config.adapter = ConfigDict()
+  config.adapter.kind = "lora"  # the online module of methods that adapt the teacher
+  config.adapter.rank = 32
+  config.adapter.scale = 1.0  # factor on the module's output
+  config.adapter.targets = ("query", "value")  # also key, out, gate, up, down
+  config.adapter.layers = 0  # 0: all layers, k: the top k
+  config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
+
+  config.data = ConfigDict()
+  config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas
+  config.data.eval = ""  # likewise; '' holds out rows of data.train
+  config.data.holdout = 64  # so many of them
+  config.data.tokenizer = ""  # '' the teacher's, a model, 'bytes' or 'bpe:N' (trained)
+  config.data.template = "default"  # alpaca, chat, a file, or text with {instruction}
+  config.data.max_length = 512  # tokens of prompt and response together
+  config.data.max_prompt_length = 256
+  config.data.overlong_prompt = "drop"  # or 'truncate': keep its last tokens
+  config.data.overlong_row = "truncate"  # or 'drop'
+
+  config.train = ConfigDict()
+  config.train.steps = 0  # 0: use train.epochs
+  config.train.epochs = 1.0
+  config.train.batch_size = 8  # rows a step, over all devices
+  config.train.microbatches = 1  # parts of a batch whose gradients are added up
+  config.train.seed = 0
+  config.train.dtype = "float32"  # of activations and matmuls, or 'bfloat16'
+  config.train.remat = False  # recompute activations in the backward pass
+  config.train.dropout = 0.0  # on the student's embeddings and residual branches
+  config.train.loss_chunk = 64  # positions a row whose logits are in memory at once
+  config.train.log_every = 10  # steps between rows of metrics.jsonl
+  config.train.tensorboard = False  # also write TensorBoard files
+  config.train.wandb = ""  # also log to this Weights & Biases project
+
+  config.optim = ConfigDict()
+  config.optim.lr = 5e-4  # peak learning rate
+  config.optim.end_lr = 1e-7  # what cosine and linear end at
+  config.optim.schedule = "cosine"  # or 'linear', 'constant'
+  config.optim.warmup_steps = 0
+  config.optim.weight_decay = 1e-2  # on matrices only
+  config.optim.clip = 1.0  # global gradient norm of each trained tree; 0 is off
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.999
+  config.optim.eps = 1e-8
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 500  # steps; one is always written at the end
+  config.checkpoint.keep = 2  # the newest so many, and the best
+
+  config.eval = ConfigDict()
+  config.eval.every = 500  # steps; always at the start and at the end; 0: only these
+  config.eval.limit = 0  # first so many rows; 0 is all
+  config.eval.batch_size = 8
+  config.eval.generate = True  # also answer the prompts and score ROUGE-L
+  config.eval.generate_limit = 0  # prompts answered; 0 is as many as eval.limit
+  config.eval.max_new_tokens = 128
+  config.eval.temperature = 0.0  # 0 is greedy
+  config.eval.best = ""  # export the best step by this metric; '' the last
+
+  config.export = ConfigDict()
+  config.export.dtype = "float32"  # of the student's weights on disk
+
+  config.mesh = ConfigDict()
+  config.mesh.data = -1  # copies of the model; -1: all devices the others leave
+  config.mesh.fsdp = 1  # ways that weights and optimiser state are split
+  config.mesh.tensor = 1  # ways that each matmul is split
+  return config
+
+
+def _random_model() -> ConfigDict:
+  model = ConfigDict()
+  model.family = "llama"  # or 'gpt2', 'mistral'
+  model.hidden_size = 0  # 0: no random model is wanted
+  model.num_layers = 2
+  model.num_heads = 4
+  model.num_kv_heads = 0  # 0: as many as num_heads
+  model.mlp_size = 0  # 0: four times hidden_size
+  model.max_length = 1024  # tokens
+  model.tie_embeddings = True
+  return model

@@ -1,0 +1,120 @@
+"""Checkpoints: state, data position and RNG together, through Orbax's v1 API.
+
+A checkpoint appears under its step's number only once it is whole; what a kill left
+half-written is never seen again.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from okd_jax.errors import UserError
+from okd_jax.sharding import shardings
+
+_log = logging.getLogger(__name__)
+_policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints of one run, below `folder`; use `opened` to have one closed.
+
+  Keeps the newest `keep` and, if `best` is given, the one whose metrics it scores
+  highest.
+  """
+
+  def __init__(self, folder: Path, keep: int, best=None, read_only: bool = False):
+    if keep < 1:
+      raise UserError(f"checkpoint.keep={keep} must be at least 1")
+    policies = [_policies.LatestN(keep)]
+    if best:
+      policies.append(
+        _policies.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
+      )
+    self._best = best
+    self._checkpointer = ocp.training.Checkpointer(
+      folder.absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=_policies.AnyPreservationPolicy(policies),
+      # A reader must not sweep away what a run is just writing.
+      cleanup_tmp_directories=not read_only,
+    )
+
+  def steps(self) -> list[int]:
+    """The steps that have a whole checkpoint, ascending."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+  def best_step(self) -> int:
+    """The step whose metrics score highest; the newest where none were scored."""
+    scored = (
+      [c for c in self._checkpointer.checkpoints if c.metrics] if self._best else []
+    )
+    if not scored:
+      return self.steps()[-1]
+    return max(scored, key=lambda checkpoint: self._best(checkpoint.metrics)).step
+
+  def save(self, step: int, state, data, metrics: Mapping[str, float] | None) -> None:
+    """Starts to save; the writing goes on in the background.
+
+    `data` is the loader's iterator, whose position is saved.
+    """
+    self._checkpointer.save_checkpointables_async(
+      step, {"state": state, "data": data}, overwrite=True, metrics=metrics
+    )
+
+  def restore(self, state, data, mesh: Mesh) -> tuple[Any, int]:
+    """(state, step) of the newest checkpoint that can be read; sets `data` to it.
+
+    `state` is abstract. A damaged checkpoint is reported and the one before it
+    taken.
+
+    Raises:
+      UserError: if none can be read.
+    """
+    for step in reversed(self.steps()):
+      try:
+        return self.restore_step(step, state, data, mesh), step
+      except Exception as error:  # Orbax raises many kinds for a damaged file
+        _log.warning(
+          "checkpoint of step %d is damaged (%s); trying the one before it",
+          step,
+          str(error).split("\n")[0][:200],
+        )
+    raise UserError(
+      f"no checkpoint below {self._checkpointer.directory} can be read; "
+      "move the folder away to start the run anew"
+    )
+
+  def restore_step(self, step: int, state, data, mesh: Mesh):
+    """The state of exactly this step, placed by the sharding rules."""
+    abstract = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      state,
+      shardings(state, mesh),
+    )
+    wanted = {"state": abstract} | ({} if data is None else {"data": data})
+    return self._checkpointer.load_checkpointables(step, wanted)["state"]
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    self._checkpointer.close()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, keep: int, best=None, read_only=False) -> Iterator[Checkpoints]:
+  """Checkpoints that are flushed and closed on the way out."""
+  checkpoints = Checkpoints(folder, keep, best, read_only)
+  try:
+    yield checkpoints
+  finally:
+    checkpoints.close()

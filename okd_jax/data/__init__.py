@@ -1,0 +1,34 @@
+"""From files to batches: sources, templates, tokens, rows, loaders, tokenizers."""
+
+from okd_jax.data.encode import (
+  Counts,
+  Example,
+  Limits,
+  encode,
+  prepare,
+  show_example,
+  stop_ids,
+)
+from okd_jax.data.loader import eval_batches, train_loader
+from okd_jax.data.pack import left_pad, pad_row
+from okd_jax.data.sources import Record, load_records, read_references
+from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
+
+__all__ = [
+  "Counts",
+  "Example",
+  "Limits",
+  "Record",
+  "compare_tokenizers",
+  "encode",
+  "eval_batches",
+  "left_pad",
+  "load_records",
+  "make_tokenizer",
+  "pad_row",
+  "prepare",
+  "read_references",
+  "show_example",
+  "stop_ids",
+  "train_loader",
+]

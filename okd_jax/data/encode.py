@@ -1,0 +1,383 @@
+"""Turns rendered records into token rows, and decides what to do with long ones.
+
+The rule (METHODS 1.3): tokenise the prompt, and prompt and response together. If the
+second begins with the first, the rest is the response; otherwise a token straddles
+the seam, and the response is tokenised alone, so that a row always starts with the
+very tokens that generation will be given. One end token follows, unless the row is
+cut. What is trained on follows from lengths alone, never from ids.
+"""
+
+import collections
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+from transformers import PreTrainedTokenizerBase
+
+from okd_jax.data.format import Rendered, make_render
+from okd_jax.data.sources import Record
+from okd_jax.errors import UserError
+
+_POLICIES = ("drop", "truncate")
+_BATCH = 1000  # texts a call: a fast tokenizer holds a good deal for every token
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Example:
+  """One row: the first `prompt_length` tokens are given, the rest is trained on.
+
+  `prompt_length` is 0 for plain text. `references` are the acceptable responses
+  (none for plain text), `where` is the file and line.
+  """
+
+  tokens: Int32[np.ndarray, " L"]
+  prompt_length: int
+  references: tuple[str, ...]
+  where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How long rows may be, and what becomes of longer ones.
+
+  Attributes:
+    max_length: of a whole row, in tokens. Plain text is cut into windows of it.
+    max_prompt_length: of a prompt.
+    overlong_prompt: `drop` the row, or `truncate` the prompt to its last tokens.
+    overlong_row: `truncate` the response, which then has no end token, or `drop`.
+  """
+
+  max_length: int = 512
+  max_prompt_length: int = 256
+  overlong_prompt: str = "drop"
+  overlong_row: str = "truncate"
+
+  def __post_init__(self):
+    problems = []
+    for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < least:
+        problems.append(f"data.{name}={value!r} must be an integer of at least {least}")
+    for name in ("overlong_prompt", "overlong_row"):
+      value = getattr(self, name)
+      if value not in _POLICIES:
+        problems.append(f"data.{name}={value!r} must be one of {', '.join(_POLICIES)}")
+    if problems:
+      raise UserError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What became of the rows of a dataset.
+
+  `windows` counts the pieces of texts that were cut; `kept` counts examples, so it
+  exceeds `rows` when texts were.
+  """
+
+  rows: int
+  kept: int = 0
+  dropped_prompts: int = 0
+  truncated_prompts: int = 0
+  dropped_rows: int = 0
+  truncated_rows: int = 0
+  windows: int = 0
+
+
+def prepare(
+  records: Sequence[Record],
+  tokenizer: PreTrainedTokenizerBase,
+  template: str = "default",
+  name: str = "data",
+  **limits,
+) -> tuple[list[Example], Counts]:
+  """Encodes a dataset and logs in one line what had to be dropped or cut.
+
+  Args:
+    template: see `format.make_render`.
+    name: what the log line calls the dataset.
+    **limits: the fields of `Limits`.
+
+  Raises:
+    UserError: if no row is left, or one cannot be encoded.
+  """
+  bounds = Limits(**limits)
+  if not records:
+    raise UserError("the dataset holds no records")
+  examples, tally = _encode(records, tokenizer, template, bounds)
+  counts = Counts(rows=len(records), kept=len(examples), **tally)
+  if not examples:
+    raise UserError(_nothing_left(counts, bounds))
+  logging.getLogger("okd_jax").info("%s: %s", name, _summary(counts, bounds))
+  return examples, counts
+
+
+def encode(
+  record: Record,
+  tokenizer: PreTrainedTokenizerBase,
+  template: str = "default",
+  **limits,
+) -> list[Example]:
+  """Encodes one record: none if it is dropped, several if it is a long text."""
+  return _encode([record], tokenizer, template, Limits(**limits))[0]
+
+
+def stop_ids(
+  tokenizer: PreTrainedTokenizerBase, template: str = "default"
+) -> tuple[int, ...]:
+  """Ids that end a response: EOS, and the end of turn that a chat template writes."""
+  ids = {_eos_id(tokenizer)}
+  if template == "chat":
+    messages = ({"role": "user", "content": "a"},)
+    record = Record("messages", "chat template", messages=messages, references=("b",))
+    room = 1 << 20
+    [example] = encode(
+      record, tokenizer, template, max_length=room, max_prompt_length=room
+    )
+    ids.add(int(example.tokens[-1]))
+  return tuple(sorted(ids))
+
+
+def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+  """One row as text, what is trained on between `>>>` and `<<<`."""
+  start = example.prompt_length
+  prompt = tokenizer.decode(example.tokens[:start])
+  trained = tokenizer.decode(example.tokens[start:])
+  targets = len(example.tokens) - max(start, 1)
+  return (
+    f"{example.where}: {start} prompt tokens, then {targets} trained, "
+    f"between >>> and <<<\n{prompt}>>>{trained}<<<"
+  )
+
+
+# Rows of tokens
+
+
+def _encode(
+  records: Sequence[Record],
+  tokenizer: PreTrainedTokenizerBase,
+  template: str,
+  limits: Limits,
+) -> tuple[list[Example], collections.Counter]:
+  """Examples of all records, and how many rows met which fate."""
+  _eos_id(tokenizer)
+  render = make_render(template, tokenizer)
+  tally, examples = collections.Counter(), []
+  for start in range(0, len(records), _BATCH):
+    batch = [_clean(r, tokenizer) for r in records[start : start + _BATCH]]
+    texts = [render(record) for record in batch]
+    for record, (prompt, response) in zip(batch, _split(texts, tokenizer), strict=True):
+      if record.kind == "text":
+        examples += _windows(record, response, limits, tally)
+      else:
+        examples += _fit(record, prompt, response, limits, tally, tokenizer)
+  return examples, tally
+
+
+def _clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
+  """Takes a literal end token off the references: the end is ours to put.
+
+  Some published sets write it out. One that is nothing else asks for silence.
+  """
+  eos = tokenizer.eos_token
+  if not any(text.endswith(eos) for text in record.references):
+    return record
+  references = tuple(text.removesuffix(eos) for text in record.references)
+  return dataclasses.replace(record, references=references)
+
+
+def _split(
+  texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> Iterable[tuple[list[int], list[int]]]:
+  """(prompt, response with its end) of each text, in tokens."""
+  front, special = _front_ids(tokenizer), _special_ids(tokenizer)
+  prompts = _tokens([text.prompt for text in texts], tokenizer)
+  fulls = _tokens([text.full for text in texts], tokenizer)
+  responses = [
+    full[len(prompt) :] if full[: len(prompt)] == prompt else None
+    for prompt, full in zip(prompts, fulls, strict=True)
+  ]
+  astray = [i for i, response in enumerate(responses) if response is None]
+  alone = _tokens([texts[i].response for i in astray], tokenizer)
+  for i, response in zip(astray, alone, strict=True):
+    responses[i] = response
+  for text, prompt, response in zip(texts, prompts, responses, strict=True):
+    if text.chat:
+      yield prompt, _through_end_of_turn(response, tokenizer, special)
+    elif text.prompt:
+      yield front + prompt, _ended(response, tokenizer)
+    else:
+      yield [], front + _ended(response, tokenizer)
+
+
+def _ended(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+  eos = _eos_id(tokenizer)
+  return response if response and response[-1] == eos else [*response, eos]
+
+
+def _through_end_of_turn(
+  response: list[int], tokenizer: PreTrainedTokenizerBase, special: frozenset[int]
+) -> list[int]:
+  """A chat response without what its template writes after the end of turn.
+
+  The newline that ChatML puts there, say, is part of the next turn: a model that has
+  said `<|im_end|>` is never asked for it.
+  """
+  ends = [i for i, token in enumerate(response) if token in special]
+  if ends and not tokenizer.decode(response[ends[-1] + 1 :]).strip():
+    return response[: ends[-1] + 1]
+  return _ended(response, tokenizer)
+
+
+def _fit(
+  record: Record,
+  prompt: list[int],
+  response: list[int],
+  limits: Limits,
+  tally: collections.Counter,
+  tokenizer: PreTrainedTokenizerBase,
+) -> list[Example]:
+  """The row, cut to the limits; nothing if it has to be dropped."""
+  if not prompt:
+    raise UserError(f"{record.where}: the prompt has no tokens; give it some text")
+  if len(prompt) > limits.max_prompt_length:
+    if limits.overlong_prompt == "drop":
+      tally["dropped_prompts"] += 1
+      return []
+    tally["truncated_prompts"] += 1
+    prompt = _last_tokens(prompt, limits.max_prompt_length, tokenizer)
+  if len(prompt) + len(response) > limits.max_length:
+    if limits.overlong_row == "drop" or len(prompt) >= limits.max_length:
+      tally["dropped_rows"] += 1
+      return []
+    tally["truncated_rows"] += 1
+  tokens = np.array((prompt + response)[: limits.max_length], np.int32)
+  return [Example(tokens, len(prompt), record.references, record.where)]
+
+
+def _last_tokens(
+  prompt: list[int], length: int, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+  """The end of a prompt, where the question is; a BOS stays, for it is no text."""
+  if length > 1 and prompt[0] == tokenizer.bos_token_id:
+    return prompt[:1] + prompt[1 - length :]
+  return prompt[-length:]
+
+
+def _windows(
+  record: Record, tokens: list[int], limits: Limits, tally: collections.Counter
+) -> list[Example]:
+  """A text in consecutive pieces, none of which repeats another's tokens."""
+  if len(tokens) < 2:
+    raise UserError(f"{record.where}: the text has no tokens; give it some text")
+  size = limits.max_length
+  pieces = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+  # The first token of a piece is given and not predicted, so a last piece of one
+  # token holds nothing to train on.
+  pieces = [piece for piece in pieces if len(piece) > 1]
+  if len(tokens) > size:
+    tally["windows"] += len(pieces)
+  return [
+    Example(np.array(piece, np.int32), 0, record.references, record.where)
+    for piece in pieces
+  ]
+
+
+# What tokenizers differ in
+
+
+def _tokens(
+  texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+  """Ids of each text, without anything that the tokenizer would add around it."""
+  if not texts:
+    return []
+  return tokenizer(
+    list(texts),
+    add_special_tokens=False,
+    return_attention_mask=False,
+    return_token_type_ids=False,
+    verbose=False,  # or it warns of texts longer than the model's context
+  )["input_ids"]
+
+
+def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+  """What the tokenizer puts before a text by default: BOS, or nothing.
+
+  What it puts after one, an EOS say, is left out: a prompt has not ended.
+  """
+  probe = tokenizer("a", return_special_tokens_mask=True)
+  return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+  """Ids that stand for no text, such as an end of turn."""
+  added = tokenizer.added_tokens_decoder.items()
+  return frozenset(tokenizer.all_special_ids) | {
+    token for token, content in added if content.special
+  }
+
+
+def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+  if tokenizer.eos_token_id is None:
+    raise UserError(
+      "the tokenizer has no end-of-text token, so a model could never stop; set "
+      "eos_token in its tokenizer_config.json"
+    )
+  return tokenizer.eos_token_id
+
+
+# Messages
+
+
+def _fates(counts: Counts, limits: Limits) -> dict[str, tuple[int, str, str]]:
+  """Of each way to lose a row or a part of it: how many, what, and the remedy."""
+  prompt = f"longer than data.max_prompt_length={limits.max_prompt_length}"
+  row = f"longer than data.max_length={limits.max_length}"
+  remedy = "raise it or set data.{}=truncate"
+  no_room = limits.overlong_row == "truncate"
+  return {
+    "dropped_prompts": (
+      counts.dropped_prompts,
+      f"prompts are {prompt}",
+      remedy.format("overlong_prompt"),
+    ),
+    "dropped_rows": (
+      counts.dropped_rows,
+      f"prompts leave no room for a response in data.max_length={limits.max_length}"
+      if no_room
+      else f"rows are {row}",
+      "raise it or lower data.max_prompt_length"
+      if no_room
+      else remedy.format("overlong_row"),
+    ),
+  }
+
+
+def _nothing_left(counts: Counts, limits: Limits) -> str:
+  """Why there is no row left, and which key to change."""
+  lost = [fate for fate in _fates(counts, limits).values() if fate[0]]
+  if len(lost) == 1:
+    number, what, remedy = lost[0]
+    return f"all {number} {what}; {remedy}"
+  causes = ", ".join(f"{number} {what} ({remedy})" for number, what, remedy in lost)
+  return f"none of the {counts.rows} rows is left: {causes}"
+
+
+def _summary(counts: Counts, limits: Limits) -> str:
+  """The one line about a dataset."""
+  parts = [f"{counts.rows} records, {counts.kept} rows kept"]
+  if counts.windows:
+    parts.append(f"{counts.windows} of them windows of long texts")
+  for number, what, _ in _fates(counts, limits).values():
+    if number:
+      parts.append(f"dropped: {number} {what}")
+  if counts.truncated_prompts:
+    parts.append(
+      f"{counts.truncated_prompts} prompts cut to the last {limits.max_prompt_length} "
+      "tokens"
+    )
+  if counts.truncated_rows:
+    parts.append(f"{counts.truncated_rows} rows cut to {limits.max_length} tokens")
+  return "; ".join(parts)

@@ -1,0 +1,232 @@
+"""Turns records into text: prompt templates, and what of the text is the response.
+
+A template only ever decides what the model reads before it answers. `render` gives
+the prompt, and prompt and response as one text, because a tokenizer may merge what
+stands left and right of the seam (see `encode.py`).
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+from transformers import PreTrainedTokenizerBase
+
+from okd_jax.data.sources import Record
+from okd_jax.errors import UserError
+
+_TASK = "### Instruction:\n{instruction}\n\n### Response:\n"
+_TASK_WITH_INPUT = (
+  "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+  "Below is an instruction that describes a task. Write a response that appropriately "
+  "completes the request.\n\n"
+)
+_ALPACA_WITH_INPUT = (
+  "Below is an instruction that describes a task, paired with an input that provides "
+  "further context. Write a response that appropriately completes the request.\n\n"
+)
+NAMED = {  # name: (without input, with input)
+  "default": (_TASK, _TASK_WITH_INPUT),
+  "alpaca": (_ALPACA + _TASK, _ALPACA_WITH_INPUT + _TASK_WITH_INPUT),
+}
+_FIELDS = ("instruction", "input")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_JINJA = jinja2.sandbox.SandboxedEnvironment(
+  keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+)
+
+Fill = Callable[[str, str], str]  # (instruction, input) -> prompt
+
+
+class Rendered(NamedTuple):
+  """A record as text.
+
+  Attributes:
+    prompt: what comes before the response; empty for a `text` record.
+    full: prompt and response.
+    response: the response alone.
+    chat: whether a chat template wrote it, so that special tokens are in the text.
+  """
+
+  prompt: str
+  full: str
+  response: str
+  chat: bool = False
+
+
+Render = Callable[[Record], Rendered]
+
+
+def make_render(template: str, tokenizer: PreTrainedTokenizerBase) -> Render:
+  """The function that writes records out under a template.
+
+  Args:
+    template: `default`, `alpaca`, `chat` (the tokenizer's own), the path of a file
+      that holds a template, or a template: text with `{instruction}` and perhaps
+      `{input}`, or jinja2 with the same names. One that has no place for the input
+      gets it after the instruction, with a blank line between them.
+
+  Raises:
+    UserError: if there is no such template, or it cannot be used.
+  """
+  if template == "chat":
+    return _chat_render(tokenizer)
+  fill = _make_fill(template)
+  return lambda record: _render(record, fill)
+
+
+def _render(record: Record, fill: Fill) -> Rendered:
+  """A record outside chat; text and completions know no template."""
+  if record.kind == "text":
+    return Rendered("", record.text, record.text)
+  if record.kind == "completion":
+    prompt = record.prompt
+  elif record.kind == "messages":
+    prompt = fill(_single_turn(record), "")
+  else:
+    prompt = fill(record.prompt, record.input if record.input.strip() else "")
+  response = record.references[0]
+  return Rendered(prompt, prompt + response, response)
+
+
+def _single_turn(record: Record) -> str:
+  """The instruction of [system,] user, assistant; other turns need a chat template."""
+  roles = [message["role"] for message in record.messages]
+  if roles not in (["user"], ["system", "user"]):
+    raise UserError(
+      f"{record.where}: a conversation of roles {', '.join(roles)}, assistant cannot "
+      "be written with this template; set data.template=chat"
+    )
+  return "\n\n".join(message["content"] for message in record.messages)
+
+
+# Templates as text
+
+
+def _make_fill(template: str) -> Fill:
+  if template in NAMED:
+    short, long = NAMED[template]
+    return lambda instruction, extra: _substitute(
+      long if extra else short, {"instruction": instruction, "input": extra}
+    )
+  if "{" not in template and os.path.isfile(template):
+    template = _read_template(template)
+  if "{%" in template or "{{" in template:
+    return _jinja_fill(template)
+  return _plain_fill(template)
+
+
+def _read_template(path: str) -> str:
+  try:
+    with open(path, encoding="utf-8", newline="") as file:
+      return file.read().replace("\r\n", "\n")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path}: the template cannot be read ({error})") from error
+
+
+def _plain_fill(template: str) -> Fill:
+  names = set(_PLACEHOLDER.findall(template))
+  if "instruction" not in names:
+    raise UserError(
+      f"data.template={template!r} is no template: use {', '.join(NAMED)}, chat, an "
+      "existing file, or text that contains {instruction}"
+    )
+  _check_names(names, template)
+  return _with_input(
+    lambda values: _substitute(template, values), has_input="input" in names
+  )
+
+
+def _jinja_fill(template: str) -> Fill:
+  try:
+    names = jinja2.meta.find_undeclared_variables(_JINJA.parse(template))
+    compiled = _JINJA.from_string(template)
+  except jinja2.TemplateError as error:
+    raise UserError(f"data.template: not valid jinja2 ({error})") from error
+  _check_names(names, template)
+  if "instruction" not in names:
+    raise UserError(f"data.template={template!r} never uses instruction; add it")
+
+  def fill(values: Mapping[str, str]) -> str:
+    try:
+      return compiled.render(values)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+      raise UserError(f"data.template: fails with {error}") from error
+
+  return _with_input(fill, has_input="input" in names)
+
+
+def _check_names(names: set[str], template: str) -> None:
+  unknown = sorted(names - set(_FIELDS))
+  if unknown:
+    raise UserError(
+      f"data.template={template!r} uses {', '.join(unknown)}; it may use instruction "
+      "and input (the response follows by itself)"
+    )
+
+
+def _with_input(fill: Callable[[Mapping[str, str]], str], has_input: bool) -> Fill:
+  """Puts the input behind the instruction if a template has no place for it."""
+
+  def filled(instruction: str, extra: str) -> str:
+    if extra and not has_input:
+      instruction, extra = _joined(instruction, extra), ""
+    return fill({"instruction": instruction, "input": extra})
+
+  return filled
+
+
+def _joined(instruction: str, extra: str) -> str:
+  return f"{instruction}\n\n{extra}" if extra.strip() else instruction
+
+
+def _substitute(template: str, values: Mapping[str, str]) -> str:
+  """Fills placeholders in one pass: braces in the values are never filled again."""
+  return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+# Chat templates
+
+
+def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
+  if not tokenizer.chat_template:
+    raise UserError(
+      "data.template=chat, but the tokenizer has no chat template; use "
+      f"{' or '.join(NAMED)}, or a tokenizer that has one"
+    )
+
+  def write(messages: list[Mapping[str, str]], where: str, prompt: bool) -> str:
+    try:
+      return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt
+      )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+      raise UserError(
+        f"{where}: the tokenizer's chat template refuses the messages ({error})"
+      ) from error
+
+  def render(record: Record) -> Rendered:
+    if record.kind == "text":
+      return Rendered("", record.text, record.text)
+    messages = _as_messages(record)
+    answer = {"role": "assistant", "content": record.references[0]}
+    prompt = write(messages, record.where, prompt=True)
+    full = write([*messages, answer], record.where, prompt=False)
+    if full.startswith(prompt):
+      return Rendered(prompt, full, full[len(prompt) :], chat=True)
+    # Some templates rewrite earlier turns once there is an answer. What will be
+    # asked at generation time is the prompt, so that is what must be trained on.
+    return Rendered(prompt, prompt + answer["content"], answer["content"], chat=True)
+
+  return render
+
+
+def _as_messages(record: Record) -> list[Mapping[str, str]]:
+  if record.kind == "messages":
+    return list(record.messages)
+  return [{"role": "user", "content": _joined(record.prompt, record.input)}]

@@ -1,0 +1,402 @@
+"""Reads records from files, folders, the Hugging Face hub or the embedded data.
+
+Whatever a record looks like on disk, it leaves here checked and as one `Record`
+that knows which file and line it came from. Nothing is skipped but blank lines: a
+row that cannot be used is an error that names it.
+"""
+
+import dataclasses
+import gzip
+import json
+import logging
+import pathlib
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from okd_jax.data import embedded
+from okd_jax.errors import UserError
+
+Row = tuple[Any, str]  # what was read, and where
+
+FORMS = {  # kind: the keys that a row of this form must have
+  "instruction": ("instruction", "output"),
+  "completion": ("prompt", "completion"),
+  "messages": ("messages",),
+  "text": ("text",),
+}
+_FORMS_HELP = (
+  "a record has 'instruction' and 'output' (and 'input'), 'prompt' and 'completion', "
+  "'messages', or 'text'"
+)
+_SUFFIXES = (".jsonl", ".json", ".txt")
+_DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+  """One row of data, in one shape whichever form it came in.
+
+  Attributes:
+    kind: `instruction`: `prompt` is the instruction and `input` (often empty) what
+      it applies to. `completion`: `prompt` is used as it stands. `messages`:
+      `messages` are those before the final one of the assistant. `text`: all of
+      `text` is trained on, and there is no prompt.
+    where: file and line, for messages.
+    references: acceptable responses; the first is trained on. None for `text`.
+  """
+
+  kind: str
+  where: str
+  prompt: str = ""
+  input: str = ""
+  messages: tuple[Mapping[str, str], ...] = ()
+  text: str = ""
+  references: tuple[str, ...] = ()
+
+
+def load_records(spec: str | Sequence[str]) -> list[Record]:
+  """Reads every record of one source or of several, in the order given.
+
+  Args:
+    spec: a `.jsonl`, `.json` or `.txt` file (each also `.gz`), a folder of jsonl
+      files or one written by `save_to_disk`, a hub id, or `embedded`; or a list of
+      these. Folders and ids take `:split`, ids `@config` too (`id@config:split`).
+
+  Raises:
+    UserError: if a source is missing or a row unusable; it names file and line.
+  """
+  return [parse_record(row, where) for row, where in read_rows(spec)]
+
+
+def read_references(spec: str | Sequence[str]) -> list[tuple[str, ...]]:
+  """The references of every row alone; the rows need not hold a prompt."""
+  return [_references_of(row, where) for row, where in read_rows(spec)]
+
+
+def read_rows(spec: str | Sequence[str]) -> list[Row]:
+  """Raw rows of one source or several, each with its place; none may be empty."""
+  sources = [spec] if isinstance(spec, str) else list(spec)
+  if not sources or not all(isinstance(s, str) and s.strip() for s in sources):
+    raise UserError(
+      f"{spec!r} names no data; give a path, a hub id, 'embedded', or a list of them"
+    )
+  rows = []
+  for source in sources:
+    new = list(_read_source(source))
+    if not new:
+      raise UserError(f"{source}: holds no records; {_FORMS_HELP}")
+    rows += new
+  return rows
+
+
+def parse_record(row: Any, where: str) -> Record:
+  """Checks one raw row and turns it into a `Record`."""
+  row = _known_names(_mapping(row, where))
+  kind = _kind(row, where)
+  if kind == "text":
+    return Record(kind, where, text=_text(row, "text", where))
+  references = _references_of(row, where)
+  if kind == "messages":
+    messages = tuple(_messages(row, where)[:-1])
+    return Record(kind, where, messages=messages, references=references)
+  prompt = _text(row, FORMS[kind][0], where)
+  extra = ""
+  if kind == "instruction" and row.get("input") is not None:
+    extra = _text(row, "input", where, blank=True)
+  return Record(kind, where, prompt=prompt, input=extra, references=references)
+
+
+def _read_source(source: str) -> Iterable[Row]:
+  """Rows of one source, whatever it is."""
+  path = pathlib.Path(source).expanduser()
+  base, _, split = source.partition(":")
+  if path.is_file():
+    return _read_file(path)
+  if base == "embedded":
+    return embedded.rows(split or "train")
+  folder = path if path.is_dir() else pathlib.Path(base).expanduser()
+  if folder.is_dir():
+    return _read_folder(folder, "" if folder == path else split)
+  return _read_hub(source)
+
+
+# Files and folders
+
+
+def _read_file(path: pathlib.Path) -> Iterable[Row]:
+  """Rows of one file, by its suffix."""
+  suffixes = [suffix.lower() for suffix in path.suffixes]
+  if suffixes and suffixes[-1] == ".gz":
+    suffixes.pop()
+  kind = suffixes[-1] if suffixes else ""
+  if kind not in _SUFFIXES:
+    raise UserError(
+      f"{path}: not a known kind of data file; use {', '.join(_SUFFIXES)} "
+      "(each also with .gz)"
+    )
+  content = _read_bytes(path)
+  if not content.strip():
+    raise UserError(f"{path}: the file is empty; {_FORMS_HELP}")
+  if kind == ".txt":
+    return [({"text": _decode(content, str(path))}, str(path))]
+  if kind == ".json" and content.lstrip().startswith(b"["):
+    rows = _loads(content, str(path), "file")
+    return [(row, f"{path}: record {i}") for i, row in enumerate(rows, 1)]
+  return _read_lines(content, str(path))
+
+
+def _read_lines(content: bytes, name: str) -> Iterator[Row]:
+  """Rows of JSON lines."""
+  # Not str.splitlines(): U+2028 and its like are legal inside a JSON string.
+  for number, line in enumerate(content.split(b"\n"), 1):
+    if line.strip():
+      where = f"{name}:{number}"
+      yield _loads(line, where, "line"), where
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+  """A file's content, unzipped if it ends in .gz, without a byte order mark."""
+  try:
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+      content = gzip.decompress(content)
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f"{path}: cannot be read ({_cause(error)})") from error
+  return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decode(content: bytes, where: str) -> str:
+  try:
+    return content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"{where}: not UTF-8 text ({error.reason} at byte {error.start + 1}); "
+      "save the file as UTF-8"
+    ) from error
+
+
+def _loads(content: bytes, where: str, what: str) -> Any:
+  try:
+    return json.loads(_decode(content, where))
+  except UserError:
+    raise
+  except json.JSONDecodeError as error:
+    cause = f"{error.msg} at column {error.colno}"
+    if what == "file":
+      cause = f"{error.msg} at line {error.lineno} column {error.colno}"
+  except (ValueError, RecursionError) as error:  # endless digits or nesting
+    cause = _cause(error)
+  raise UserError(f"{where}: not valid JSON ({cause}); fix or remove the {what}")
+
+
+def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
+  """Rows of a folder: one that `save_to_disk` wrote, or one of jsonl files."""
+  names = {path.name for path in folder.iterdir()}
+  if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
+    return _read_saved(folder, split)
+  files = sorted(p for p in folder.iterdir() if _is_jsonl(p))
+  if not files:
+    raise UserError(
+      f"{folder}: the folder holds no .jsonl file and was not written by "
+      "datasets.save_to_disk"
+    )
+  wanted = re.compile(re.escape(split or "train") + r"([^a-zA-Z].*)?")
+  chosen = [path for path in files if wanted.fullmatch(path.name)]
+  if split and not chosen:
+    raise UserError(
+      f"{folder}: no jsonl file of split {split!r}; found "
+      + ", ".join(path.name for path in files)
+    )
+  if chosen and len(chosen) < len(files):
+    logging.getLogger("okd_jax").info(
+      "data: %s: reading %s alone; name a file, or FOLDER:SPLIT, for the others",
+      folder,
+      ", ".join(path.name for path in chosen),
+    )
+  return [row for path in chosen or files for row in _read_file(path)]
+
+
+def _is_jsonl(path: pathlib.Path) -> bool:
+  return path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+# Hugging Face datasets
+
+
+def _read_saved(folder: pathlib.Path, split: str) -> Iterable[Row]:
+  """Rows of a folder that `Dataset.save_to_disk` or `DatasetDict` wrote."""
+  import datasets  # here, since it takes a second that jsonl need not wait
+
+  try:
+    data = datasets.load_from_disk(str(folder))
+  except Exception as error:  # its causes have no common class
+    raise UserError(f"{folder}: cannot be loaded ({_cause(error)})") from error
+  if isinstance(data, datasets.DatasetDict):
+    split = split or "train"
+    if split not in data:
+      raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(data)}")
+    return _dataset_rows(data[split], f"{folder}:{split}")
+  if split:
+    raise UserError(f"{folder}: is a single dataset without splits; leave :{split} out")
+  return _dataset_rows(data, str(folder))
+
+
+def _read_hub(source: str) -> Iterable[Row]:
+  """Rows of a dataset on the hub, `id`, `id:split` or `id@config:split`."""
+  base, _, split = source.partition(":")
+  name, _, config = base.partition("@")
+  if _looks_like_path(base) or not _HUB_ID.fullmatch(name):
+    raise UserError(f"{source}: no such file or folder")
+  import datasets
+  import huggingface_hub
+
+  try:
+    # Asked first, since load_dataset alone retries for half a minute, noisily,
+    # before it reports a hub that is out of reach.
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+      huggingface_hub.HfApi().dataset_info(name, timeout=20)
+    data = datasets.load_dataset(name, name=config or None, split=split or "train")
+  except Exception as error:  # network, hub, splits, formats: no common class
+    raise UserError(
+      f"{source}: not a file or folder here, and not loaded from the Hugging Face "
+      f"hub ({_hub_cause(error)})"
+    ) from error
+  return _dataset_rows(data, f"{base}:{split or 'train'}")
+
+
+def _looks_like_path(base: str) -> bool:
+  """Whether a missing source can only have been meant as a path."""
+  return base.startswith((".", "/", "~")) or base.endswith((*_SUFFIXES, ".gz"))
+
+
+def _dataset_rows(data: Iterable[Any], name: str) -> Iterator[Row]:
+  for number, row in enumerate(data, 1):
+    yield row, f"{name} row {number}"
+
+
+def _hub_cause(error: Exception) -> str:
+  if type(error).__name__ == "RepositoryNotFoundError":
+    return "no dataset of this name, or it is private and you are not logged in"
+  return _cause(error)
+
+
+def _cause(error: BaseException) -> str:
+  """The first line of an error's text; its class when it has none."""
+  lines = str(error).strip().splitlines()
+  return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+# Rows
+
+
+def _mapping(row: Any, where: str) -> Mapping[str, Any]:
+  if not isinstance(row, Mapping):
+    raise UserError(f"{where}: is {_type(row)}, not an object; {_FORMS_HELP}")
+  return row
+
+
+def _known_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Dolly's own names for input and output, turned into ours."""
+  if "response" not in row or "output" in row:
+    return row
+  return {
+    _DOLLY_NAMES[key] if key in _DOLLY_NAMES else key: value
+    for key, value in row.items()
+  }
+
+
+def _kind(row: Mapping[str, Any], where: str) -> str:
+  """The first form whose keys are all there; published sets mix in others."""
+  present = [key for key in row if row[key] is not None]
+  for kind, keys in FORMS.items():
+    if all(key in present for key in keys):
+      return kind
+  for keys in FORMS.values():
+    missing = [key for key in keys if key not in present]
+    if len(missing) < len(keys):
+      state = "is null" if missing[0] in row else "is missing"
+      raise UserError(f"{where}: key {missing[0]!r} {state}; {_FORMS_HELP}")
+  found = ", ".join(map(repr, present)) or "none"
+  raise UserError(f"{where}: no usable keys (found: {found}); {_FORMS_HELP}")
+
+
+def _references_of(row: Any, where: str) -> tuple[str, ...]:
+  """Acceptable responses of a raw row, from whichever key holds them."""
+  row = _known_names(_mapping(row, where))
+  for key in ("output", "completion"):
+    if row.get(key) is not None:
+      return _strings(row, key, where)
+  if row.get("messages") is not None:
+    return (_messages(row, where)[-1]["content"],)
+  found = ", ".join(map(repr, row)) or "none"
+  raise UserError(
+    f"{where}: no reference to compare with (found keys: {found}); add 'output', "
+    "'completion' or 'messages'"
+  )
+
+
+def _strings(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+  """A string, or a non-empty list of them."""
+  if not isinstance(row[key], (list, tuple)):
+    return (_text(row, key, where),)
+  if not row[key]:
+    raise UserError(f"{where}: {key!r} is an empty list; give at least one response")
+  items = {f"{key}[{i}]": value for i, value in enumerate(row[key])}
+  return tuple(_text(items, item, where) for item in items)
+
+
+def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+  """Checked messages, the last of them the assistant's."""
+  messages = row["messages"]
+  if not isinstance(messages, (list, tuple)) or len(messages) < 2:
+    raise UserError(
+      f"{where}: 'messages' must be a list of at least two, the last by the assistant"
+    )
+  checked = []
+  for i, message in enumerate(messages):
+    place = f"{where}: message {i + 1}"
+    if not isinstance(message, Mapping):
+      raise UserError(f"{place} is {_type(message)}, not an object")
+    for key in ("role", "content"):
+      if message.get(key) is None:
+        raise UserError(f"{place}: key {key!r} is missing or null")
+    role = _text(message, "role", place)
+    # Only the last is trained on: an empty system message is odd, but harmless.
+    last = i == len(messages) - 1
+    content = _text(message, "content", place, blank=not last)
+    checked.append({"role": role, "content": content})
+  if checked[-1]["role"] != "assistant":
+    raise UserError(
+      f"{where}: the last message is by {checked[-1]['role']!r}; it must be by "
+      "'assistant', since it is what is trained on"
+    )
+  return checked
+
+
+def _text(row: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
+  """A string that can be encoded; not blank, unless it may be."""
+  value = row[key]
+  if not isinstance(value, str):
+    raise UserError(f"{where}: {key!r} is {_type(value)}, not a string")
+  if not blank and not value.strip():
+    raise UserError(f"{where}: {key!r} is empty; fill it in or remove the record")
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:  # JSON may escape half a surrogate pair
+    raise UserError(
+      f"{where}: {key!r} holds half a surrogate pair at character {error.start + 1}; "
+      "repair the text"
+    ) from error
+  return value
+
+
+def _type(value: Any) -> str:
+  """A value's type as JSON calls it."""
+  if value is None:
+    return "null"
+  names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+  names |= {list: "a list", tuple: "a list", dict: "an object"}
+  return names.get(type(value), f"a {type(value).__name__}")

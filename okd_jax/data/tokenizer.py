@@ -1,0 +1,127 @@
+"""Tokenizers made here, for runs without a pretrained one; and comparing two.
+
+`bytes` has one id a byte, `bpe:N` is a byte-level BPE of N entries trained on the
+run's own data. Both are what transformers loads from a folder.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from okd_jax.data.sources import Record
+from okd_jax.errors import UserError
+
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
+_SMALLEST = 256 + 2  # every byte, EOS and padding
+
+
+def make_tokenizer(spec: str, records: Sequence[Record]) -> PreTrainedTokenizerFast:
+  """A new tokenizer: `bytes`, or `bpe:N` trained on the text of `records`.
+
+  Any text survives encoding and decoding. The ids of `bytes` are the bytes, then
+  EOS (256) and padding (257). The same records give the same `bpe:N` everywhere.
+  """
+  if spec == "bytes":
+    return _finished(_bytes_tokenizer())
+  kind, _, size = spec.partition(":")
+  if kind != "bpe" or not size.isdecimal():
+    raise UserError(
+      f"tokenizer {spec!r} is unknown; use bytes, or bpe:N such as bpe:1024"
+    )
+  if int(size) < _SMALLEST:
+    raise UserError(f"tokenizer {spec!r} is too small; N must be at least {_SMALLEST}")
+  return _finished(_bpe_tokenizer(int(size), records))
+
+
+def compare_tokenizers(
+  teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+) -> None:
+  """Checks that every id means the same token to both.
+
+  Model sizes do not matter here: rows without a token are padding. A padding token
+  that only one of the two has does no harm either, since it is never a target.
+
+  Raises:
+    UserError: saying how many ids differ, and which.
+  """
+  theirs, ours = _token_of_id(teacher), _token_of_id(student)
+  different = [
+    i for i in sorted(theirs.keys() | ours.keys()) if theirs.get(i) != ours.get(i)
+  ]
+  # Only a padding id of one side's own may be nothing to the other.
+  padding = {teacher.pad_token_id: ours, student.pad_token_id: theirs}
+  different = [i for i in different if not (i in padding and i not in padding[i])]
+  if different:
+    shown = "; ".join(
+      f"id {i}: {_shown(theirs, i)} in teacher, {_shown(ours, i)} in student"
+      for i in different[:3]
+    )
+    more = "; ..." if len(different) > 3 else ""
+    raise UserError(
+      f"the tokenizers of teacher and student differ in {len(different)} ids "
+      f"({shown}{more}); distillation needs one vocabulary: give the student the "
+      "teacher's tokenizer"
+    )
+
+
+def _token_of_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+  return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+
+
+def _shown(tokens: dict[int, str], token_id: int) -> str:
+  return repr(tokens[token_id]) if token_id in tokens else "nothing"
+
+
+def _bytes_tokenizer() -> tokenizers.Tokenizer:
+  vocabulary = {char: byte for byte, char in enumerate(_byte_chars())}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.add_special_tokens([EOS, PAD])
+  return tokenizer
+
+
+def _byte_chars() -> list[str]:
+  """The visible character that byte-level pieces use for each byte.
+
+  GPT-2's convention: bytes that Latin-1 can show stand for themselves, the others
+  are numbered from U+0100 on.
+  """
+  visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  spare = itertools.count(0x100)
+  return [chr(byte if byte in visible else next(spare)) for byte in range(0x100)]
+
+
+def _bpe_tokenizer(size: int, records: Sequence[Record]) -> tokenizers.Tokenizer:
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=size,
+    special_tokens=[EOS, PAD],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(_texts(records), trainer)
+  return tokenizer
+
+
+def _texts(records: Sequence[Record]) -> Iterator[str]:
+  for record in records:
+    yield from (record.prompt, record.input, record.text, *record.references)
+    yield from (message["content"] for message in record.messages)
+
+
+def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
+  return PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    eos_token=EOS,
+    pad_token=PAD,
+    clean_up_tokenization_spaces=False,
+  )

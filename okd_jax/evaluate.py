@@ -1,0 +1,284 @@
+"""How good is a student? Loss, distance to its teacher, and answers scored by ROUGE-L.
+
+    python -m okd_jax.evaluate --model=M --data=F.jsonl [--teacher=T]
+
+The functions here also serve evaluation during training, so both report the same.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from okd_jax import cli
+from okd_jax.data import (
+  Example,
+  compare_tokenizers,
+  eval_batches,
+  load_records,
+  prepare,
+  stop_ids,
+)
+from okd_jax.errors import UserError
+from okd_jax.files import write_text
+from okd_jax.losses import (
+  Mean,
+  cross_entropy,
+  forward_kl,
+  reverse_kl,
+  unembed,
+  weighted_sums,
+)
+from okd_jax.metrics import table
+from okd_jax.models import Decoder, Model, load, output
+from okd_jax.models.transformer import head_kernel, init_cache
+from okd_jax.rollout import Sampling, decoder_source, generate
+from okd_jax.score import score
+
+COLUMNS = {
+  "loss": "loss",
+  "perplexity": "perplexity",
+  "forward_kl": "KL(teacher‖·)",
+  "reverse_kl": "KL(·‖teacher)",
+  "top1_agreement": "top-1 %",
+  "rougeL": "ROUGE-L",
+  "exact_match": "exact match",
+}
+
+
+def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
+  """Per-token figures of 'student' beside 'teacher' and 'adapted', where given.
+
+  A `TokenLoss`: its loss is the student's cross-entropy.
+  """
+  student = logits["student"]
+  metrics = {"loss": cross_entropy(student, labels)}
+  if "teacher" in logits:
+    teacher = logits["teacher"]
+    agree = jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)
+    metrics |= {
+      "forward_kl": forward_kl(teacher, student),
+      "reverse_kl": reverse_kl(teacher, student),
+      "top1_agreement": 100.0 * agree,
+      "teacher_loss": cross_entropy(teacher, labels),
+    }
+  if "adapted" in logits:
+    adapted = logits["adapted"]
+    metrics |= {
+      "adapted_forward_kl": forward_kl(adapted, student),
+      "adapted_loss": cross_entropy(adapted, labels),
+      "adapted_drift": forward_kl(logits["teacher"], adapted),
+    }
+  return metrics["loss"], metrics
+
+
+def compile_token_step(decoders: Mapping[str, Decoder], chunk: int) -> Callable:
+  """A jitted (variables by role, batch) -> (sums of `token_metrics`, tokens)."""
+
+  def step(variables, batch):
+    outputs = {
+      role: output(decoder, variables[role], batch)
+      for role, decoder in decoders.items()
+    }
+    size = min(o.head.shape[0] for o in outputs.values())
+    outputs = {role: o._replace(head=o.head[:size]) for role, o in outputs.items()}
+    weights = batch["mask"].astype(jnp.float32)
+    _, sums = weighted_sums(token_metrics, outputs, batch["labels"], weights, chunk)
+    return sums, weights.sum()
+
+  return jax.jit(step)
+
+
+def evaluate_tokens(
+  step: Callable, variables: Mapping, batches: Iterable, put: Callable = jnp.asarray
+) -> dict[str, float]:
+  """Global token means over the batches, and the perplexity, exp(loss)."""
+  means: dict[str, Mean] = {}
+  for batch in batches:
+    arrays = {name: put(rows) for name, rows in batch.items()}
+    sums, count = jax.device_get(step(variables, arrays))
+    for name, total in sums.items():
+      mean = Mean(float(total), float(count))
+      means[name] = means[name] + mean if name in means else mean
+  metrics = {name: mean.compute() for name, mean in means.items()}
+  # Beyond e^700 a float overflows; such a model's perplexity is as good as infinite.
+  loss = metrics["loss"]
+  return metrics | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+def source_of(decoder: Decoder):
+  """What `rollout.generate` samples a decoder through."""
+  return decoder_source(decoder, init_cache, head_kernel, unembed)
+
+
+def answer(
+  decoder: Decoder,
+  variables,
+  examples: Sequence[Example],
+  tokenizer,
+  *,
+  template: str,
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+  batch_size: int = 8,
+  sharding=None,
+) -> list[str]:
+  """The model's answer to each example's prompt, cut at EOS, special tokens removed."""
+  completions = generate(
+    source_of(decoder),
+    variables,
+    [example.tokens[: example.prompt_length] for example in examples],
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens,
+    sampling=Sampling(temperature=temperature),
+    eos_ids=sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)}),
+    pad_id=decoder.config.pad_id or 0,
+    batch_size=batch_size,
+    sharding=sharding,
+  )
+  return [
+    tokenizer.decode(completion.tokens, skip_special_tokens=True)
+    for completion in completions
+  ]
+
+
+def answerable(examples: Sequence[Example]) -> list[Example]:
+  """Those with a prompt and at least one reference answer."""
+  return [e for e in examples if e.prompt_length and e.references]
+
+
+def mean_and_std(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Means over seeds; with several seeds, NAME_std beside each."""
+  merged = {}
+  for name in ("rougeL", "exact_match"):
+    values = [s[name] for s in scores]
+    merged[name] = statistics.fmean(values)
+    if len(values) > 1:
+      merged[f"{name}_std"] = statistics.stdev(values)
+  return merged
+
+
+def main(arguments: list[str]) -> None:
+  args = _parser().parse_args(arguments)
+  model = load(args.model, dtype=args.dtype)
+  teacher = load(args.teacher, dtype=args.dtype) if args.teacher else None
+  _check(args, model, teacher)
+  records = load_records(args.data.split(","))[: args.limit or None]
+  examples, _ = prepare(
+    records,
+    model.tokenizer,
+    template=args.template,
+    max_length=min(args.max_length, model.config.max_length),
+    max_prompt_length=args.max_prompt_length,
+    overlong_prompt="truncate",  # never dropped: predictions stay beside their rows
+    overlong_row="truncate",
+  )
+  examples = examples[: args.limit or None]
+  results = {"n": len(examples)}
+  results |= _token_results(args, model, teacher, examples)
+  prompts = answerable(examples)
+  if prompts and args.max_new_tokens:
+    results |= _text_results(args, model, prompts)
+  print(table({args.model: results}, COLUMNS))
+  if args.output:
+    write_text(args.output, json.dumps(results, indent=2) + "\n")
+
+
+def _token_results(args, model: Model, teacher: Model | None, examples):
+  models = {"student": model} | ({"teacher": teacher} if teacher else {})
+  dtype = jnp.dtype(args.dtype)
+  step = compile_token_step(
+    {role: Decoder(m.config, dtype=dtype) for role, m in models.items()}, chunk=64
+  )
+  batches = eval_batches(
+    examples,
+    batch_size=args.batch_size,
+    length=_width(examples),
+    pad_id=model.config.pad_id or 0,
+  )
+  variables = {role: {"params": m.params} for role, m in models.items()}
+  return evaluate_tokens(step, variables, batches)
+
+
+def _width(examples) -> int:
+  """The longest row, rounded up so that few shapes are compiled."""
+  longest = max(len(example.tokens) for example in examples)
+  return -(-longest // 64) * 64
+
+
+def _text_results(args, model: Model, prompts):
+  seeds = args.seeds if args.temperature else args.seeds[:1]
+  decoder = Decoder(model.config, dtype=jnp.dtype(args.dtype))
+  scores, first = [], None
+  for seed in seeds:
+    texts = answer(
+      decoder,
+      {"params": model.params},
+      prompts,
+      model.tokenizer,
+      template=args.template,
+      max_new_tokens=args.max_new_tokens,
+      temperature=args.temperature,
+      seed=seed,
+      batch_size=args.batch_size,
+    )
+    scores.append(score(texts, [list(p.references) for p in prompts]))
+    first = first or texts
+    print(f"seed {seed}: ROUGE-L {scores[-1]['rougeL']:.2f}", file=sys.stderr)
+  if args.predictions:
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in first)
+    write_text(args.predictions, "".join(line + "\n" for line in lines))
+  return mean_and_std(scores) | {"seeds": list(seeds)}
+
+
+def _check(args, model: Model, teacher: Model | None) -> None:
+  if model.tokenizer is None:
+    raise UserError(f"{args.model} has no tokenizer; evaluation needs one")
+  if teacher is not None and teacher.tokenizer is not None:
+    compare_tokenizers(teacher.tokenizer, model.tokenizer)
+  if args.temperature < 0 or args.max_new_tokens < 0 or args.batch_size < 1:
+    raise UserError(
+      "--temperature and --max_new_tokens must be at least 0, --batch_size at least 1"
+    )
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser(
+    prog="okd_jax.evaluate",
+    description="Scores a model on held-out data: loss, perplexity and ROUGE-L; "
+    "beside a teacher also the KL divergences and how often their first choices agree.",
+  )
+  add = parser.add_argument
+  add("--model", required=True, help="HF folder, hub id, .gguf file or run's workdir")
+  add("--data", required=True, help="jsonl(.gz) or .txt file, or a dataset id")
+  add("--teacher", default="", help="a model to compare with token by token")
+  add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
+  add(
+    "--seeds",
+    type=lambda text: [int(seed) for seed in text.split(",")],
+    default="10,20,30,40,50",
+    help="sample the answers once a seed; greedy answers need one only",
+  )
+  add("--max_new_tokens", type=int, default=256, help="of an answer; 0: none")
+  add("--limit", type=int, default=0, help="first so many rows; 0 is all")
+  add("--predictions", default="", help="write the first seed's answers to this jsonl")
+  add("--output", default="", help="write the results to this JSON file")
+  add("--template", default="default", help="prompt template, as data.template")
+  add("--max_length", type=int, default=1024, help="tokens of prompt and response")
+  add(
+    "--max_prompt_length", type=int, default=512, help="longer prompts lose their start"
+  )
+  add("--batch_size", type=int, default=8, help="rows at once")
+  add(
+    "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the matmuls"
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,86 @@
+"""A trained student as a Hugging Face folder, its online module as a PEFT folder.
+
+    python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
+"""
+
+import json
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from okd_jax import checkpoint, cli, models, setup
+from okd_jax.errors import UserError
+from okd_jax.setup import Run
+
+
+def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
+  """Writes the student to a folder and, if there is one, its module to another."""
+  config = parts.config
+  models.save(
+    student,
+    params["student"],
+    parts.decoders["student"].config,
+    parts.tokenizer,
+    dtype=config.export.dtype,
+    card=_card(config),
+  )
+  if parts.adapter and adapter:
+    models.save_adapter(
+      adapter,
+      params["adapter"],
+      parts.adapter,
+      parts.decoders["teacher"].config,
+      config.teacher.path,
+    )
+
+
+def main(arguments: list[str]) -> None:
+  args = _parser().parse_args(arguments)
+  workdir = Path(args.workdir)
+  path = workdir / "config.json"
+  if not (workdir / "checkpoints").is_dir() or not path.exists():
+    raise UserError(f"{workdir} is no run: it has no checkpoints/ or no config.json")
+  config = ConfigDict(json.loads(path.read_text(encoding="utf8")))
+  parts = setup.build(config, workdir)
+  keep = config.checkpoint.keep
+  with (
+    jax.set_mesh(parts.mesh),
+    checkpoint.opened(
+      workdir / "checkpoints", keep, read_only=True
+    ) as checkpoints,
+  ):
+    steps = checkpoints.steps()
+    if not steps:
+      raise UserError(f"{workdir}/checkpoints holds no whole checkpoint yet")
+    step = args.step if args.step is not None else steps[-1]
+    if step not in steps:
+      raise UserError(f"--step={step}: the checkpoints at hand are {steps}")
+    state = checkpoints.restore_step(step, parts.abstract, None, parts.mesh)
+  export_run(
+    parts, state.params, Path(args.output), Path(args.adapter) if args.adapter else None
+  )
+
+
+def _card(config) -> dict[str, str]:
+  return {
+    "Teacher": config.teacher.path,
+    "Method": config.method.name,
+    "Data": config.data.train,
+  }
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser(
+    prog="okd_jax.export",
+    description="Writes the student of one checkpoint as a Hugging Face folder.",
+  )
+  parser.add_argument("--workdir", required=True, help="of the run")
+  parser.add_argument("--output", required=True, help="the folder to write")
+  parser.add_argument("--adapter", default="", help="a folder for the online module")
+  parser.add_argument("--step", type=int, default=None, help="default: the newest")
+  return parser
+
+
+if __name__ == "__main__":
+  cli.run(main)

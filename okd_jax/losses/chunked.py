@@ -1,0 +1,184 @@
+"""Losses over a vocabulary without ever holding [B, L, V].
+
+The hidden states of one or several models are walked over in chunks of positions.
+Each chunk gets its logits, its per-token loss and, in the same pass, the gradient of
+that loss, so no logit is computed twice and none outlives its chunk. Any function of
+the logits can be chunked, of any number of models at once: that is what lets one
+pass serve the student and the online module (OKD) at the price of one.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# (logits by model [B, C, V], labels [B, C]) -> (loss [B, C], metrics [B, C] by name)
+TokenLoss = Callable[
+  [Mapping[str, Array], Int[Array, "B C"]],
+  tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]],
+]
+
+
+class Output(NamedTuple):
+  """What a model hands to a loss: logits, not yet multiplied out."""
+
+  hidden: Float[Array, "B L D"]
+  head: Float[Array, "V D"]
+
+
+def unembed(
+  hidden: Float[Array, "*B D"], head: Float[Array, "V D"]
+) -> Float[Array, "*B V"]:
+  """float32 logits, multiplied in the dtype of the hidden states."""
+  return jnp.einsum(
+    "...d,vd->...v",
+    hidden,
+    head.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def weighted_sums(
+  token_loss: TokenLoss,
+  outputs: Mapping[str, Output],
+  labels: Int[Array, "B L"],
+  weights: Float[Array, "B L"],
+  chunk: int,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """Sums of the token loss and of its metrics under `weights`.
+
+  Differentiable in `outputs` only, and only the loss. Gradients of the heads
+  accumulate in float32; a model that nobody differentiates costs no gradient.
+  Positions of weight 0 add exactly nothing, whatever their logits hold.
+
+  Args:
+    token_loss: a per-token loss; it must not close over traced values.
+    outputs: hidden states and head of each model, by name; equal vocabularies.
+    labels: gold next tokens.
+    weights: float weight of each position, 0 where masked (`mean.token_weights`).
+    chunk: positions per row that have their logits in memory at once.
+  """
+  return _sums(token_loss, chunk, dict(outputs), labels, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(token_loss, chunk, outputs, labels, weights):
+  def body(sums, inputs):
+    hidden, labels, weights = inputs
+    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+    new = _chunk_sums(token_loss, logits, labels, weights)
+    return jax.tree.map(jnp.add, sums, new), None
+
+  chunks = _split(outputs, labels, weights, chunk)
+  return jax.lax.scan(body, _zeros(token_loss, outputs, chunks), chunks)[0]
+
+
+def _sums_fwd(token_loss, chunk, outputs, labels, weights):
+  trained = {  # (hidden states?, head?) that somebody differentiates, by model
+    name: (output.hidden.perturbed, output.head.perturbed)
+    for name, output in outputs.items()
+  }
+  outputs, labels, weights = jax.tree.map(
+    lambda leaf: leaf.value, (outputs, labels, weights), is_leaf=_is_primal
+  )
+  fitted = [name for name in outputs if any(trained[name])]
+
+  def body(carry, inputs):
+    sums, head_grads = carry
+    hidden, labels, weights = inputs
+    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+
+    def loss_of(fitted_logits):
+      return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
+
+    loss, pull, metrics = jax.vjp(
+      loss_of, {name: logits[name] for name in fitted}, has_aux=True
+    )
+    grads = pull(jnp.ones_like(loss))[0]
+    sums = jax.tree.map(jnp.add, sums, (loss, metrics))
+    hidden_grads = {}
+    for name, grad in grads.items():
+      h, head = hidden[name], outputs[name].head
+      grad = grad.astype(h.dtype)
+      if trained[name][0]:
+        product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
+        hidden_grads[name] = product
+      if trained[name][1]:
+        head_grads[name] += jnp.einsum(
+          "bcv,bcd->vd", grad, h, preferred_element_type=jnp.float32
+        )
+    return (sums, head_grads), hidden_grads
+
+  chunks = _split(outputs, labels, weights, chunk)
+  head_grads = {
+    name: jnp.zeros(outputs[name].head.shape, jnp.float32)
+    for name in fitted
+    if trained[name][1]
+  }
+  init = (_zeros(token_loss, outputs, chunks), head_grads)
+  (sums, head_grads), hidden_grads = jax.lax.scan(body, init, chunks)
+  length = labels.shape[1]
+  grads = {
+    name: Output(
+      hidden=_join(hidden_grads[name], length) if name in hidden_grads else None,
+      head=head_grads[name].astype(output.head.dtype) if name in head_grads else None,
+    )
+    for name, output in outputs.items()
+  }
+  return sums, grads
+
+
+def _sums_bwd(token_loss, chunk, grads, cotangents):
+  scale = cotangents[0]  # of the loss; metrics are not differentiated
+  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None
+
+
+_sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
+
+
+def _chunk_sums(token_loss, logits, labels, weights):
+  loss, metrics = token_loss(logits, labels)
+
+  def weighted(x):
+    return jnp.sum(jnp.where(weights != 0, x, 0) * weights)
+
+  return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
+
+
+def _split(outputs, labels, weights, chunk: int):
+  """[B, L, …] to [chunks, B, C, …]; the last chunk is filled with weight 0."""
+  length = labels.shape[1]
+  size = min(chunk, length)
+  count = -(-length // size)
+
+  def split(x):
+    pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(x.shape[0], count, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  hidden = {name: output.hidden for name, output in outputs.items()}
+  return jax.tree.map(split, (hidden, labels, weights))
+
+
+def _join(chunks, length: int):
+  joined = jnp.moveaxis(chunks, 0, 1)
+  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+
+
+def _zeros(token_loss, outputs, chunks):
+  """Zeros shaped like one chunk's sums, found without computing one."""
+
+  def first(outputs, chunks):
+    hidden, labels, weights = jax.tree.map(lambda x: x[0], chunks)
+    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+    return _chunk_sums(token_loss, logits, labels, weights)
+
+  shapes = jax.eval_shape(first, outputs, chunks)
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _is_primal(leaf) -> bool:
+  return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)

@@ -1,0 +1,77 @@
+"""Trains, evaluates and exports a student as a configuration file says.
+
+    python -m okd_jax.main --config=configs/X.py --workdir=DIR [--config.key=value …]
+
+The same command resumes a run that was stopped or killed. Every key is listed, with
+its meaning, in configs/default.py. DIR gets config.json, metrics.jsonl, checkpoints/,
+student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online module)
+and report.html.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from okd_jax import cli, train
+from okd_jax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "configuration file, or file.py:variant", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run's results")
+
+
+def main(arguments: list[str]) -> None:
+  if {"--help", "-h", "--helpfull"} & set(arguments):
+    print(f"{__doc__}\nKeys and defaults:\n{_default_keys()}", end="")
+    return
+  _parse(arguments)
+  if _CONFIG.value is None or not _WORKDIR.value:
+    raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
+  _use_compilation_cache()
+  train.run(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def _parse(arguments: list[str]) -> None:
+  """Reads the flags; the many ways in which that fails become a UserError."""
+  # A configuration file may import its neighbours, wherever the command runs.
+  sys.path.insert(0, os.getcwd())
+  try:
+    rest = flags.FLAGS([sys.argv[0], *arguments])
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(_first_sentence(error)) from error
+  except OSError as error:
+    raise UserError(f"cannot read the configuration: {error}") from error
+  if rest[1:]:
+    raise UserError(f"unexpected arguments {' '.join(rest[1:])}; flags start with --")
+
+
+def _first_sentence(error: Exception) -> str:
+  text = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+  return text.strip()
+
+
+def _use_compilation_cache() -> None:
+  """Compiled programs outlive the process, unless the environment says otherwise."""
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _default_keys() -> str:
+  """configs/default.py as the list of its keys."""
+  path = Path(__file__).parents[1] / "configs" / "default.py"
+  if not path.exists():
+    return "  see configs/default.py in the repository\n"
+  lines = path.read_text(encoding="utf8").splitlines()
+  wanted = [line.strip() for line in lines if line.startswith("  config.")]
+  return "".join(f"  --{line}\n" for line in wanted if "= ConfigDict()" not in line)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,19 @@
+"""Supervised fine-tuning: cross-entropy on the gold response, no teacher."""
+
+from okd_jax.losses import cross_entropy
+from okd_jax.methods.method import Method, token_sums
+
+
+def build() -> Method:
+  """loss = CE(y; q), the token mean over the response."""
+
+  def token_loss(logits, labels):
+    ce = cross_entropy(logits["student"], labels)
+    return ce, {"student_nll": ce}
+
+  def loss(models, params, frozen, batch, key):
+    del frozen
+    outputs = {"student": models.student(params["student"], batch, key)}
+    return token_sums(models, token_loss, outputs, batch)
+
+  return Method(loss=loss, teacher="none")

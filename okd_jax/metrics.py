@@ -1,0 +1,106 @@
+"""Figures on their way out: metrics.jsonl always, TensorBoard and W&B as extras."""
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from okd_jax.errors import UserError
+
+
+class Writer:
+  """Appends one JSON object a line: {"step": n, "kind": "train" | "eval", …}.
+
+  Opening it for a run that resumes at `step` drops the lines beyond that step, which
+  the killed run had written but the resumed one will write again.
+  """
+
+  def __init__(self, workdir: Path, step: int, tensorboard: bool, wandb: str):
+    self._path = workdir / "metrics.jsonl"
+    kept = [row for row in read(workdir) if row["step"] <= step]
+    temporary = self._path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, self._path)
+    self._file = open(self._path, "a", encoding="utf8")
+    self._sinks = []
+    if tensorboard:
+      module = _extra("tensorboardX", "train.tensorboard", "tensorboard")
+      self._tensorboard = module.SummaryWriter(str(workdir / "tensorboard"))
+      self._sinks.append(self._to_tensorboard)
+    if wandb:
+      run = _extra("wandb", "train.wandb", "wandb").init(
+        project=wandb, dir=str(workdir), resume="allow", id=workdir.name
+      )
+      self._sinks.append(lambda step, values: run.log(values, step=step))
+
+  def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    """Writes one row; a figure that is not finite is written as null."""
+    row = {name: _number(value) for name, value in values.items()}
+    self._file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
+    self._file.flush()
+    for sink in self._sinks:
+      sink(
+        step,
+        {f"{kind}/{name}": value for name, value in row.items() if value is not None},
+      )
+
+  def _to_tensorboard(self, step, values):
+    for name, value in values.items():
+      self._tensorboard.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def read(workdir: Path) -> list[dict]:
+  """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text(encoding="utf8").splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
+  """A plain-text table: a row a name, a column a metric (`columns`: metric to title)."""
+  shown = {m: t for m, t in columns.items() if any(m in row for row in rows.values())}
+  cells = [["", *shown.values()]]
+  for name, row in rows.items():
+    cells.append([name, *(_cell(row.get(metric)) for metric in shown)])
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = [
+    "  ".join(
+      [line[0].ljust(widths[0])]
+      + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+    ).rstrip()
+    for line in cells
+  ]
+  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _cell(value) -> str:
+  if value is None or not math.isfinite(value):
+    return "–"
+  digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+  return f"{value:.{digits}f}"
+
+
+def _number(value) -> float | None:
+  value = float(value)
+  return value if math.isfinite(value) else None
+
+
+def _extra(module: str, key: str, extra: str):
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise UserError(
+      f"{key} needs the package {module}; run pip install 'okd-jax[{extra}]'"
+    ) from error

@@ -1,0 +1,193 @@
+"""A Hugging Face tokenizer from the vocabulary inside a GGUF file."""
+
+from collections.abc import Mapping
+
+import tokenizers
+import transformers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+
+from okd_jax.errors import UserError
+
+# llama.cpp's token types.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_SPACE = "\u2581"  # what SentencePiece writes for a space
+
+# The split of LLaMA 3, as in its own tokenizer.json: contractions; a word with at most
+# one other character before it; up to three digits; punctuation; line ends; spaces.
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build(
+  fields: Mapping, max_length: int, where: str
+) -> "transformers.PreTrainedTokenizerFast | None":
+  """The tokenizer that a file's fields describe, or None if they have none.
+
+  Raises:
+    UserError: for a kind of tokenizer or pre-tokenizer that we do not know.
+  """
+  kind = fields.get("tokenizer.ggml.model")
+  if kind in (None, "none", "no_vocab"):
+    return None
+  if kind not in _KINDS:
+    raise UserError(
+      f"{where}: the tokenizer {kind!r} is not supported, only {', '.join(_KINDS)}"
+    )
+  try:
+    return _wrap(
+      _KINDS[kind](_Fields(fields, where)), _Fields(fields, where), max_length
+    )
+  except KeyError as error:
+    raise UserError(f"{where}: the tokenizer's field {error} is missing") from None
+
+
+class _Fields:
+  """The `tokenizer.ggml.*` fields, with llama.cpp's defaults."""
+
+  def __init__(self, fields: Mapping, where: str):
+    self._fields = fields
+    self.where = where
+    self.tokens = self["tokens"]
+    self.types = self.get("token_type", [_NORMAL] * len(self.tokens))
+    self.vocab = {token: index for index, token in enumerate(self.tokens)}
+
+  def __getitem__(self, name: str):
+    return self._fields[f"tokenizer.ggml.{name}"]
+
+  def get(self, name: str, default=None):
+    return self._fields.get(f"tokenizer.ggml.{name}", default)
+
+  def named(self) -> dict[str, str]:
+    """{'bos': '<s>', …} for the special tokens that the file names."""
+    ids = {
+      name: self.get(f"{name}_token_id")
+      for name in ("bos", "eos", "unknown", "padding")
+    }
+    return {k: self.tokens[v] for k, v in ids.items() if v is not None}
+
+  def chat_template(self) -> str | None:
+    return self._fields.get("tokenizer.chat_template")
+
+
+def _byte_level(fields: _Fields) -> tokenizers.Tokenizer:
+  """GPT-2's BPE over bytes, with the file's own way to split text first."""
+  name = fields.get("pre", "default")
+  if name not in _PRE_TOKENIZERS:
+    raise UserError(
+      f"{fields.where}: the pre-tokenizer {name!r} is not supported, only "
+      f"{', '.join(_PRE_TOKENIZERS)}"
+    )
+  merges = [tuple(pair.split(" ")) for pair in fields["merges"]]
+  # LLaMA 3 takes a whole word that is in the vocabulary without looking for merges.
+  whole_words = name in _LLAMA3_NAMES
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab=fields.vocab, merges=merges, ignore_merges=whole_words)
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[name]())
+  tokenizer.decoder = decoders.ByteLevel()
+  _finish(tokenizer, fields, add_bos=whole_words)
+  return tokenizer
+
+
+def _sentencepiece(fields: _Fields) -> tokenizers.Tokenizer:
+  """SentencePiece's BPE: merges follow from the scores, unknown text becomes bytes."""
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab=fields.vocab,
+      merges=_merges_from_scores(fields),
+      unk_token=fields.named().get("unknown"),
+      fuse_unk=True,
+      byte_fallback=True,
+    )
+  )
+  prefix = fields.get("add_space_prefix", True)
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.Prepend(_SPACE)] * prefix + [normalizers.Replace(" ", _SPACE)]
+  )
+  steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+  tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+  _finish(tokenizer, fields, add_bos=True)
+  return tokenizer
+
+
+def _merges_from_scores(fields: _Fields) -> list[tuple[str, str]]:
+  """Every way to join two pieces into a third, the best third first.
+
+  SentencePiece joins the neighbours whose union scores highest; a BPE joins those
+  whose merge stands first. Sorted by the union's score, the two are the same.
+  """
+  pieces = {
+    token: score
+    for token, score, kind in zip(
+      fields.tokens, fields["scores"], fields.types, strict=True
+    )
+    if kind == _NORMAL
+  }
+  merges = [
+    (-score, piece[:cut], piece[cut:])
+    for piece, score in pieces.items()
+    for cut in range(1, len(piece))
+    if piece[:cut] in pieces and piece[cut:] in pieces
+  ]
+  return [(left, right) for _, left, right in sorted(merges)]
+
+
+def _finish(tokenizer: tokenizers.Tokenizer, fields: _Fields, add_bos: bool):
+  """Added tokens, and the tokens that every text starts and ends with."""
+  special = set(fields.named().values())
+  added = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+  for token, kind in zip(fields.tokens, fields.types, strict=True):
+    if kind in added or token in special:
+      is_special = added.get(kind, True)
+      entry = tokenizers.AddedToken(token, normalized=False, special=is_special)
+      tokenizer.add_tokens([entry])
+  named = fields.named()
+  first = [named["bos"]] if fields.get("add_bos_token", add_bos) else []
+  last = [named["eos"]] if fields.get("add_eos_token", False) else []
+  if first or last:
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=[*first, "$A", *last],
+      pair=[*first, "$A", *last, *first, "$B", *last],
+      special_tokens=[(token, fields.vocab[token]) for token in {*first, *last}],
+    )
+
+
+def _wrap(tokenizer, fields: _Fields, max_length: int):
+  named = fields.named()
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    bos_token=named.get("bos"),
+    eos_token=named.get("eos"),
+    unk_token=named.get("unknown"),
+    pad_token=named.get("padding"),
+    chat_template=fields.chat_template(),
+    model_max_length=max_length,
+    clean_up_tokenization_spaces=False,
+  )
+
+
+def _gpt2_split():
+  return [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+
+
+def _smollm_split():
+  return [pre_tokenizers.Digits(individual_digits=True), *_gpt2_split()]
+
+
+def _llama3_split():
+  return [
+    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), "isolated"),
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+  ]
+
+
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
+_PRE_TOKENIZERS = {
+  "default": _gpt2_split,
+  "gpt-2": _gpt2_split,
+  "smollm": _smollm_split,
+  **dict.fromkeys(_LLAMA3_NAMES, _llama3_split),
+}

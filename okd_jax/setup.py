@@ -1,0 +1,386 @@
+"""From a configuration to all that a run is made of; nothing is trained here."""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from okd_jax import methods, models, optim, sharding
+from okd_jax.adapters import AdapterConfig
+from okd_jax.data import (
+  Example,
+  compare_tokenizers,
+  load_records,
+  make_tokenizer,
+  prepare,
+  show_example,
+)
+from okd_jax.errors import UserError
+from okd_jax.methods import Method
+from okd_jax.models import Decoder, ModelConfig
+from okd_jax.models.hf import load_tokenizer
+from okd_jax.step import TrainState, init_state
+
+_log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+STAGE = "stage:"  # prefix of a path that means what an earlier stage exported
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What one run needs, ready for its loop.
+
+  decoders: by role, 'student' and, if there is a teacher, 'teacher', and 'adapted'
+    where the method trains an online module.
+  frozen: the teacher's parameters, or None.
+  init: makes the state of step 0; not called by a run that resumes.
+  abstract: that state's shapes.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  tokenizer: Any
+  train: list[Example]
+  eval: list[Example]
+  decoders: dict[str, Decoder]
+  adapter: AdapterConfig | None
+  frozen: Any
+  method: Method
+  models: methods.Models
+  optimizers: dict[str, Any]
+  learning_rate: Callable[[int], float]
+  steps: int
+  init: Callable[[], TrainState]
+  abstract: TrainState
+
+
+def build(config: ConfigDict, workdir: Path) -> Run:
+  """Loads the models and the data that `config` names.
+
+  Raises:
+    UserError: for whatever is wrong with the configuration, a model or the data.
+  """
+  method = methods.build(config.method.name, config.method)
+  _check(config, method)
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
+  start = _load_start(config)
+  records = load_records(_paths(config.data.train))
+  teacher = _load_teacher(config, mesh) if config.teacher.path else None
+  tokenizer = _tokenizer(config, workdir, teacher, start, records)
+  if config.teacher.model.hidden_size:
+    teacher = _random_teacher(config, mesh, tokenizer)
+  train, held_out = _examples(config, tokenizer, records)
+  student_config = _student_config(config, teacher, start, tokenizer)
+  adapter = _adapter_config(config) if method.teacher == "adapted" else None
+  decoders = _decoders(config, student_config, teacher, adapter)
+  _check_lengths(config, decoders)
+  steps = _steps(config, len(train))
+  learning_rate = optim.schedule(
+    config.optim.schedule,
+    config.optim.lr,
+    steps,
+    config.optim.warmup_steps,
+    config.optim.end_lr,
+  )
+  optimizers = _optimizers(config, learning_rate, adapter)
+  abstract = jax.eval_shape(lambda: _random_state(config, decoders, optimizers))
+  return Run(
+    config=config,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    train=train,
+    eval=held_out,
+    decoders=decoders,
+    adapter=adapter,
+    frozen=teacher.params if teacher else None,
+    method=method,
+    models=_apply_functions(decoders, config),
+    optimizers=optimizers,
+    learning_rate=learning_rate,
+    steps=steps,
+    init=lambda: _first_state(config, mesh, decoders, teacher, optimizers, abstract),
+    abstract=abstract,
+  )
+
+
+def _check(config: ConfigDict, method: Method) -> None:
+  """Everything that can be told without loading anything, all at once."""
+  problems = []
+  for key, value in (
+    ("train.dtype", config.train.dtype),
+    ("teacher.dtype", config.teacher.dtype or config.train.dtype),
+    ("export.dtype", config.export.dtype),
+  ):
+    if value not in DTYPES:
+      problems.append(f"{key}={value!r} must be one of {', '.join(DTYPES)}")
+  for key, value, least in (
+    ("train.steps", config.train.steps, 0),
+    ("train.batch_size", config.train.batch_size, 1),
+    ("train.loss_chunk", config.train.loss_chunk, 1),
+    ("train.log_every", config.train.log_every, 1),
+    ("checkpoint.every", config.checkpoint.every, 1),
+    ("checkpoint.keep", config.checkpoint.keep, 1),
+    ("eval.every", config.eval.every, 0),
+    ("eval.batch_size", config.eval.batch_size, 1),
+    ("data.max_length", config.data.max_length, 2),
+  ):
+    if value < least:
+      problems.append(f"{key}={value} must be at least {least}")
+  if not config.train.steps and config.train.epochs <= 0:
+    problems.append("set train.steps or train.epochs above 0")
+  if not 0 <= config.train.dropout < 1:
+    problems.append(f"train.dropout={config.train.dropout} must lie in [0, 1)")
+  student = config.student
+  given = [
+    key
+    for key, wanted in (
+      ("student.path", student.path),
+      ("student.layers", student.layers),
+      ("student.model.hidden_size", student.model.hidden_size),
+    )
+    if wanted
+  ]
+  if len(given) != 1:
+    problems.append(
+      "say where the student starts by exactly one of student.path, student.layers "
+      f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
+    )
+  if config.teacher.path and config.teacher.model.hidden_size:
+    problems.append("set teacher.path or teacher.model.hidden_size, not both")
+  if not config.teacher.path and not config.teacher.model.hidden_size:
+    if student.layers:
+      problems.append("student.layers needs teacher.path")
+    if method.teacher != "none":
+      problems.append(f"method {config.method.name} needs teacher.path")
+  if problems:
+    raise UserError("; ".join(problems))
+
+
+def _load_teacher(config, mesh) -> models.Model:
+  dtype = jnp.dtype(config.teacher.dtype or config.train.dtype)
+  put = functools.partial(_put, mesh)
+  return models.load(config.teacher.path, dtype=dtype, put=put)
+
+
+def _random_teacher(config, mesh, tokenizer) -> models.Model:
+  """A teacher that knows nothing: what trials and tests distil from."""
+  shape = _random_config(config.teacher.model, len(tokenizer), tokenizer)
+  # Its own key: a student of the same shape must not be born as its twin.
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+  init = functools.partial(models.init, shape)
+  where = sharding.shardings(jax.eval_shape(init, key), mesh)
+  return models.Model(shape, jax.jit(init, out_shardings=where)(key), tokenizer)
+
+
+def _load_start(config) -> models.Model | None:
+  """Configuration and tokenizer of student.path; its weights are read by `init`."""
+  return models.load(config.student.path, params=False) if config.student.path else None
+
+
+def _tokenizer(config, workdir: Path, teacher, start, records):
+  """The one tokenizer of the run; teacher and student must agree on it."""
+  spec = config.data.tokenizer
+  own = {
+    name: model.tokenizer
+    for name, model in (("teacher", teacher), ("student", start))
+    if model is not None and model.tokenizer is not None
+  }
+  if len(own) == 2:
+    compare_tokenizers(own["teacher"], own["student"])
+  if not spec:
+    if not own:
+      raise UserError(
+        "neither teacher nor student brings a tokenizer; set data.tokenizer to a "
+        "model, to 'bytes' or to 'bpe:N'"
+      )
+    return own.get("teacher", own.get("student"))
+  made = workdir / "tokenizer"
+  if made.exists():  # trained by the run that is resumed here
+    return load_tokenizer(made)
+  if spec == "bytes" or spec.startswith("bpe:"):
+    tokenizer = make_tokenizer(spec, records)
+  else:
+    tokenizer = models.load(spec, params=False).tokenizer
+    if tokenizer is None:
+      raise UserError(f"data.tokenizer={spec} has no tokenizer")
+  for name in own:
+    compare_tokenizers(own[name], tokenizer)
+  tokenizer.save_pretrained(made)
+  return tokenizer
+
+
+def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]:
+  """Training and evaluation rows; without data.eval, the last `holdout` are held out."""
+  data = config.data
+  if data.eval:
+    held_out = load_records(_paths(data.eval))
+  elif data.train == "embedded":
+    held_out = load_records("embedded:eval")
+  else:
+    if not 0 < data.holdout < len(records):
+      raise UserError(
+        f"data.holdout={data.holdout} must lie between 1 and {len(records) - 1}, since "
+        f"{data.train} has {len(records)} rows; or set data.eval"
+      )
+    records, held_out = records[: -data.holdout], records[-data.holdout :]
+  held_out = held_out[: config.eval.limit or None]
+  options = dict(
+    template=data.template,
+    max_length=data.max_length,
+    max_prompt_length=data.max_prompt_length,
+  )
+  train, _ = prepare(
+    records,
+    tokenizer,
+    overlong_prompt=data.overlong_prompt,
+    overlong_row=data.overlong_row,
+    **options,
+  )
+  held_out, _ = prepare(
+    held_out, tokenizer, overlong_prompt="truncate", overlong_row="truncate", **options
+  )
+  held_out = held_out[: config.eval.limit or None]
+  _log.info("first row, trained part marked:\n%s", show_example(train[0], tokenizer))
+  return train, held_out
+
+
+def _student_config(config, teacher, start, tokenizer) -> ModelConfig:
+  if start is not None:
+    return start.config
+  if config.student.layers:
+    total = teacher.config.num_layers
+    if config.student.layers > total:
+      raise UserError(
+        f"student.layers={config.student.layers}, but the teacher has {total} layers"
+      )
+    return dataclasses.replace(teacher.config, num_layers=config.student.layers)
+  vocab_size = teacher.config.vocab_size if teacher else len(tokenizer)
+  return _random_config(config.student.model, vocab_size, tokenizer)
+
+
+def _random_config(dimensions, vocab_size: int, tokenizer) -> ModelConfig:
+  return models.preset(
+    **dimensions,
+    vocab_size=vocab_size,
+    bos_id=tokenizer.bos_token_id,
+    eos_ids=(tokenizer.eos_token_id,),
+    pad_id=tokenizer.pad_token_id,
+  )
+
+
+def _adapter_config(config) -> AdapterConfig:
+  if config.adapter.kind == "none":
+    raise UserError(
+      f"method {config.method.name} trains an online module; set adapter.kind=lora"
+    )
+  fields = {key: config.adapter[key] for key in config.adapter if key != "lr_scale"}
+  return AdapterConfig(**fields)
+
+
+def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
+  common = dict(dtype=jnp.dtype(config.train.dtype), remat=config.train.remat)
+  decoders = {"student": Decoder(student_config, **common)}
+  if teacher:
+    decoders["teacher"] = Decoder(teacher.config, **common)
+  if adapter:
+    adapter.num_layers(teacher.config.num_layers)  # raises if there are not as many
+    decoders["adapted"] = Decoder(teacher.config, adapter, **common)
+  return decoders
+
+
+def _check_lengths(config, decoders) -> None:
+  longest = config.data.max_length
+  if config.eval.generate:
+    longest = max(longest, config.data.max_prompt_length + config.eval.max_new_tokens)
+  for role, decoder in decoders.items():
+    if decoder.config.max_length < longest:
+      raise UserError(
+        f"the {role} takes {decoder.config.max_length} tokens, but the run needs "
+        f"{longest}; lower data.max_length={config.data.max_length}, "
+        f"data.max_prompt_length={config.data.max_prompt_length} or "
+        f"eval.max_new_tokens={config.eval.max_new_tokens}"
+      )
+
+
+def _apply_functions(decoders, config) -> methods.Models:
+  """The apply functions a method calls; dropout is the training student's alone."""
+  student = decoders["student"].clone(dropout=config.train.dropout)
+
+  def apply_student(params, batch, key):
+    return models.output(student, {"params": params}, batch, key)
+
+  def apply_teacher(frozen, adapter, batch):
+    if adapter is None:
+      return models.output(decoders["teacher"], {"params": frozen}, batch)
+    variables = {"params": frozen, "adapter": adapter}
+    return models.output(decoders["adapted"], variables, batch)
+
+  return methods.Models(apply_student, apply_teacher, config.train.loss_chunk)
+
+
+def _steps(config, rows: int) -> int:
+  if config.train.steps:
+    return config.train.steps
+  return max(1, math.ceil(config.train.epochs * rows / config.train.batch_size))
+
+
+def _optimizers(config, learning_rate, adapter) -> dict[str, Any]:
+  options = {
+    key: config.optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip")
+  }
+  optimizers = {"student": optim.build(learning_rate, **options)}
+  if adapter:
+    scale = config.adapter.lr_scale
+    optimizers["adapter"] = optim.build(learning_rate, lr_scale=scale, **options)
+  return optimizers
+
+
+def _random_state(config, decoders, optimizers) -> TrainState:
+  """The state of step 0 with a student drawn at random."""
+  student_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = {"student": decoders["student"].init(student_key, tokens)["params"]}
+  if "adapted" in decoders:
+    params["adapter"] = decoders["adapted"].init(adapter_key, tokens)["adapter"]
+  return init_state(params, optimizers, key)
+
+
+def _first_state(config, mesh, decoders, teacher, optimizers, abstract) -> TrainState:
+  """The state of step 0; no array is ever whole on one device."""
+  where = sharding.shardings(abstract, mesh)
+  make = functools.partial(_random_state, config, decoders, optimizers)
+  state = jax.jit(make, out_shardings=where)()
+  if config.student.path:
+    put = functools.partial(_put, mesh)
+    params = models.load(config.student.path, put=put).params
+  elif config.student.layers:
+    # Copies, in float32: the step donates the student's buffers, not the teacher's.
+    params, _ = models.take_layers(
+      teacher.params, teacher.config, config.student.layers
+    )
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    params = jax.device_put(params, where.params["student"])
+  else:
+    return state
+  return state.replace(params=state.params | {"student": params})
+
+
+def _put(mesh: Mesh, path: str, array) -> jax.Array:
+  """Places one parameter by the sharding rules."""
+  where = NamedSharding(mesh, sharding.spec(path, array.shape, mesh))
+  return jax.device_put(array, where)
+
+
+def _paths(spec: str) -> list[str]:
+  """A comma-separated list of data sources."""
+  return [part.strip() for part in spec.split(",") if part.strip()]

@@ -1,0 +1,99 @@
+"""Where arrays live: a mesh of (data, fsdp, tensor) and regex rules on paths.
+
+The model code carries no annotations. Trained, frozen and optimiser trees follow the
+same rules, since an optimiser moment's path ends in its parameter's path.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from okd_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# Rows of a batch are split over every device that does not share a row's matmuls.
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# The first rule whose pattern is found in 'a/b/c' holds; the leading axis of stacked
+# layers stays whole, being scanned. Whatever no rule names is replicated.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  (r"(^|/)(embed/embedding|head)$", PartitionSpec("tensor", "fsdp")),
+  (r"position_embed/embedding$", PartitionSpec(None, "fsdp")),
+  (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+  (r"(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+  (r"(query|key|value|gate|up)/bias$", PartitionSpec(None, "tensor")),
+  (r"/down$", PartitionSpec(None, "fsdp", None)),
+  (r"/up$", PartitionSpec(None, None, "fsdp")),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """A mesh over all devices; one size may be -1: whatever the others leave.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices.
+  """
+  sizes = np.array([data, fsdp, tensor])
+  count = jax.device_count()
+  wanted = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+  if (sizes == -1).sum() > 1 or ((sizes < 1) & (sizes != -1)).any():
+    raise UserError(f"{wanted}: sizes are at least 1, and only one may be -1")
+  known = int(np.prod(sizes[sizes != -1]))
+  sizes[sizes == -1] = count // known
+  if np.prod(sizes) != count:
+    raise UserError(f"{wanted} does not fit the {count} devices at hand")
+  return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(tree, mesh: Mesh):
+  """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)),
+    tree,
+  )
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """The first matching rule, without the axes that do not divide their dimension."""
+  for pattern, rule in RULES:
+    if re.search(pattern, path) and len(shape) >= len(rule):
+      return PartitionSpec(
+        *(
+          axis if axis and size % mesh.shape[axis] == 0 else None
+          for axis, size in zip(rule, shape[: len(rule)], strict=True)
+        )
+      )
+  return PartitionSpec()
+
+
+def path_name(path) -> str:
+  """'a/b/c' for a key path of jax.tree_util."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over data and fsdp."""
+  return NamedSharding(mesh, BATCH)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch as global arrays."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+  """Raises a UserError unless every micro-batch spreads evenly over the devices."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if microbatches < 1 or batch_size % (microbatches * ways):
+    raise UserError(
+      f"train.batch_size={batch_size} must be a multiple of train.microbatches="
+      f"{microbatches} times the {ways} devices that rows are split over "
+      "(mesh.data x mesh.fsdp)"
+    )

@@ -1,0 +1,139 @@
+"""The training state and the one jitted training step."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key
+
+from okd_jax.losses import token_weights
+from okd_jax.methods import Method, Models
+from okd_jax.sharding import batch_sharding, shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run must carry from step to step; the frozen teacher is not in it.
+
+  params and opt_state are dicts with the trained trees 'student' and, in methods
+  that adapt the teacher, 'adapter'.
+  """
+
+  step: Int[Array, ""]
+  params: dict[str, Any]
+  opt_state: dict[str, Any]
+  key: Key[Array, ""]
+
+
+def init_state(params, optimizers: Mapping, key) -> TrainState:
+  """The state of step 0."""
+  opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+
+
+def train_step(
+  state: TrainState,
+  frozen,
+  batch: dict[str, Array],
+  *,
+  method: Method,
+  models: Models,
+  optimizers: Mapping[str, optax.GradientTransformation],
+  microbatches: int,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update of every trained tree; a pure function.
+
+  Gradients are taken with respect to the moving trees alone, so the frozen teacher
+  has no gradient buffers. If a loss or gradient is not finite, the state comes back
+  unchanged and the metric 'finite' is 0.
+  """
+  batch = batch | {"weights": token_weights(batch["mask"])}
+  key = jax.random.fold_in(state.key, state.step)
+  loss_fn = functools.partial(method.loss, models)
+  params, opt_state, metrics = dict(state.params), dict(state.opt_state), {}
+  for names in method.updates:
+    loss, metrics, grads = _accumulate(
+      loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
+    )
+    metrics["loss"] = loss
+    for name in names:
+      metrics[f"{name}_grad_norm"] = optax.global_norm(grads[name])
+      updates, opt_state[name] = optimizers[name].update(
+        grads[name], opt_state[name], params[name]
+      )
+      params[name] = optax.apply_updates(params[name], updates)
+  finite = jnp.isfinite(sum(metrics.values()))
+  new = TrainState(state.step + 1, params, opt_state, state.key)
+  keep = functools.partial(jnp.where, finite)
+  new = new.replace(
+    params=jax.tree.map(keep, new.params, state.params),
+    opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
+  )
+  metrics["finite"] = finite.astype(jnp.float32)
+  metrics["tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
+  return new, metrics
+
+
+def _accumulate(loss, moving, params, frozen, batch, key, microbatches):
+  """(loss, metrics, gradients) summed over micro-batches.
+
+  The weights were normalised over the whole batch, so plain sums are its means.
+  """
+
+  def value(moving, part, index):
+    part_key = jax.random.fold_in(key, index)
+    return loss(params | moving, frozen, part, part_key)
+
+  gradient = jax.value_and_grad(value, has_aux=True)
+  if microbatches == 1:
+    (total, metrics), grads = gradient(moving, batch, 0)
+    return total, metrics, grads
+  # Row i goes to part i % microbatches: every device keeps a share of each part.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+
+  def body(sums, inputs):
+    new = gradient(moving, *inputs)
+    return jax.tree.map(jnp.add, sums, new), None
+
+  shapes = jax.eval_shape(gradient, moving, jax.tree.map(lambda x: x[0], parts), 0)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  index = jnp.arange(microbatches)
+  ((total, metrics), grads), _ = jax.lax.scan(body, zeros, (parts, index))
+  return total, metrics, grads
+
+
+def compile_step(
+  method: Method,
+  models: Models,
+  optimizers: Mapping[str, optax.GradientTransformation],
+  microbatches: int,
+  state: TrainState,
+  mesh: Mesh,
+) -> Callable:
+  """`train_step` under jit: (state, frozen, batch) -> (state, metrics).
+
+  `state` may be abstract. Its buffers are donated: the new state takes their place.
+  The frozen tree keeps the sharding it was loaded in.
+  """
+  state_shardings = shardings(state, mesh)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  step = functools.partial(
+    train_step,
+    method=method,
+    models=models,
+    optimizers=optimizers,
+    microbatches=microbatches,
+  )
+  return jax.jit(
+    step,
+    in_shardings=(state_shardings, None, batch_sharding(mesh)),
+    out_shardings=(state_shardings, replicated),
+    donate_argnames="state",
+  )

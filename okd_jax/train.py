@@ -1,0 +1,421 @@
+"""The loop: dispatch step n, read the metrics of n-1, checkpoint, evaluate, export."""
+
+import dataclasses
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from okd_jax import checkpoint, metrics, setup, sharding
+from okd_jax.analysis import report
+from okd_jax.data import eval_batches, train_loader
+from okd_jax.errors import UserError
+from okd_jax.evaluate import (
+  COLUMNS,
+  answer,
+  answerable,
+  compile_token_step,
+  evaluate_tokens,
+)
+from okd_jax.export import export_run
+from okd_jax.files import write_text
+from okd_jax.score import score
+from okd_jax.setup import Run
+from okd_jax.step import TrainState, compile_step
+
+_log = logging.getLogger(__name__)
+
+# A larger value of these is better; of every other metric a smaller one is.
+_LARGER_IS_BETTER = ("rougeL", "exact_match", "top1_agreement")
+TERMINATED = 128 + signal.SIGTERM
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+  """Trains the stages that `config` names, in order, and then the run itself.
+
+  Whatever has finished is left alone, whatever was interrupted goes on.
+
+  Raises:
+    UserError: for whatever is wrong with the configuration, a model or the data.
+    SystemExit: with status 143 after SIGTERM, everything being saved.
+  """
+  for name, part, folder in stages(config, workdir):
+    if name:
+      _log.info("stage %s, in %s", name, folder)
+    _run_one(part, folder)
+
+
+def stages(config: ConfigDict, workdir: Path):
+  """(name, configuration, folder) of each stage and at last of the run, name ''."""
+  base = config.copy_and_resolve_references()
+  parts = base.stages.to_dict()
+  base.stages = ConfigDict()
+  for name, changes in parts.items():
+    part = ConfigDict(base.to_dict())
+    part.update(changes)
+    yield name, _resolve(part, parts, workdir), workdir / "stages" / name
+  yield "", _resolve(base, parts, workdir), workdir
+
+
+def _resolve(config: ConfigDict, parts, workdir: Path) -> ConfigDict:
+  """Puts the folders of earlier stages in the place of 'stage:NAME'."""
+  for section, key in (("teacher", "path"), ("student", "path"), ("data", "tokenizer")):
+    value = config[section][key]
+    if value.startswith(setup.STAGE):
+      name = value.removeprefix(setup.STAGE)
+      if name not in parts:
+        raise UserError(
+          f"{section}.{key}={value!r}, but the stages are: {', '.join(parts) or 'none'}"
+        )
+      config[section][key] = str(workdir / "stages" / name)
+  return config
+
+
+def _run_one(config: ConfigDict, workdir: Path) -> None:
+  if _is_finished(config, workdir):
+    _log.info("%s is finished already; name another workdir for another run", workdir)
+    print(summary(workdir), flush=True)
+    return
+  parts = setup.build(config, workdir)
+  write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+  best = _score_by(config.eval.best)
+  folder = workdir / "checkpoints"
+  # The handler stays for export, too: a second signal then ends the process at once.
+  with (
+    jax.set_mesh(parts.mesh),
+    checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
+  ):
+    state, step, loader = _start(parts, checkpoints)
+    writer = metrics.Writer(
+      workdir, step, config.train.tensorboard, config.train.wandb
+    )
+    state = _loop(parts, checkpoints, writer, state, step, loader)
+    chosen = checkpoints.best_step()
+    writer.write(parts.steps, "export", {"exported_step": chosen})
+    writer.close()
+    if chosen != parts.steps:
+      state = checkpoints.restore_step(chosen, parts.abstract, None, parts.mesh)
+    _log.info("exporting the student of step %d", chosen)
+    export_run(parts, state.params, workdir / "student", workdir / "adapter")
+  report.write(workdir)
+  print(summary(workdir), flush=True)
+
+
+def _is_finished(config: ConfigDict, workdir: Path) -> bool:
+  """Whether `workdir` holds the whole run; an error if it holds another one."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return False
+  saved = json.loads(path.read_text(encoding="utf8"))
+  wanted = json.loads(json.dumps(config.to_dict()))
+  different = [
+    f"{key}={before!r} there, {now!r} here"
+    for key, before, now in _differences(saved, wanted)
+  ]
+  if different:
+    raise UserError(
+      f"{workdir} holds a run with another configuration ({'; '.join(different[:5])}); "
+      "name another workdir, or the same values to go on"
+    )
+  return (workdir / "report.html").exists()
+
+
+def _differences(a, b, prefix=""):
+  """(key, value in a, value in b) wherever two nested dicts differ."""
+  for key in sorted(set(a) | set(b)):
+    left, right, path = a.get(key), b.get(key), prefix + key
+    if isinstance(left, dict) and isinstance(right, dict):
+      yield from _differences(left, right, path + ".")
+    elif left != right:
+      yield path, left, right
+
+
+def _score_by(name: str):
+  """The function by which checkpoints compete, or None."""
+  if not name:
+    return None
+  if name not in COLUMNS:
+    raise UserError(f"eval.best={name!r} must be one of {', '.join(COLUMNS)}")
+  sign = 1 if name in _LARGER_IS_BETTER else -1
+  return lambda values: sign * values[name]
+
+
+def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
+  """(state, step, loader): of the newest checkpoint, or of step 0."""
+  config = parts.config
+  loader = train_loader(
+    parts.train,
+    batch_size=config.train.batch_size,
+    length=config.data.max_length,
+    pad_id=_pad_id(parts),
+    seed=config.train.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  if not checkpoints.steps():
+    return parts.init(), 0, loader
+  state, step = checkpoints.restore(parts.abstract, loader, parts.mesh)
+  _log.info("resuming at step %d of %d", step, parts.steps)
+  return state, step, loader
+
+
+def _loop(parts: Run, checkpoints, writer, state, step, loader) -> TrainState:
+  """Trains to the last step; returns the final state, saved and evaluated."""
+  config = parts.config
+  train_step = compile_step(
+    parts.method,
+    parts.models,
+    parts.optimizers,
+    config.train.microbatches,
+    parts.abstract,
+    parts.mesh,
+  )
+  evaluator = Evaluator(parts)
+  if step == 0:
+    if "teacher" in parts.decoders:
+      writer.write(0, "teacher", evaluator.teacher())
+    writer.write(0, "eval", evaluator(state.params))
+  progress = Progress(parts, writer, step)
+  pending = None
+  with _Terminated() as terminated, progress:
+    while step < parts.steps:
+      batch = next(loader)
+      rows = batch.pop("row")
+      state, values = train_step(
+        state, parts.frozen, sharding.put_batch(batch, parts.mesh)
+      )
+      step += 1
+      if pending:
+        progress.read(*pending)
+      pending = (step, rows, values)
+      last = step == parts.steps
+      stop = bool(terminated)
+      due = last or bool(config.eval.every and step % config.eval.every == 0)
+      if stop or due or step % config.checkpoint.every == 0:
+        progress.read(*pending)  # never save beyond a step that was not finite
+        pending = None
+        scores = None
+        if due and not stop:
+          with progress.paused():
+            scores = evaluator(state.params)
+          writer.write(step, "eval", scores)
+          progress.show_scores(scores)
+        checkpoints.save(step, state, loader, scores)
+      if stop:
+        checkpoints.wait()
+        _log.warning("stopped at step %d; the same command goes on from there", step)
+        sys.exit(TERMINATED)
+  checkpoints.wait()
+  return state
+
+
+class Evaluator:
+  """Everything measured during training, on the held-out rows; compiled once."""
+
+  def __init__(self, parts: Run):
+    self._parts = parts
+    config = parts.config
+    self._step = compile_token_step(parts.decoders, config.train.loss_chunk)
+    self._prompts = answerable(parts.eval)[: config.eval.generate_limit or None]
+
+  def __call__(self, params) -> dict[str, float]:
+    """The student's figures; beside a teacher, also the distances between them."""
+    variables = {"student": {"params": params["student"]}}
+    if "teacher" in self._parts.decoders:
+      variables["teacher"] = {"params": self._parts.frozen}
+    if "adapted" in self._parts.decoders:
+      variables["adapted"] = {
+        "params": self._parts.frozen,
+        "adapter": params["adapter"],
+      }
+    return self._tokens(self._step, variables) | self._text(
+      "student", variables["student"]
+    )
+
+  def teacher(self) -> dict[str, float]:
+    """The frozen teacher's own figures; they never change."""
+    variables = {"params": self._parts.frozen}
+    step = compile_token_step(
+      {"student": self._parts.decoders["teacher"]}, self._parts.config.train.loss_chunk
+    )
+    return self._tokens(step, {"student": variables}) | self._text("teacher", variables)
+
+  def _tokens(self, step, variables):
+    parts, config = self._parts, self._parts.config
+    batches = eval_batches(
+      parts.eval,
+      batch_size=_eval_batch_size(parts),
+      length=config.data.max_length,
+      pad_id=_pad_id(parts),
+    )
+    arrays = ({k: v for k, v in batch.items() if k != "row"} for batch in batches)
+    where = sharding.batch_sharding(parts.mesh)
+    return evaluate_tokens(
+      step, variables, arrays, put=lambda rows: jax.device_put(rows, where)
+    )
+
+  def _text(self, role, variables) -> dict[str, float]:
+    parts, config = self._parts, self._parts.config
+    if not config.eval.generate or not self._prompts:
+      return {}
+    texts = answer(
+      parts.decoders[role],
+      variables,
+      self._prompts,
+      parts.tokenizer,
+      template=config.data.template,
+      max_new_tokens=config.eval.max_new_tokens,
+      temperature=config.eval.temperature,
+      seed=config.train.seed,
+      batch_size=_eval_batch_size(parts),
+      sharding=sharding.batch_sharding(parts.mesh),
+    )
+    scores = score(texts, [list(p.references) for p in self._prompts])
+    return {name: scores[name] for name in ("rougeL", "exact_match")}
+
+
+class Progress:
+  """Reads steps' metrics: checks them, writes them down and shows them.
+
+  A bar on a terminal, plain lines elsewhere.
+  """
+
+  def __init__(self, parts: Run, writer: metrics.Writer, step: int):
+    self._parts, self._writer = parts, writer
+    self._every = parts.config.train.log_every
+    self._tokens, self._since, self._total = 0.0, time.monotonic(), 0.0
+    self._first, self._begin = step, time.monotonic()
+    self._bar = tqdm(
+      total=parts.steps,
+      initial=step,
+      unit="step",
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+      desc=parts.config.method.name,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+
+  def read(self, step: int, rows: np.ndarray, values) -> None:
+    """Waits for one step's metrics.
+
+    Raises:
+      UserError: if the loss or a gradient is not finite, naming the batch's rows; the
+        step left the state as it was.
+    """
+    values = {name: float(v) for name, v in jax.device_get(values).items()}
+    if not values.pop("finite"):
+      where = ", ".join(self._parts.train[row].where for row in rows[:8])
+      raise UserError(
+        f"step {step}: the loss or a gradient is not finite (loss {values['loss']}); "
+        f"its rows are {where}{', …' if len(rows) > 8 else ''}; the last checkpoint is "
+        "sound: look at these rows, or lower optim.lr"
+      )
+    self._tokens += values["tokens"]
+    self._bar.update(1)
+    if step % self._every == 0 or step == self._parts.steps or step == self._first + 1:
+      now = time.monotonic()
+      values["tokens_per_s"] = self._tokens / (now - self._since)
+      values["lr"] = float(self._parts.learning_rate(step - 1))
+      self._tokens, self._since = 0.0, now
+      self._writer.write(step, "train", values)
+      self._show(step, values)
+
+  def show_scores(self, scores) -> None:
+    shown = {name: scores[name] for name in COLUMNS if name in scores}
+    self._print("  ".join(f"{COLUMNS[name]} {v:.4g}" for name, v in shown.items()))
+
+  def paused(self):
+    """A context whose time does not count as training time."""
+    return _Paused(self)
+
+  def forget(self, seconds: float) -> None:
+    self._since += seconds
+    self._begin += seconds
+
+  def _show(self, step, values) -> None:
+    speed = f"{values['tokens_per_s']:.0f} tokens/s"
+    if not self._bar.disable:
+      self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed}")
+      return
+    left = self._parts.steps - step
+    spent = (time.monotonic() - self._begin) / max(step - self._first, 1)
+    eta = tqdm.format_interval(left * spent)
+    self._print(
+      f"{self._parts.config.method.name} step {step}/{self._parts.steps}  "
+      f"loss {values['loss']:.4f}  {speed}  ETA {eta}"
+    )
+
+  def _print(self, line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+@dataclasses.dataclass
+class _Paused:
+  progress: Progress
+  begin: float = 0.0
+
+  def __enter__(self):
+    self.begin = time.monotonic()
+
+  def __exit__(self, *_):
+    self.progress.forget(time.monotonic() - self.begin)
+
+
+class _Terminated:
+  """True once SIGTERM has come; the handler that was there before is put back."""
+
+  def __enter__(self):
+    self._came = False
+    self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_):
+    self._came = True
+    signal.signal(signal.SIGTERM, self._before)  # a second one ends it at once
+
+  def __bool__(self):
+    return self._came
+
+  def __exit__(self, *_):
+    signal.signal(signal.SIGTERM, self._before)
+
+
+def summary(workdir: Path) -> str:
+  """The closing table of a run, and where its results lie."""
+  lines = [
+    metrics.table(report.summary_rows(workdir), COLUMNS),
+    "",
+    f"student  {workdir / 'student'}",
+  ]
+  if (workdir / "adapter").exists():
+    lines.append(f"adapter  {workdir / 'adapter'}")
+  lines += [
+    f"metrics  {workdir / 'metrics.jsonl'}",
+    f"report   {workdir / 'report.html'}",
+  ]
+  return "\n".join(lines)
+
+
+def _pad_id(parts: Run) -> int:
+  tokenizer = parts.tokenizer
+  ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+  return next(i for i in ids if i is not None)
+
+
+def _eval_batch_size(parts: Run) -> int:
+  """eval.batch_size, rounded up to what spreads evenly over the devices."""
+  ways = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
+  return -(-parts.config.eval.batch_size // ways) * ways
