@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
 
   # Runs that come first, by name: each maps to the keys in which it differs from
   # the defaults. 'stage:NAME' as a path below means what stage NAME exported.
-  config.stages = ConfigDict()
+  config.stages = ConfigDict(sort_keys=False)
 
   config.teacher = ConfigDict()
   config.teacher.path = ""  # HF folder, hub id, .gguf file or a finished run's workdir

@@ -131,26 +131,13 @@ def sample(
 
   Nothing is donated: the cache is made, written in place and dropped in here.
   """
-  batch, width = tokens.shape
-  start = width - lengths[:, None]
-  index = jnp.arange(width - 1)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-  state = source.init(batch, width + max_new_tokens - 1)  # The last is never read.
-  if width > 1:
-    # The loop itself reads the last prompt token, so it is traced only once.
-    prefix = (tokens[:, :-1], (index >= start).astype(jnp.int32))
-    _, state = source.apply(variables, *prefix, jnp.maximum(index - start, 0), state)
   loop = _Loop(
     step=jnp.zeros((), jnp.int32),
     token=tokens[:, -1],
-    state=state,
+    state=_read_prompts(source, variables, tokens, lengths, max_new_tokens),
     done=lengths == 0,
-    out=Rollout(
-      tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
-      lengths=jnp.zeros(batch, jnp.int32),
-      logprobs=jnp.zeros((batch, max_new_tokens)),
-      ended=jnp.zeros(batch, bool),
-    ),
+    out=_nothing(len(tokens), max_new_tokens),
   )
   loop = jax.lax.while_loop(
     lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
@@ -191,26 +178,30 @@ def generate(
     UserError: a prompt is empty or too long for the model, or a setting is unusable.
   """
   prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  room = source.max_length - max_new_tokens
-  _check(prompts, room, max_new_tokens, batch_size, source.max_length, sampling)
-  if not prompts:
-    return []
+  _check(prompts, max_new_tokens, batch_size, source.max_length, sampling)
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-  size = _batch_size(len(prompts), batch_size, sharding)
-  # The longest first: if memory is short, it shows at once.
-  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-  run = functools.partial(
-    sample, source, variables, max_new_tokens=max_new_tokens, choose=choose
-  )
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
   settings = (key, _traced(sampling), eos_ids, np.int32(pad_id))
   completions = {}
-  for first in range(0, len(order), size):
-    chosen = order[first : first + size]
-    inputs = _batch([prompts[i] for i in chosen], rows[chosen], size, room)
+  for chosen, size in _plan(prompts, batch_size, sharding):
+    inputs = _batch(
+      [prompts[i] for i in chosen],
+      rows[chosen],
+      size,
+      source.max_length - max_new_tokens,
+    )
     if sharding is not None:
       inputs = jax.device_put(inputs, sharding)
-    completions.update(zip(chosen, _rows(run(*inputs, *settings)), strict=False))
+    out = sample(
+      source,
+      variables,
+      *inputs,
+      *settings,
+      max_new_tokens=max_new_tokens,
+      choose=choose,
+    )
+    # Rows that only filled the batch come last and are dropped here.
+    completions.update(zip(chosen, _rows(out), strict=False))
   return [completions[i] for i in range(len(prompts))]
 
 
@@ -248,7 +239,35 @@ class _Loop(NamedTuple):
   out: Rollout
 
 
-def _advance(loop: _Loop, source, variables, lengths, keys, sampling, eos_ids, choose):
+def _read_prompts(source, variables, tokens, lengths, max_new_tokens: int):
+  """The source's state before the last prompt token, which the loop itself reads.
+
+  So the loop's body is all there is to choosing a token, and it is traced once.
+  """
+  batch, width = tokens.shape
+  state = source.init(batch, width + max_new_tokens - 1)  # The last one is never read.
+  if width == 1:
+    return state
+  start = width - lengths[:, None]
+  index = jnp.arange(width - 1)[None]
+  segment_ids = (index >= start).astype(jnp.int32)
+  positions = jnp.maximum(index - start, 0)
+  _, state = source.apply(variables, tokens[:, :-1], segment_ids, positions, state)
+  return state
+
+
+def _nothing(batch: int, max_new_tokens: int) -> Rollout:
+  return Rollout(
+    tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
+    lengths=jnp.zeros(batch, jnp.int32),
+    logprobs=jnp.zeros((batch, max_new_tokens)),
+    ended=jnp.zeros(batch, bool),
+  )
+
+
+def _advance(
+  loop: _Loop, source, variables, lengths, keys, sampling, eos_ids, choose
+) -> _Loop:
   """Reads the newest token, chooses the next one and writes it down."""
   positions = jnp.maximum(lengths - 1 + loop.step, 0)[:, None]
   logits, state = source.apply(
@@ -256,7 +275,7 @@ def _advance(loop: _Loop, source, variables, lengths, keys, sampling, eos_ids, c
   )
   token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.step)
   token, logprob = choose(token_keys, logits, sampling)
-  ended = ~loop.done & (token[:, None] == eos_ids).any(-1)
+  ended = ~loop.done & (token[:, None] == eos_ids[None]).any(-1)
   out = Rollout(
     tokens=loop.out.tokens.at[:, loop.step].set(token),
     lengths=loop.out.lengths + ~loop.done,
@@ -268,7 +287,7 @@ def _advance(loop: _Loop, source, variables, lengths, keys, sampling, eos_ids, c
 
 def _mask(out: Rollout, pad_id) -> Rollout:
   """Hides what rows went on to draw after their end."""
-  own = jnp.arange(out.tokens.shape[1]) < out.lengths[:, None]
+  own = jnp.arange(out.tokens.shape[1])[None] < out.lengths[:, None]
   return out._replace(
     tokens=jnp.where(own, out.tokens, pad_id),
     logprobs=jnp.where(own, out.logprobs, 0.0),
@@ -315,14 +334,22 @@ def _highest_cut(order: UInt32[Array, "B V"], enough) -> UInt32[Array, " B"]:
   return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(order.shape[0], jnp.uint32))
 
 
-def _batch_size(prompts: int, limit: int, sharding) -> int:
-  """No larger than needed, but a multiple of the shards it is to be split into."""
-  size = min(limit, _power_of_two(prompts))
-  if sharding is None:
-    return size
-  devices = sharding.num_devices
-  shards = devices // sharding.shard_shape((devices,))[0]
-  return -(-size // shards) * shards
+def _plan(prompts, batch_size: int, sharding):
+  """(indices of a batch's prompts, its rows) for each batch, the longest first.
+
+  If memory is short, it then shows at once. No batch is larger than needed; a sharded
+  one is a multiple of its shards.
+  """
+  if not prompts:
+    return
+  size = min(batch_size, _power_of_two(len(prompts)))
+  if sharding is not None:
+    devices = sharding.num_devices
+    shards = devices // sharding.shard_shape((devices,))[0]
+    size = -(-size // shards) * shards
+  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  for first in range(0, len(order), size):
+    yield order[first : first + size], size
 
 
 def _batch(prompts, rows, size: int, room: int):
@@ -353,7 +380,7 @@ def _power_of_two(n: int) -> int:
   return 1 << (int(n) - 1).bit_length()
 
 
-def _check(prompts, room, max_new_tokens, batch_size, max_length, sampling):
+def _check(prompts, max_new_tokens, batch_size, max_length, sampling):
   """Raises a UserError that lists everything wrong with the request."""
   problems = [
     f"{name}={value} must be at least 1"
@@ -366,7 +393,7 @@ def _check(prompts, room, max_new_tokens, batch_size, max_length, sampling):
     where = f"prompt {i + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
     if prompt.ndim != 1 or not prompt.size:
       problems.append(f"{where} is empty: there must be at least one token to continue")
-    elif prompt.size > room:
+    elif prompt.size + max_new_tokens > max_length:
       problems.append(
         f"{where} has {prompt.size} tokens and {max_new_tokens} new ones are asked "
         f"for, but the model takes at most {max_length} in all"

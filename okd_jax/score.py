@@ -37,7 +37,7 @@ def score(
     )
   if not predictions:
     raise UserError("there is nothing to score; give at least one prediction")
-  if isinstance(references, str) or any(isinstance(row, str) for row in references):
+  if any(isinstance(row, str) for row in references):
     raise TypeError("references must be a list of strings for every prediction")
   for i, row in enumerate(references, 1):
     if not row:

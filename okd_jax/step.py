@@ -75,7 +75,8 @@ def train_step(
     opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
   )
   metrics["finite"] = finite.astype(jnp.float32)
-  metrics["tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
+  metrics["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
+  metrics["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
   return new, metrics
 
 

@@ -56,7 +56,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def stages(config: ConfigDict, workdir: Path):
   """(name, configuration, folder) of each stage and at last of the run, name ''."""
   base = config.copy_and_resolve_references()
-  parts = base.stages.to_dict()
+  # Read from the original, since a copy would bring the stages into sorted order.
+  parts = {name: config.stages[name].to_dict() for name in config.stages}
   base.stages = ConfigDict()
   for name, changes in parts.items():
     part = ConfigDict(base.to_dict())

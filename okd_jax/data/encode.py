@@ -262,7 +262,7 @@ def _last_tokens(
   """The end of a prompt, where the question is; a BOS stays, for it is no text."""
   if length > 1 and prompt[0] == tokenizer.bos_token_id:
     return prompt[:1] + prompt[1 - length :]
-  return prompt[-length:]
+  return prompt[:length]
 
 
 def _windows(
@@ -331,53 +331,52 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 # Messages
 
 
-def _fates(counts: Counts, limits: Limits) -> dict[str, tuple[int, str, str]]:
-  """Of each way to lose a row or a part of it: how many, what, and the remedy."""
-  prompt = f"longer than data.max_prompt_length={limits.max_prompt_length}"
-  row = f"longer than data.max_length={limits.max_length}"
-  remedy = "raise it or set data.{}=truncate"
-  no_room = limits.overlong_row == "truncate"
-  return {
-    "dropped_prompts": (
+def _fates(counts: Counts, limits: Limits) -> list[tuple[int, str, str, str]]:
+  """Of each way to lose rows that occurred: how many, what, why, and the remedy."""
+  if limits.overlong_row == "drop":
+    row = ("rows", "longer than", "raise it or set data.overlong_row=truncate")
+  else:
+    remedy = "raise it or lower data.max_prompt_length"
+    row = ("prompts", "too long for a response to fit in", remedy)
+  fates = [
+    (
       counts.dropped_prompts,
-      f"prompts are {prompt}",
-      remedy.format("overlong_prompt"),
+      "prompts",
+      f"longer than data.max_prompt_length={limits.max_prompt_length}",
+      "raise it or set data.overlong_prompt=truncate",
     ),
-    "dropped_rows": (
+    (
       counts.dropped_rows,
-      f"prompts leave no room for a response in data.max_length={limits.max_length}"
-      if no_room
-      else f"rows are {row}",
-      "raise it or lower data.max_prompt_length"
-      if no_room
-      else remedy.format("overlong_row"),
+      row[0],
+      f"{row[1]} data.max_length={limits.max_length}",
+      row[2],
     ),
-  }
+  ]
+  return [fate for fate in fates if fate[0]]
 
 
 def _nothing_left(counts: Counts, limits: Limits) -> str:
   """Why there is no row left, and which key to change."""
-  lost = [fate for fate in _fates(counts, limits).values() if fate[0]]
-  if len(lost) == 1:
-    number, what, remedy = lost[0]
-    return f"all {number} {what}; {remedy}"
-  causes = ", ".join(f"{number} {what} ({remedy})" for number, what, remedy in lost)
+  fates = _fates(counts, limits)
+  if len(fates) == 1:
+    [(number, what, why, remedy)] = fates
+    return f"all {number} {what} are {why}; {remedy}"
+  causes = ", ".join(f"{n} {what} are {why} ({fix})" for n, what, why, fix in fates)
   return f"none of the {counts.rows} rows is left: {causes}"
 
 
 def _summary(counts: Counts, limits: Limits) -> str:
   """The one line about a dataset."""
-  parts = [f"{counts.rows} records, {counts.kept} rows kept"]
+  parts = [f"{counts.kept} rows from {counts.rows} records"]
   if counts.windows:
-    parts.append(f"{counts.windows} of them windows of long texts")
-  for number, what, _ in _fates(counts, limits).values():
-    if number:
-      parts.append(f"dropped: {number} {what}")
+    parts.append(f"{counts.windows} are windows of long texts")
+  for number, what, why, _ in _fates(counts, limits):
+    parts.append(f"dropped {number} ({what} {why})")
   if counts.truncated_prompts:
+    length = limits.max_prompt_length
     parts.append(
-      f"{counts.truncated_prompts} prompts cut to the last {limits.max_prompt_length} "
-      "tokens"
+      f"cut {counts.truncated_prompts} prompts to their last {length} tokens"
     )
   if counts.truncated_rows:
-    parts.append(f"{counts.truncated_rows} rows cut to {limits.max_length} tokens")
+    parts.append(f"cut {counts.truncated_rows} rows to {limits.max_length} tokens")
   return "; ".join(parts)

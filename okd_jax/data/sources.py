@@ -197,7 +197,7 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
   names = {path.name for path in folder.iterdir()}
   if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
     return _read_saved(folder, split)
-  files = sorted(p for p in folder.iterdir() if _is_jsonl(p))
+  files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
   if not files:
     raise UserError(
       f"{folder}: the folder holds no .jsonl file and was not written by "
@@ -217,10 +217,6 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
       ", ".join(path.name for path in chosen),
     )
   return [row for path in chosen or files for row in _read_file(path)]
-
-
-def _is_jsonl(path: pathlib.Path) -> bool:
-  return path.is_file() and path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 # Hugging Face datasets

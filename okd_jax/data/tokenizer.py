@@ -5,6 +5,7 @@ run's own data. Both are what transformers loads from a folder.
 """
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 
 import tokenizers
@@ -109,6 +110,11 @@ def _bpe_tokenizer(size: int, records: Sequence[Record]) -> tokenizers.Tokenizer
     show_progress=False,
   )
   tokenizer.train_from_iterator(_texts(records), trainer)
+  found = tokenizer.get_vocab_size()
+  if found < size:
+    logging.getLogger("okd_jax").info(
+      "tokenizer bpe:%d: the data give no more than %d entries", size, found
+    )
   return tokenizer
 
 

@@ -290,7 +290,7 @@ def _init_stack(block: Block, collection: str, key, count: int):
 
 def positions_from_segments(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
   """0, 1, 2, … from the first token of each segment; padding counts on harmlessly."""
-  index = jnp.arange(segment_ids.shape[1])
+  index = jnp.arange(segment_ids.shape[1])[None]
   previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
   starts = jnp.where(segment_ids != previous, index, 0)
   return index - jax.lax.cummax(starts, axis=1)

@@ -1,0 +1,260 @@
+"""A run's history, and its curves as inline SVG in the colours of the page."""
+
+import collections
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import style, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from okd_jax import metrics
+
+Figures = Mapping[str, float]
+Rows = Mapping[int, Figures]
+
+# In the light and in the dark. Charts are drawn in the light colours, which then give
+# way to CSS variables: only the page knows whether it is light or dark. Blue, orange
+# and green stay apart for the colour-blind.
+_COLOURS = {
+  "student": ("#0072b2", "#56b4e9"),
+  "adapted": ("#d55e00", "#f0883e"),
+  "drift": ("#009e73", "#3fc79a"),
+  "teacher": ("#5c5f66", "#a3a8b0"),
+  "ink": ("#3b3d41", "#c3c7cd"),
+  "grid": ("#dcdee2", "#363a40"),
+  "strong": ("#17181a", "#f1f2f4"),
+  "soft": ("#f5f6f7", "#1f2226"),
+  "page": ("#ffffff", "#16181b"),
+}
+_LIGHT = {name: light for name, (light, _) in _COLOURS.items()}
+_MAX_POINTS = 2000
+_NICE = (1, 2, 5, 10)  # times a power of ten: the distances of ticks
+
+_STYLE = {
+  "svg.hashsalt": "okd_jax",  # the same run gives the same bytes
+  "svg.fonttype": "none",  # text stays text, in the page's own font
+  "font.size": 9,
+  "axes.edgecolor": _LIGHT["grid"],
+  "axes.labelcolor": _LIGHT["ink"],
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "axes.xmargin": 0.02,
+  "grid.color": _LIGHT["grid"],
+  "grid.linewidth": 0.6,
+  "xtick.color": _LIGHT["grid"],
+  "ytick.color": _LIGHT["grid"],
+  "xtick.labelcolor": _LIGHT["ink"],
+  "ytick.labelcolor": _LIGHT["ink"],
+  "lines.solid_capstyle": "round",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+  """The figures of metrics.jsonl by kind and, ascending, by step; all are finite.
+
+  teacher: the frozen teacher's, which never change; may be empty.
+  exported: the step of the exported student, or None.
+  lost: how often each figure was not finite and is therefore missing.
+  """
+
+  teacher: Figures
+  evals: Rows
+  train: Rows
+  exported: int | None
+  lost: Mapping[str, int]
+
+  @property
+  def final(self) -> int | None:
+    """The last evaluated step up to the exported one, if any."""
+    limit = math.inf if self.exported is None else self.exported
+    return max((step for step in self.evals if step <= limit), default=None)
+
+
+def read_history(workdir: Path) -> History:
+  kinds = collections.defaultdict(dict)
+  lost = collections.Counter()
+  for row in metrics.read(workdir):
+    values = {name: v for name, v in row.items() if name not in ("step", "kind")}
+    finite = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
+    lost.update(values.keys() - finite.keys())
+    # A run that was killed before its first checkpoint has its first rows twice.
+    kinds[row["kind"]][row["step"]] = finite
+  exported = [int(row["exported_step"]) for row in kinds["export"].values()]
+  return History(
+    teacher=kinds["teacher"].get(0, {}),
+    evals=dict(sorted(kinds["eval"].items())),
+    train=dict(sorted(kinds["train"].items())),
+    exported=exported[-1] if exported else None,
+    lost=dict(sorted(lost.items())),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """One curve; `look` is 'strong' (with its points), 'plain', 'faint' or 'dashed'."""
+
+  label: str
+  colour: str
+  look: str
+  steps: Sequence[int]
+  values: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """Lines over training steps; `zero`: from 0 up, `small`: one of three in a row."""
+
+  title: str
+  unit: str
+  lines: Sequence[Line]
+  zero: bool = True
+  small: bool = False
+
+  def svg(self) -> str:
+    return _inline(_draw(self), self.title)
+
+
+def css() -> str:
+  """The colours as CSS variables, such as var(--student); on paper always light."""
+  light, dark = (
+    " ".join(f"--{name}: {pair[i]};" for name, pair in _COLOURS.items()) for i in (0, 1)
+  )
+  return (
+    f":root {{ color-scheme: light dark; {light} }}\n"
+    f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+  )
+
+
+def charts(history: History) -> list[Chart]:
+  """The charts for which there are data; very many training steps are thinned."""
+  every = [*_quality(history), *_training(history)]
+  shown = [
+    dataclasses.replace(chart, lines=[line for line in chart.lines if _finite(line)])
+    for chart in every
+  ]
+  return [chart for chart in shown if chart.lines]
+
+
+def _quality(history: History) -> list[Chart]:
+  train, evals = _thin(history.train), history.evals
+  teacher = dict.fromkeys(evals, history.teacher)
+  loss = [
+    _line("student", "student", "strong", evals, "loss"),
+    _line("on training rows", "student", "faint", train, "student_nll"),
+    _line("teacher", "teacher", "dashed", teacher, "loss"),
+    _line("adapted teacher", "adapted", "dashed", evals, "adapted_loss"),
+  ]
+  distance = [
+    _line("teacher ‖ student", "student", "strong", evals, "forward_kl"),
+    _line("in training", "student", "faint", train, "divergence"),
+    _line("adapted ‖ student", "adapted", "strong", evals, "adapted_forward_kl"),
+    _line("teacher ‖ adapted", "drift", "dashed", evals, "adapted_drift"),
+  ]
+  rouge = [
+    _line("student", "student", "strong", evals, "rougeL"),
+    _line("teacher", "teacher", "dashed", teacher, "rougeL"),
+  ]
+  return [
+    Chart("Loss", "held-out cross-entropy, nats per token", loss, zero=False),
+    Chart("Distance to the teacher", "KL, nats per token", distance),
+    Chart("ROUGE-L", "of the answers to held-out prompts", rouge),
+  ]
+
+
+def _training(history: History) -> list[Chart]:
+  train = _thin(history.train)
+  objective = [
+    _line("student", "student", "faint", train, "student_loss"),
+    _line("module", "adapted", "faint", train, "module_loss"),
+    _line("total", "teacher", "faint", train, "loss"),
+  ]
+  gradient = [
+    _line("student", "student", "faint", train, "student_grad_norm"),
+    _line("module", "adapted", "faint", train, "adapter_grad_norm"),
+  ]
+  rate = [_line("student", "student", "plain", train, "lr")]
+  speed = [_line("training", "student", "faint", train, "tokens_per_s")]
+  return [
+    Chart("Training objective", "what the optimiser minimises", objective, zero=False),
+    Chart("Gradient norm", "before clipping", gradient, small=True),
+    Chart("Learning rate", "", rate, small=True),
+    Chart("Speed", "tokens per second", speed, small=True),
+  ]
+
+
+def _thin(rows: Rows) -> Rows:
+  """Every k-th row, the last one among them."""
+  stride = max(-(-len(rows) // _MAX_POINTS), 1)
+  kept = list(rows)[::-stride]
+  return {step: rows[step] for step in reversed(kept)}
+
+
+def _line(label: str, colour: str, look: str, rows: Rows, name: str) -> Line:
+  """The figure `name` over steps; a gap where it is missing."""
+  values = [row.get(name, math.nan) for row in rows.values()]
+  return Line(label, colour, look, list(rows), values)
+
+
+def _finite(line: Line) -> int:
+  return sum(map(math.isfinite, line.values))
+
+
+def _draw(chart: Chart) -> str:
+  # The user's own matplotlibrc must not change the report: start from the defaults.
+  with style.context(["default", _STYLE]):
+    size = (3.5, 2.3) if chart.small else (5.4, 2.9)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for line in reversed(chart.lines):  # the first on top
+      _plot(axes, line)
+    if chart.zero:
+      axes.set_ylim(bottom=0)
+    axes.set_xlabel("step", loc="right")
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True, steps=_NICE))
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(5, min_n_ticks=4, steps=_NICE))
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.tick_params(length=0)
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+  return buffer.getvalue()
+
+
+def _plot(axes: Axes, line: Line) -> None:
+  few = _finite(line) <= 30
+  looks = {
+    "strong": {"linewidth": 1.8, "marker": "o" if few else "", "markersize": 3.5},
+    "faint": {"linewidth": 0.9, "alpha": 0.6},
+    "plain": {"linewidth": 1.4},
+    "dashed": {"linewidth": 1.4, "linestyle": (0, (4, 2.5))},
+  }
+  look = looks[line.look]
+  if _finite(line) == 1:  # no line goes through a single point
+    look = {"marker": "o", "markersize": 3.5}
+  axes.plot(line.steps, line.values, color=_LIGHT[line.colour], **look)
+
+
+def _inline(svg: str, title: str) -> str:
+  """A stand-alone SVG document as a part of a page."""
+  svg = svg[svg.index("<svg") :].strip()
+  svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+  # Its rule for every element and its fonts would be those of the whole page.
+  svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+  svg = re.sub(r" font-family: [^;]*;", "", svg)
+  # A browser scales it by its viewBox, whatever the width of the page.
+  svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+  # Ids are those of the whole page.
+  prefix = re.sub(r"\W", "", title)
+  svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+  for name, colour in _LIGHT.items():
+    svg = svg.replace(colour, f"var(--{name})")
+  return svg.replace("<svg", f'<svg role="img" aria-label="{title} by step"', 1)

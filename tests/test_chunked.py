@@ -1,0 +1,181 @@
+"""The chunked loss: dense values and gradients, without [B, L, V] in memory."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from okd_jax.losses import (
+  Output,
+  cross_entropy,
+  forward_kl,
+  jensen_shannon,
+  reverse_kl,
+  token_weights,
+  unembed,
+  weighted_sums,
+)
+
+BATCH, LENGTH, VOCAB = 3, 10, 31
+LOSSES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
+
+
+def make(seed=0, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(seed), 6)
+  outputs = {
+    name: Output(
+      jax.random.normal(a, (BATCH, LENGTH, width)).astype(dtype),
+      jax.random.normal(b, (VOCAB, width)).astype(dtype),
+    )
+    for name, width, a, b in (
+      ("student", 8, keys[0], keys[1]),
+      ("teacher", 6, keys[2], keys[3]),
+    )
+  }
+  labels = jax.random.randint(keys[4], (BATCH, LENGTH), 0, VOCAB)
+  mask = jax.random.bernoulli(keys[5], 0.6, (BATCH, LENGTH))
+  return outputs, labels, mask
+
+
+def both_sides(divergence):
+  """A loss that trains both models, as OKD does."""
+  stop = jax.lax.stop_gradient
+
+  def token_loss(logits, labels):
+    student, teacher = logits["student"], logits["teacher"]
+    loss = divergence(stop(teacher), student) + 0.25 * divergence(stop(student), teacher)
+    ce = cross_entropy(teacher, labels)
+    return loss + 0.75 * ce, {"ce": ce}
+
+  return token_loss
+
+
+def dense(token_loss, outputs, labels, weights):
+  logits = {name: unembed(*output) for name, output in outputs.items()}
+  loss, metrics = token_loss(logits, labels)
+  return (loss * weights).sum(), {k: (v * weights).sum() for k, v in metrics.items()}
+
+
+def grads_of(function, token_loss, outputs, labels, weights, *rest):
+  return jax.jit(
+    jax.value_and_grad(
+      lambda o: function(token_loss, o, labels, weights, *rest), has_aux=True
+    )
+  )(outputs)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 7, 9, 10, 11, 64])
+def test_equals_the_dense_form(name, chunk):
+  """Guards D1: every chunk size, non-divisors and sizes beyond the length."""
+  outputs, labels, mask = make()
+  weights = token_weights(mask)
+  loss = both_sides(LOSSES[name])
+  want = grads_of(dense, loss, outputs, labels, weights)
+  got = grads_of(weighted_sums, loss, outputs, labels, weights, chunk)
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 999), chunk=st.integers(1, 12), valid=st.integers(0, 10))
+def test_chunks_without_a_valid_token(seed, chunk, valid):
+  """Guards B5, D1: axolotl gives NaN where its dense form gives .158; DLM NaN."""
+  outputs, labels, _ = make(seed)
+  mask = jnp.broadcast_to(jnp.arange(LENGTH) < valid, (BATCH, LENGTH))
+  weights = token_weights(mask)
+  loss = both_sides(forward_kl)
+  want = grads_of(dense, loss, outputs, labels, weights)
+  got = grads_of(weighted_sums, loss, outputs, labels, weights, chunk)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+  chex.assert_tree_all_finite(got)
+
+
+def test_masked_positions_add_exactly_nothing():
+  """Guards B2, B5: NaN and huge values at masked positions change no bit."""
+  outputs, labels, mask = make()
+  weights = token_weights(mask)
+  loss = both_sides(forward_kl)
+  poisoned = {
+    name: output._replace(
+      hidden=jnp.where(mask[..., None], output.hidden, jnp.float32(1e30))
+    )
+    for name, output in outputs.items()
+  }
+  (clean, _), clean_grads = grads_of(weighted_sums, loss, outputs, labels, weights, 4)
+  (dirty, _), grads = grads_of(weighted_sums, loss, poisoned, labels, weights, 4)
+  assert clean == dirty
+  for name in outputs:
+    hidden = grads[name].hidden
+    np.testing.assert_array_equal(jnp.where(mask[..., None], 0, hidden), 0)
+    chex.assert_tree_all_finite(grads[name])
+    chex.assert_trees_all_close(grads[name].head, clean_grads[name].head, atol=1e-6)
+
+
+def test_who_is_not_differentiated_costs_no_gradient():
+  """Guards F1: the frozen teacher's hidden states and head get no gradient at all."""
+  outputs, labels, mask = make()
+  weights = token_weights(mask)
+
+  def matmuls(*names):
+    def loss(trained):
+      merged = outputs | trained
+      return weighted_sums(both_sides(forward_kl), merged, labels, weights, 4)[0]
+
+    trained = {name: outputs[name] for name in names}
+    return str(jax.make_jaxpr(jax.grad(loss))(trained)).count("dot_general")
+
+  # Two for the logits, two more for each model that is trained.
+  assert matmuls("student") == 4
+  assert matmuls("student", "teacher") == 6
+
+
+def test_shared_head_accumulates_in_float32():
+  """Guards D2: Liger added up bfloat16 weight gradients chunk by chunk."""
+  outputs, labels, mask = make(dtype=jnp.bfloat16)
+  weights = jnp.ones_like(mask, jnp.float32)
+  exact = jax.tree.map(lambda x: x.astype(jnp.float32), outputs)
+  loss = both_sides(forward_kl)
+  got = grads_of(weighted_sums, loss, outputs, labels, weights, 1)[1]
+  want = grads_of(dense, loss, exact, labels, weights)[1]
+  for name in outputs:
+    head = want[name].head
+    assert got[name].head.dtype == jnp.bfloat16
+    # One rounding of the result, and those of the bfloat16 factors; not one a chunk.
+    error = jnp.abs(got[name].head.astype(jnp.float32) - head).max()
+    assert error < 2**-7 * jnp.abs(head).max()
+
+
+def test_no_array_holds_all_logits():
+  """Guards D3: two float32 logits [B, L, V] at once (maxtext, tunix)."""
+  batch, length, width, vocab = 2, 64, 8, 4096
+  hidden = jnp.ones((batch, length, width))
+  head = jnp.ones((vocab, width))
+  labels = jnp.zeros((batch, length), jnp.int32)
+  weights = jnp.ones((batch, length))
+
+  def temporaries(chunk):
+    def loss(hidden, head):
+      outputs = {"student": Output(hidden, head), "teacher": Output(hidden + 1, head)}
+      return weighted_sums(both_sides(forward_kl), outputs, labels, weights, chunk)[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    assert (chunk == length) == (f"f32[{batch},{length},{vocab}]" in compiled.as_text())
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  all_logits = 4 * batch * length * vocab
+  assert temporaries(length) > 2 * all_logits
+  assert temporaries(4) < all_logits
+
+
+def test_loss_scales_with_its_cotangent():
+  outputs, labels, mask = make()
+  weights = token_weights(mask)
+
+  def loss(o, factor):
+    return factor * weighted_sums(both_sides(forward_kl), o, labels, weights, 4)[0]
+
+  once, thrice = jax.grad(loss)(outputs, 1.0), jax.grad(loss)(outputs, 3.0)
+  chex.assert_trees_all_close(thrice, jax.tree.map(lambda g: 3 * g, once), rtol=1e-6)

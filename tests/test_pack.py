@@ -1,0 +1,109 @@
+"""Fixed-length rows: the shift, and masks that come from lengths."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from okd_jax.data import Example, left_pad, pad_row
+
+PAD = 7
+
+
+def example(tokens, prompt_length):
+  return Example(np.array(tokens, np.int32), prompt_length, (), "here:1")
+
+
+def test_known_row():
+  row = pad_row(example([5, 6, 0, 8, 9], prompt_length=2), 6, PAD)
+  assert row["tokens"].tolist() == [5, 6, 0, 8, PAD, PAD]
+  assert row["labels"].tolist() == [6, 0, 8, 9, PAD, PAD]
+  # From the last prompt token (6), which predicts the first of the response (0).
+  assert row["mask"].tolist() == [False, True, True, True, False, False]
+  assert row["segment_ids"].tolist() == [1, 1, 1, 1, 0, 0]
+  assert {name: value.dtype for name, value in row.items()} == {
+    "tokens": np.int32,
+    "labels": np.int32,
+    "mask": np.bool_,
+    "segment_ids": np.int32,
+  }
+
+
+def test_text_trains_every_prediction():
+  row = pad_row(example([5, 6, 8], prompt_length=0), 4, PAD)
+  assert row["mask"].tolist() == [True, True, False, False]
+
+
+def test_a_prompt_of_one_token_trains_everything_after_it():
+  row = pad_row(example([5, 6, 8], prompt_length=1), 4, PAD)
+  assert row["mask"].tolist() == [True, True, False, False]
+
+
+def test_padding_with_eos_keeps_eos_trained():
+  eos = 9
+  row = pad_row(example([5, 6, eos], prompt_length=1), 5, pad_id=eos)
+  assert row["labels"].tolist() == [6, eos, eos, eos, eos]
+  assert row["mask"].tolist() == [True, True, False, False, False]
+
+
+def test_a_full_row_leaves_one_position():
+  row = pad_row(example(range(8), prompt_length=3), 8, PAD)
+  assert row["segment_ids"].sum() == 7
+  assert row["tokens"].tolist() == [*range(7), PAD]
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_rows_that_do_not_fit(count):
+  with pytest.raises(ValueError, match=f"here:1: {count} tokens do not make a row"):
+    pad_row(example(range(count), 1), 4, PAD)
+
+
+tokens = st.lists(st.integers(0, 9), min_size=1, max_size=12)
+
+
+@given(prompt=st.lists(st.integers(0, 9), max_size=12), response=tokens, data=st.data())
+def test_trained_labels_are_the_response(prompt, response, data):
+  """Whatever the ids, the padding id and the width: exactly the response is trained."""
+  ids = prompt + response
+  if len(ids) < 2:
+    ids = [0, *ids]
+    prompt = prompt and [0, *prompt]
+  length = data.draw(st.integers(len(ids) - 1, 40))
+  pad_id = data.draw(st.integers(0, 9))
+  row = pad_row(example(ids, len(prompt)), length, pad_id)
+  trained = row["labels"][row["mask"]].tolist()
+  assert trained == (ids[len(prompt) :] if prompt else ids[1:])
+  assert row["segment_ids"].tolist() == [1] * (len(ids) - 1) + [0] * (
+    length - len(ids) + 1
+  )
+  assert not row["mask"][row["segment_ids"] == 0].any()
+  real = row["segment_ids"] == 1
+  assert row["tokens"][real].tolist() == ids[:-1]
+  assert row["labels"][real].tolist() == ids[1:]
+  assert set(row["tokens"][~real].tolist()) <= {pad_id}
+
+
+@given(response=tokens, lengths=st.tuples(st.integers(16, 40), st.integers(16, 40)))
+def test_padding_changes_nothing_real(response, lengths):
+  ids = [3, *response]
+  rows = [
+    pad_row(example(ids, 1), length, pad)
+    for length, pad in zip(lengths, (0, 9), strict=True)
+  ]
+  for name in ("tokens", "labels", "mask", "segment_ids"):
+    a, b = (row[name][: len(ids) - 1].tolist() for row in rows)
+    assert a == b
+
+
+def test_left_pad():
+  prompts = [np.array([1, 2, 3]), np.array([0], np.int32)]
+  tokens, segment_ids = left_pad(prompts, 4, pad_id=0)
+  assert tokens.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
+  assert segment_ids.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+  assert tokens.dtype == segment_ids.dtype == np.int32
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_left_pad_wants_prompts_that_fit(count):
+  with pytest.raises(ValueError, match=f"prompt 1 has {count} tokens"):
+    left_pad([np.array([1]), np.zeros(count)], 4, pad_id=0)
