@@ -62,7 +62,7 @@ def train_step(
     )
     metrics["loss"] = loss
     for name in names:
-      metrics[f"{name}_grad_norm"] = optax.global_norm(grads[name])
+      metrics[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
       updates, opt_state[name] = optimizers[name].update(
         grads[name], opt_state[name], params[name]
       )

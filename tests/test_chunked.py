@@ -46,7 +46,9 @@ def both_sides(divergence):
 
   def token_loss(logits, labels):
     student, teacher = logits["student"], logits["teacher"]
-    loss = divergence(stop(teacher), student) + 0.25 * divergence(stop(student), teacher)
+    loss = divergence(stop(teacher), student) + 0.25 * divergence(
+      stop(student), teacher
+    )
     ce = cross_entropy(teacher, labels)
     return loss + 0.75 * ce, {"ce": ce}
 

@@ -126,7 +126,9 @@ def test_extreme_logits_stay_finite(loss, truth, knobs, scale):
 def test_masked_vocabulary_is_as_if_absent(loss, truth, knobs):
   """Guards A8, C3: -inf on both sides changes neither value nor gradient."""
   a, b = logits(0), logits(1)
-  wide = [jnp.pad(x, ((0, 0), (0, 0), (0, 4)), constant_values=-jnp.inf) for x in (a, b)]
+  wide = [
+    jnp.pad(x, ((0, 0), (0, 0), (0, 4)), constant_values=-jnp.inf) for x in (a, b)
+  ]
   grad = jax.grad(lambda x, y: loss(x, y, **knobs).sum(), argnums=(0, 1))
   np.testing.assert_allclose(loss(*wide, **knobs), loss(a, b, **knobs), rtol=1e-5)
   for narrow, padded in zip(grad(a, b), grad(*wide), strict=True):
@@ -182,7 +184,9 @@ def test_cross_entropy():
   a = logits(0)
   labels = jax.random.randint(jax.random.key(2), (3, 5), 0, 17)
   got = cross_entropy(a, labels)
-  np.testing.assert_allclose(got, oracle.cross_entropy(a, np.asarray(labels)), rtol=1e-5)
+  np.testing.assert_allclose(
+    got, oracle.cross_entropy(a, np.asarray(labels)), rtol=1e-5
+  )
   grad = jax.grad(lambda x: cross_entropy(x, labels).sum())(a)
   want = jax.nn.softmax(a) - jax.nn.one_hot(labels, 17)
   np.testing.assert_allclose(grad, want, atol=1e-6)

@@ -34,9 +34,8 @@ LONG_TALK = talk(("user", "hi"), ("assistant", "yes?"), ("user", "who?"))
 
 def chat_tokenizer(template=CHATML):
   tokenizer = make_tokenizer("bytes", [])
-  tokenizer.add_special_tokens(
-    {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-  )
+  # Known to the vocabulary only, as in the folders of many models.
+  tokenizer.backend_tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
   tokenizer.chat_template = template
   return tokenizer
 

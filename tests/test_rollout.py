@@ -6,12 +6,15 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import tiny
 from hypothesis import given, settings
@@ -71,6 +74,11 @@ def texts(completions):
   return [completion.tokens.tolist() for completion in completions]
 
 
+def three(eos_ids):
+  """Always three, some of which never occur: another number is another program."""
+  return [*eos_ids, -1, -1, -1][:3]
+
+
 class TestLoop:
   @settings(max_examples=40, deadline=None)
   @given(
@@ -91,7 +99,7 @@ class TestLoop:
       KEY,
       max_new_tokens=12,
       sampling=GREEDY,
-      eos_ids=eos_ids,
+      eos_ids=three(eos_ids),
       pad_id=pad_id,
       batch_size=batch_size,
     )
@@ -203,7 +211,10 @@ class TestCompilation:
 class TestDraw:
   LOGITS = jnp.array([1.0, -0.5, 2.0, 0.3, -3.0, 0.9])
 
-  def draw(self, sampling, n=20_000, logits=LOGITS):
+  @staticmethod
+  @jax.jit
+  def draw(sampling, logits=LOGITS):
+    n = 20_000
     keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, jnp.arange(n))
     return rollout.draw(keys, jnp.tile(logits, (n, 1)), sampling)
 
@@ -241,7 +252,7 @@ class TestDraw:
       Sampling(2.0, 2),
       Sampling(1.0, 0, 0.4),
     ):
-      token, logprob = self.draw(sampling, 50)
+      token, logprob = self.draw(sampling)
       expected = jax.nn.log_softmax(self.LOGITS)[token]
       np.testing.assert_allclose(logprob, expected, atol=1e-6)
 
@@ -249,7 +260,7 @@ class TestDraw:
   def test_towards_temperature_zero_the_draw_is_greedy(self, temperature):
     for logits in (self.LOGITS, 1e4 * self.LOGITS, self.LOGITS.at[:2].set(-jnp.inf)):
       for top_p in (1.0, 0.9):
-        token, logprob = self.draw(Sampling(temperature, 0, top_p), 50, logits)
+        token, logprob = self.draw(Sampling(temperature, 0, top_p), logits)
         assert (token == 2).all()
         assert jnp.isfinite(logprob).all()
 
@@ -316,7 +327,7 @@ class TestWarp:
 
 
 class TestRows:
-  PROMPTS = [[i % 9] * (1 + 7 * i % 50) for i in range(11)]
+  PROMPTS = [[i % 9] * (1 + 7 * i % 30) for i in range(11)]
 
   def run(self, prompts=PROMPTS, key=KEY, **kwargs):
     return generate(
@@ -326,7 +337,7 @@ class TestRows:
   def test_a_text_does_not_depend_on_the_batch_around_it(self):
     whole = self.run()
     assert len({len(text) for text in texts(whole)}) > 3
-    for batch_size in (1, 2, 3, 5):
+    for batch_size in (1, 3):
       split = self.run(batch_size=batch_size)
       assert texts(split) == texts(whole)
       for one, other in zip(split, whole, strict=True):
@@ -371,26 +382,40 @@ class TestErrors:
     self.check("top_p=1.5", sampling=Sampling(1.0, 0, 1.5))
 
 
-ADAPTED = AdapterConfig(rank=3, scale=0.5, layers=1)
 CASES = {
   "gpt2": ("gpt2", None),
   "llama": ("llama_gqa", None),
-  "llama3": ("llama3", None),
-  "adapted": ("llama_gqa", ADAPTED),
+  "adapted": ("llama3", AdapterConfig(rank=3, scale=0.1, layers=1)),
 }
+WIDTH = 88
+
+
+class Case(NamedTuple):
+  """A model, and the logits [88, V] of a row of 88 tokens without any cache."""
+
+  decoder: Decoder
+  variables: dict
+  logits: Callable
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-  """(decoder, its variables), with an online module that is not the identity."""
   name, adapter = CASES[request.param]
   config = tiny.CONFIGS[name]
   decoder = Decoder(config, adapter)
   variables = {"params": jax.tree.map(jnp.asarray, tiny.params(config))}
   if adapter:
-    start = decoder.init(KEY, jnp.ones((1, 1), jnp.int32))["adapter"]
-    variables["adapter"] = jax.tree.map(lambda x: x + 0.1, start)
-  return decoder, variables
+    shapes = jax.eval_shape(decoder.init, KEY, jnp.ones((1, 1), jnp.int32))["adapter"]
+    variables["adapter"] = jax.tree.map(
+      lambda leaf: jax.random.normal(KEY, leaf.shape), shapes
+    )
+
+  @jax.jit
+  def logits(row):
+    hidden, _ = decoder.apply(variables, row[None])
+    return models.unembed(hidden[0], models.head_kernel(variables["params"], config))
+
+  return Case(decoder, variables, logits)
 
 
 def random_prompts(config, lengths):
@@ -398,99 +423,79 @@ def random_prompts(config, lengths):
   return [rng.integers(0, config.vocab_size, length) for length in lengths]
 
 
+def test_a_decoder_has_one_source():
+  config = tiny.CONFIGS["gpt2"]
+  source = source_of(Decoder(config))
+  assert source_of(Decoder(config)) is source
+  low = source_of(Decoder(config, dtype=jnp.bfloat16))
+  assert low is not source
+  assert low.init(1, 4).key.dtype == jnp.bfloat16
+  params = tiny.params(config)
+  [completion] = generate(low, {"params": params}, [[1, 2]], KEY, max_new_tokens=4)
+  assert completion.logprobs.dtype == np.float32
+
+
 class TestDecoder:
   LENGTHS = (20, 3, 1, 11)
-  NEW = 70
-
-  def test_the_source_is_made_once(self, case):
-    decoder, _ = case
-    again = Decoder(decoder.config, decoder.adapter)
-    assert source_of(again) is source_of(decoder)
-    assert source_of(Decoder(decoder.config, dtype=jnp.bfloat16)) is not source_of(
-      decoder
-    )
-
-  def test_the_cache_has_the_type_of_the_activations(self, case):
-    decoder, variables = case
-    low = decoder.clone(dtype=jnp.bfloat16)
-    assert source_of(low).init(1, 4).key.dtype == jnp.bfloat16
-    [completion] = generate(source_of(low), variables, [[1, 2]], KEY, max_new_tokens=4)
-    assert completion.logprobs.dtype == np.float32
+  NEW = 64
 
   @pytest.mark.parametrize("padding", [0, 1, 13])
   def test_cached_decoding_gives_teacher_forced_logits(self, case, padding):
-    decoder, variables = case
-    source, length, split = source_of(decoder), 75, 5
-    [row] = random_prompts(decoder.config, [length])
+    source, width = source_of(case.decoder), 18
+    [row] = random_prompts(case.decoder.config, [WIDTH - padding])
     step = jax.jit(source.apply)
 
     def feed(start, stop, state):
       index = np.arange(start - padding, stop - padding)[None]
       tokens = np.where(index >= 0, row[np.maximum(index, 0)], 0)
-      return step(variables, tokens, index * 0 + (index >= 0), index.clip(0), state)
+      real = (index >= 0).astype(np.int32)
+      return step(case.variables, tokens, real, index.clip(0), state)
 
-    logits, state = feed(0, padding + split, source.init(1, padding + length))
+    logits, state = feed(0, width, source.init(1, WIDTH))
     cached = [logits]
-    for i in range(padding + split, padding + length):
+    for i in range(width, WIDTH):
       logits, state = feed(i, i + 1, state)
       cached.append(logits)
-    hidden, _ = decoder.apply(variables, row[None])
-    head = models.head_kernel(variables["params"], decoder.config)
-    forced = models.unembed(hidden[0, split - 1 :], head)
-    np.testing.assert_allclose(jnp.concatenate(cached), forced, atol=1e-4)
+    forced = case.logits(np.pad(row, (0, padding)))
+    forced = forced[width - 1 - padding : WIDTH - padding]
+    np.testing.assert_allclose(np.concatenate(cached), forced, atol=1e-4)
 
   @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9, 30, 0.95)])
   def test_equals_a_loop_without_cache_padding_or_batch(self, case, sampling):
-    decoder, variables = case
-    prompts = random_prompts(decoder.config, self.LENGTHS)
-    completions = generate(
-      source_of(decoder),
-      variables,
-      prompts,
-      KEY,
-      max_new_tokens=self.NEW,
-      sampling=sampling,
-      batch_size=3,
-    )
-    total = max(self.LENGTHS) + self.NEW
-
-    @jax.jit
-    def next_token(row, length, key):
-      hidden, _ = decoder.apply(variables, row[None])
-      head = models.head_kernel(variables["params"], decoder.config)
-      logits = models.unembed(hidden[:, length - 1], head)
-      return *rollout.draw(key[None], logits, sampling), logits
-
-    for number, (prompt, completion) in enumerate(
-      zip(prompts, completions, strict=True)
-    ):
-      row, text, logprobs = np.zeros(total, np.int32), [], []
+    prompts = random_prompts(case.decoder.config, self.LENGTHS)
+    completions = self.run(case, prompts, sampling=sampling)
+    draw = jax.jit(lambda key, logits: rollout.draw(key[None], logits[None], sampling))
+    for number, prompt in enumerate(prompts):
+      row, logprobs = np.zeros(WIDTH, np.int32), []
       row[: len(prompt)] = prompt
       row_key = jax.random.fold_in(KEY, number)
       for i in range(self.NEW):
         at = len(prompt) + i
-        token, _, logits = next_token(row, at, jax.random.fold_in(row_key, i))
+        logits = np.asarray(case.logits(row)[at - 1])
+        token, _ = draw(jax.random.fold_in(row_key, i), logits)
         row[at] = token[0]
-        text.append(int(token[0]))
-        logprobs.append(jax.nn.log_softmax(logits)[0, token[0]])
-      assert completion.tokens.tolist() == text
+        logprobs.append(scipy.special.log_softmax(logits)[row[at]])
+      completion = completions[number]
+      assert completion.tokens.tolist() == row[len(prompt) :][: self.NEW].tolist()
       np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-4)
 
   def test_greedy_text_does_not_depend_on_batch_or_padding(self, case):
-    decoder, variables = case
-    prompts = random_prompts(decoder.config, self.LENGTHS)
-    run = functools.partial(
-      generate, source_of(decoder), variables, max_new_tokens=64, sampling=GREEDY
+    prompts = random_prompts(case.decoder.config, self.LENGTHS)
+    together = self.run(case, prompts, sampling=GREEDY)
+    alone = self.run(case, prompts, sampling=GREEDY, batch_size=1)
+    assert texts(together) == texts(alone)
+    for one, other in zip(together, alone, strict=True):
+      np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+  def run(self, case, prompts, **kwargs):
+    source = source_of(case.decoder)
+    return generate(
+      source, case.variables, prompts, KEY, max_new_tokens=self.NEW, **kwargs
     )
-    together = texts(run(prompts, KEY))
-    assert together == texts(run(prompts, jax.random.key(9), batch_size=2))
-    assert together == [texts(run([prompt], KEY))[0] for prompt in prompts]
-    # 64 tokens and a prompt of 20 padded to 32 are the room of the smallest model.
-    assert min(map(len, together)) == 64
 
 
-def assert_like_transformers(folder, prompts, new_tokens, eos_at=()):
-  """Greedy, left-padded and batched, with the EOS ids that occur at `eos_at`."""
+def assert_like_transformers(folder, prompts, new_tokens, eos_at):
+  """Greedy, left-padded, batched; without EOS, then with what came at `eos_at`."""
   torch = pytest.importorskip("torch")
   theirs, ours = tiny.torch_model(folder), models.load(folder)
   width = max(map(len, prompts))
@@ -504,29 +509,29 @@ def assert_like_transformers(folder, prompts, new_tokens, eos_at=()):
         attention_mask=torch.tensor(mask),
         max_new_tokens=new_tokens,
         do_sample=False,
-        eos_token_id=list(eos_ids) or None,
+        eos_token_id=list(eos_ids),
         pad_token_id=0,
       )
     return out[:, width:].tolist()
 
   free = reference([-1])
-  eos_ids = [free[row][at] for row, at in eos_at]
-  expected = []
-  for text in reference(eos_ids) if eos_ids else free:
-    ends = [i + 1 for i, token in enumerate(text) if token in eos_ids]
-    expected.append(text[: ends[0]] if ends else text)
-  out = generate(
+  run = functools.partial(
+    generate,
     source_of(Decoder(ours.config)),
     {"params": ours.params},
     prompts,
     KEY,
     max_new_tokens=new_tokens,
     sampling=GREEDY,
-    eos_ids=eos_ids,
   )
-  assert texts(out) == expected
-  if eos_ids:
-    assert len({len(text) for text in expected}) > 1
+  assert texts(run(eos_ids=three([]))) == free
+  eos_ids = [free[row][at] for row, at in eos_at]
+  expected = []
+  for text in reference(eos_ids):
+    ends = [i + 1 for i, token in enumerate(text) if token in eos_ids]
+    expected.append(text[: ends[0]] if ends else text)
+  assert texts(run(eos_ids=three(eos_ids))) == expected
+  assert len({len(text) for text in expected}) > 1
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -535,42 +540,38 @@ class TestTransformers:
   def test_tiny_models(self, name, tmp_path):
     _, config = tiny.save(name, tmp_path / "model")
     prompts = random_prompts(config, (9, 1, 20, 4))
-    assert_like_transformers(tmp_path / "model", prompts, 70)
-    eos_at = ((0, 5), (2, 30))
-    assert_like_transformers(tmp_path / "model", prompts, 70, eos_at)
+    assert_like_transformers(tmp_path / "model", prompts, 70, ((0, 5), (2, 30)))
 
   @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared")
   def test_a_real_model(self):
     prompts = [[1, 403, 407], [1], [1, 403, 407, 261, 378, 429, 291], [1, 300]]
-    assert_like_transformers(STORIES, prompts, 120)
     assert_like_transformers(STORIES, prompts, 120, ((0, 40), (1, 90)))
+
+
+@pytest.fixture(scope="module")
+def pair():
+  """A decoder's source, one of two such that read the same text, and variables."""
+  config = tiny.CONFIGS["llama_gqa"]
+  single = source_of(Decoder(config))
+  params = [jax.tree.map(jnp.asarray, tiny.params(config, seed)) for seed in (0, 1)]
+
+  def init(batch, slots):
+    return single.init(batch, slots), single.init(batch, slots)
+
+  def apply(variables, tokens, segment_ids, positions, caches):
+    outputs = [
+      single.apply(v, tokens, segment_ids, positions, cache)
+      for v, cache in zip(variables, caches, strict=True)
+    ]
+    logits, caches = zip(*outputs, strict=True)
+    return logits, caches
+
+  both = rollout.Source(init, apply, config.max_length)
+  return single, both, tuple({"params": p} for p in params)
 
 
 class TestSeam:
   """Sources of several models need no change to the loop."""
-
-  @pytest.fixture(scope="class")
-  def pair(self):
-    """Two decoders that read the same text, each with its own cache."""
-    config = tiny.CONFIGS["llama_gqa"]
-    one, other = (
-      {"params": jax.tree.map(jnp.asarray, tiny.params(config, seed))}
-      for seed in (0, 1)
-    )
-    single = source_of(Decoder(config))
-
-    def init(batch, slots):
-      return single.init(batch, slots), single.init(batch, slots)
-
-    def apply(variables, tokens, segment_ids, positions, caches):
-      outputs = [
-        single.apply(v, tokens, segment_ids, positions, cache)
-        for v, cache in zip(variables, caches, strict=True)
-      ]
-      logits, caches = zip(*outputs, strict=True)
-      return logits, caches
-
-    return single, rollout.Source(init, apply, config.max_length), (one, other)
 
   def test_a_mixture_is_a_source(self, pair):
     single, both, variables = pair
@@ -635,23 +636,21 @@ def put(x):
   place = jax.NamedSharding(mesh, spec)
   return jax.make_array_from_callback(x.shape, place, lambda i: x[i])
 
-def run(params, sampling, sharding=None):
+def run(params, sharding=None):
   out = rollout.generate(
     source, {"params": params}, [[1 + i] * (1 + 3 * i) for i in range(6)],
     jax.random.key(3), max_new_tokens=24, eos_ids=range(8), batch_size=4,
-    sampling=sampling, sharding=sharding,
+    sharding=sharding,
   )
   return [(c.tokens.tolist(), c.ended) for c in out]
 
 params = tiny.params(config)
-whole = [run(params, rollout.Sampling(t)) for t in (0.0, 1.0)] if processes == 1 else []
-batch = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+whole = run(params) if processes == 1 else None
 with jax.set_mesh(mesh):
-  params = jax.tree.map(put, params)
-  for sharding in (None, batch):
-    got = [run(params, rollout.Sampling(t), sharding) for t in (0.0, 1.0)]
-    assert not whole or got == whole, (got, whole)
-    print(got)
+  batch = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+  got = run(jax.tree.map(put, params), batch)
+assert whole in (None, got), (got, whole)
+print(got)
 """
 
 
@@ -668,18 +667,28 @@ def _spawn(processes, number, port):
   )
 
 
-def test_sharded_models_and_batches_give_the_same_text_on_any_number_of_devices():
-  """1 device = 8 devices = 2 processes; rows end at different lengths."""
+def _printed(processes):
+  """The last line that each of the processes printed, once all have succeeded."""
+  outputs = [process.communicate(timeout=300) for process in processes]
+  for process, (_, stderr) in zip(processes, outputs, strict=True):
+    assert process.returncode == 0, stderr
+  return [stdout.splitlines()[-1] for stdout, _ in outputs]
+
+
+def test_eight_devices_give_the_text_of_one():
+  """Model and batch are split; the script compares both runs itself."""
+  [text] = _printed([_spawn(1, 0, 0)])
+  assert "True" in text and "False" in text  # some rows met an EOS, some did not
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_text_of_one():
+  """Their rows end at different lengths, and neither waits for the other for ever."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
-  running = [_spawn(1, 0, port), _spawn(2, 0, port), _spawn(2, 1, port)]
-  outputs = [process.communicate(timeout=300) for process in running]
-  for process, (_, stderr) in zip(running, outputs, strict=True):
-    assert process.returncode == 0, stderr
-  lines = [
-    [line for line in stdout.splitlines() if line.startswith("[[")]
-    for stdout, _ in outputs
-  ]
-  assert len(lines[0]) == 2
-  assert lines[0] == lines[1] == lines[2]
+  one, first, second = _printed(
+    [_spawn(1, 0, 0), _spawn(2, 0, port), _spawn(2, 1, port)]
+  )
+  # gloo may write to the same line, before it.
+  assert first[first.index("[(") :] == second[second.index("[(") :] == one

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import math
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from okd_jax import models
 from okd_jax.adapters import AdapterConfig
@@ -19,8 +19,8 @@ from okd_jax.models.transformer import rope_frequencies
 
 @functools.cache
 def _model(name):
-  config = tiny.CONFIGS[name]
-  return Model(config, jax.tree.map(jnp.asarray, tiny.params(config)))
+  config = families.CONFIGS[name]
+  return Model(config, jax.tree.map(jnp.asarray, families.params(config)))
 
 
 @functools.cache
@@ -43,25 +43,25 @@ def logits(name):
   return _logits_of(name)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("name", sorted(families.CONFIGS))
 def test_logits_are_those_of_transformers(name):
-  tokens = tiny.tokens(tiny.CONFIGS[name], 1)
+  tokens = families.tokens(families.CONFIGS[name], 1)
   logits = _logits_of(name)(_model(name).params, tokens)[0]
-  golden = np.load(tiny.GOLDEN)[name]
+  golden = np.load(families.GOLDEN)[name]
   np.testing.assert_allclose(logits[::6], golden, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+@pytest.mark.parametrize("name", sorted(families.CONFIGS))
 def test_logits_are_those_of_a_plain_float64_loop(name):
-  config = tiny.CONFIGS[name]
-  tokens = tiny.tokens(config, 1, seed=3)
+  config = families.CONFIGS[name]
+  tokens = families.tokens(config, 1, seed=3)
   logits = _logits_of(name)(_model(name).params, tokens)[0]
-  oracle = _oracle(config, tiny.params(config), tokens[0])
+  oracle = _oracle(config, families.params(config), tokens[0])
   np.testing.assert_allclose(logits, oracle, atol=1e-4, rtol=0)
 
 
 def test_jit_changes_nothing(model, logits):
-  tokens = tiny.tokens(model.config, 1)
+  tokens = families.tokens(model.config, 1)
   np.testing.assert_allclose(
     logits(model.params, tokens), model.logits(model.params, tokens), atol=1e-5
   )
@@ -69,7 +69,7 @@ def test_jit_changes_nothing(model, logits):
 
 def test_logits_are_float32_in_bfloat16_too(model, logits):
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-  tokens = tiny.tokens(model.config, 1)
+  tokens = families.tokens(model.config, 1)
   rounded = logits(low, tokens)
   assert rounded.dtype == jnp.float32
   full = logits(jax.tree.map(lambda x: x.astype(jnp.float32), low), tokens)
@@ -98,7 +98,7 @@ def test_no_token_sees_a_later_one(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, logits, side):
   length, pad = 61, 11
-  tokens = tiny.tokens(model.config, 2, length, seed=1)
+  tokens = families.tokens(model.config, 2, length, seed=1)
   segments = np.ones((2, length + pad), np.int32)
   real = slice(pad, None) if side == "left" else slice(0, length)
   segments[:, :pad] = side == "right"
@@ -114,7 +114,7 @@ def test_padding_changes_nothing(model, logits, side):
 
 def test_padding_has_a_finite_gradient(model, logits):
   segments = jnp.array([[0, 0, 0, 1, 1], [0] * 5, [1, 1, 0, 0, 0]])
-  tokens = tiny.tokens(model.config, 3, 5)
+  tokens = families.tokens(model.config, 3, 5)
 
   def loss(params):
     return jnp.where(segments, logits(params, tokens, segments).std(-1), 0).sum()
@@ -125,7 +125,7 @@ def test_padding_has_a_finite_gradient(model, logits):
 
 def test_packed_documents_do_not_see_each_other(model, logits):
   lengths = (17, 30, 17)
-  parts = [tiny.tokens(model.config, 1, n, seed=n) for n in lengths]
+  parts = [families.tokens(model.config, 1, n, seed=n) for n in lengths]
   segments = np.concatenate([np.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)
   packed = logits(model.params, np.concatenate(parts, 1), segments)
   alone = [logits(model.params, part) for part in parts]
@@ -135,7 +135,7 @@ def test_packed_documents_do_not_see_each_other(model, logits):
 def test_decoding_with_a_cache_gives_the_same_hidden_states(model):
   """70 tokens, one row padded on the left: a prompt at once, the rest one by one."""
   decoder, variables = Decoder(model.config), {"params": model.params}
-  tokens = jnp.asarray(tiny.tokens(model.config, 2, 70, seed=2))
+  tokens = jnp.asarray(families.tokens(model.config, 2, 70, seed=2))
   segments = jnp.ones((2, 70), jnp.int32).at[0, :9].set(0)
   positions = models.positions_from_segments(segments)
   step = jax.jit(decoder.apply)
@@ -153,7 +153,7 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states(model):
 
 
 def test_rematerialisation_changes_no_gradient(model):
-  tokens = tiny.tokens(model.config, 2, 16)
+  tokens = families.tokens(model.config, 2, 16)
 
   def loss(remat, params):
     hidden, _ = Decoder(model.config, remat=remat).apply({"params": params}, tokens)
@@ -169,9 +169,9 @@ def test_rematerialisation_changes_no_gradient(model):
 
 
 def test_dropout_follows_its_key_and_is_off_by_default():
-  config = tiny.CONFIGS["llama3"]
-  variables = {"params": tiny.params(config)}
-  tokens = tiny.tokens(config, 2, 16)
+  config = families.CONFIGS["llama3"]
+  variables = {"params": families.params(config)}
+  tokens = families.tokens(config, 2, 16)
 
   @functools.partial(jax.jit, static_argnums=0)
   def run(rate, seed):
@@ -189,7 +189,7 @@ class TestAdapter:
 
   @functools.partial(jax.jit, static_argnums=(0, 1))
   def _run(self, adapter_config, adapter, params, cache=None):
-    tokens = tiny.tokens(self.CONFIG, 2, 12)
+    tokens = families.tokens(self.CONFIG, 2, 12)
     decoder = Decoder(self.CONFIG, adapter=adapter_config)
     return decoder.apply({"params": params, "adapter": adapter}, tokens, cache=cache)
 
@@ -207,7 +207,7 @@ class TestAdapter:
     )
 
   def _params(self):
-    return tiny.params(self.CONFIG)
+    return families.params(self.CONFIG)
 
   def test_tree(self):
     config = AdapterConfig(rank=3, targets=("query", "down"), layers=2)
@@ -266,7 +266,7 @@ class TestAdapter:
     """The lower layers' scan appears once in the gradient: forward only."""
     config = AdapterConfig(rank=3, layers=2)
     decoder = Decoder(self.CONFIG, adapter=config)
-    tokens = tiny.tokens(self.CONFIG, 2, 12)
+    tokens = families.tokens(self.CONFIG, 2, 12)
 
     def loss(adapter):
       variables = {"params": self._params(), "adapter": adapter}
@@ -279,7 +279,7 @@ class TestAdapter:
 
 def test_rope_frequencies_of_llama_3():
   """Hand-made: kept below a wavelength of 16, divided above 64, blended between."""
-  config = tiny.CONFIGS["llama3"]
+  config = families.CONFIGS["llama3"]
   plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
   np.testing.assert_allclose(plain, [1, 10**-0.75, 10**-1.5, 10**-2.25], rtol=1e-6)
   keep = (64 * 10**-0.75 / (2 * np.pi) - 1) / 3
@@ -297,7 +297,7 @@ def test_config_names_every_problem_at_once():
 
 class TestInit:
   def test_follows_the_key_and_the_config(self):
-    config = tiny.CONFIGS["llama_gqa"]
+    config = families.CONFIGS["llama_gqa"]
     init = jax.jit(functools.partial(models.init, config))
     first, again, other = (init(jax.random.key(i)) for i in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -307,7 +307,7 @@ class TestInit:
     assert jnp.abs(kernels[0][0] - kernels[0][1]).max() > 0.01
 
   def test_refuses_what_could_not_be_exported(self):
-    config = dataclasses.replace(tiny.CONFIGS["gpt2"], num_kv_heads=1)
+    config = dataclasses.replace(families.CONFIGS["gpt2"], num_kv_heads=1)
     with pytest.raises(UserError, match="num_kv_heads=1 where it needs 3"):
       models.init(config, jax.random.key(0))
 
@@ -325,8 +325,8 @@ class TestTakeLayers:
 
   def test_copies(self):
     """Donating the student's buffers must leave the teacher's alive."""
-    config = tiny.CONFIGS["llama_gqa"]
-    params = jax.tree.map(jnp.asarray, tiny.params(config))
+    config = families.CONFIGS["llama_gqa"]
+    params = jax.tree.map(jnp.asarray, families.params(config))
     taken, _ = models.take_layers(params, config, 3)
     jax.tree.map(lambda x: x.delete(), taken)
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
@@ -339,9 +339,9 @@ class TestTakeLayers:
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
 def test_trimmed_vocabulary_gives_the_first_logits(name):
-  config = tiny.CONFIGS[name]
-  params = tiny.params(config)
-  tokens = tiny.tokens(config, 1, 20) % 50
+  config = families.CONFIGS[name]
+  params = families.params(config)
+  tokens = families.tokens(config, 1, 20) % 50
   trimmed, smaller = models.trim_vocab(params, config, 50)
   logits = jax.jit(Model(smaller, trimmed).logits)(trimmed, tokens)
   full = jax.jit(Model(config, params).logits)(params, tokens)

@@ -23,11 +23,7 @@ COLUMNS = {
     "teacher would say; a copy has 0",
     3,
   ),
-  "reverse_kl": (
-    "KL(·‖teacher)",
-    "the other way: what it would say and the teacher would not",
-    3,
-  ),
+  "reverse_kl": ("KL(·‖teacher)", "the other way: what the teacher would not say", 3),
   "top1_agreement": ("top-1 %", "tokens at which its first choice is the teacher's", 1),
   "rougeL": ("ROUGE-L", "words in common with the reference answers, F1 × 100", 1),
   "exact_match": ("exact match", "answers that equal a reference, in %", 1),
@@ -66,16 +62,17 @@ def write(workdir: Path) -> None:
 
 def _summary(history: History) -> dict[str, Figures]:
   rows = {"teacher": history.teacher} if history.teacher else {}
-  if history.final is None:
-    return {name: _columns(row) for name, row in rows.items()}
-  final = history.evals[history.final]
+  final = history.evals.get(history.final, {})
   if "adapted_loss" in final:
     rows["adapted teacher"] = _adapted(final)
   if 0 in history.evals:
     rows["student, start"] = history.evals[0]
-  if history.final > 0:
+  if history.final:
     rows[f"student, step {history.final}"] = final
-  return {name: _columns(row) for name, row in rows.items()}
+  return {
+    name: {metric: row[metric] for metric in COLUMNS if metric in row}
+    for name, row in rows.items()
+  }
 
 
 def _adapted(figures: Figures) -> Figures:
@@ -86,10 +83,6 @@ def _adapted(figures: Figures) -> Figures:
   if "adapted_drift" in figures:
     row["forward_kl"] = figures["adapted_drift"]
   return row
-
-
-def _columns(row: Figures) -> Figures:
-  return {name: row[name] for name in COLUMNS if name in row}
 
 
 def _title(config: Mapping) -> str:
@@ -159,10 +152,9 @@ def _changes(start: Figures, end: Figures) -> Iterator[str]:
     a, b = start[name], end[name]
     change = f"from {a:.3f} to {b:.3f} nats per token"
     if b < a:
-      left = f", {b / a:.0%} of where it began" if name != "loss" else ""
-      yield f"The student's {title} fell {change}{left}."
+      yield f"The student's {title} fell {change}."
     else:
-      yield f"⚠ The student's {title} rose {change}."
+      yield f"⚠ The student's {title} {'rose' if b > a else 'stayed,'} {change}."
 
 
 def _beside_teacher(teacher: Figures, end: Figures) -> Iterator[str]:
@@ -175,10 +167,7 @@ def _beside_teacher(teacher: Figures, end: Figures) -> Iterator[str]:
         "of the probability that the teacher gives it (geometric mean)."
       )
     else:
-      yield (
-        f"{text} better than the teacher: it knows this kind of data; that makes it no "
-        "better elsewhere."
-      )
+      yield f"{text} better than the teacher; on other data this need not hold."
   if "top1_agreement" in end:
     agree = end["top1_agreement"]
     yield (
@@ -189,8 +178,8 @@ def _beside_teacher(teacher: Figures, end: Figures) -> Iterator[str]:
     gap = end["rougeL"] - teacher["rougeL"]
     yield (
       f"Its answers score ROUGE-L {end['rougeL']:.1f}, {abs(gap):.1f} "
-      f"{'below' if gap < 0 else 'above'} the teacher's. ROUGE-L counts words in common, "
-      "not whether an answer is right."
+      f"{'below' if gap < 0 else 'above'} the teacher's. ROUGE-L counts words in "
+      "common, not whether an answer is right."
     )
 
 
@@ -203,10 +192,8 @@ def _module(end: Figures) -> Iterator[str]:
     f"loss is {abs(worse):.3f} {'higher' if worse > 0 else 'lower'} than without."
   )
   if drift > _DRIFT_WARNING or worse > 0.01:
-    text = (
-      f"⚠ {text} A module that drifts far, or predicts the data worse, follows the "
-      "student instead of leading it: lower method.teacher_kl_weight."
-    )
+    text = f"⚠ {text} A module that drifts far, or predicts the data worse, follows "
+    text += "the student instead of leading it: lower method.teacher_kl_weight."
   yield text
 
 
@@ -218,14 +205,13 @@ def _trend(history: History) -> Iterator[str]:
   if losses[last] > 1.005 * losses[best]:
     yield (
       f"⚠ The held-out loss was least at step {best:,}, {losses[best]:.3f}, and rose "
-      f"to {losses[last]:.3f} by step {last:,}: overfitting. eval.best=loss exports "
-      "the best step."
+      f"to {losses[last]:.3f} by step {last:,}: a sign of overfitting. "
+      "eval.best=loss exports the best step."
     )
   elif losses[before] > 1.005 * losses[last]:
     yield (
-      f"The held-out loss was still falling at the end, by "
-      f"{losses[before] - losses[last]:.3f} since step {before:,}: more steps may "
-      "help."
+      f"The held-out loss was still falling at the end, from {losses[before]:.3f} at "
+      f"step {before:,} to {losses[last]:.3f}: more steps may help."
     )
 
 
@@ -272,7 +258,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .summary tbody th { font-weight: 400; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dl, figcaption, pre { font-size: .88rem; }
-dd { margin: 0; overflow-wrap: anywhere; }
+dd { margin: 0; }
 ul { padding-left: 1.2rem; max-width: 54rem; }
 li { margin: .35rem 0; }
 .charts { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1.8rem; }
@@ -283,13 +269,14 @@ figure {
 figure.small { grid-column: span 2; }
 figcaption { line-height: 1.45; margin-bottom: .4rem; }
 .key { display: inline-block; margin-right: .9rem; }
-.key i { display: inline-block; width: 1.3rem; margin-right: .35rem; }
-.key i { border-top: 2px solid var(--line); vertical-align: .25em; }
+.key i {
+  display: inline-block; width: 1.3rem; margin-right: .35rem;
+  border-top: 2px solid var(--line); vertical-align: .25em;
+}
 .key .faint { border-top-width: 1px; }
 .key .dashed { border-top-style: dashed; }
 figure svg { display: block; width: 100%; }
 pre { background: var(--soft); padding: .9rem 1.1rem; overflow-x: auto; }
-summary { cursor: pointer; }
 details details, details table { margin: .2rem 0 .2rem 1.1rem; }
 details table { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 details td { padding: 0 .9rem 0 0; vertical-align: top; }
@@ -338,7 +325,6 @@ _PAGE = """<!doctype html>
 {% endfor %}
 </ul>
 
-{% if charts %}
 <h2>Curves</h2>
 <div class="charts">
 {% for chart in charts %}
@@ -353,7 +339,6 @@ _PAGE = """<!doctype html>
 </figure>
 {% endfor %}
 </div>
-{% endif %}
 
 <h2>What ran</h2>
 <dl>
@@ -372,15 +357,14 @@ tokenizer = AutoTokenizer.from_pretrained("student")
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))</pre>
 <p>It answers best when prompted as in training, where data.template was
-{{ config.data.template | json }}.
+{{ config.data.template | json }}.</p>
 {% if adapted %}
-The folder adapter holds the teacher's online module in the format of the library peft.
+<p>The folder adapter holds the teacher's online module in the format of peft.</p>
 {% endif %}
-</p>
 {% else %}
-<p>Nothing has been exported yet. In the folder of this report,</p>
+<p>Nothing has been exported yet. In the folder of this report, the newest checkpoint
+becomes a Hugging Face folder by</p>
 <pre>python -m okd_jax.export --workdir=. --output=student</pre>
-<p>makes a Hugging Face folder of the newest checkpoint.</p>
 {% endif %}
 
 <h2>Configuration</h2>
@@ -403,10 +387,7 @@ The folder adapter holds the teacher's online module in the format of the librar
 
 def _template() -> jinja2.Template:
   environment = jinja2.Environment(
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
+    autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
   )
   environment.filters["number"] = _number
   environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)

@@ -262,7 +262,7 @@ def _last_tokens(
   """The end of a prompt, where the question is; a BOS stays, for it is no text."""
   if length > 1 and prompt[0] == tokenizer.bos_token_id:
     return prompt[:1] + prompt[1 - length :]
-  return prompt[:length]
+  return prompt[-length:]
 
 
 def _windows(

@@ -47,7 +47,7 @@ def train_loader(
   share = batch_size // process_count
   mine = slice(process_index * share, (process_index + 1) * share)
   order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-  batches = order.batch(batch_size, drop_remainder=True).map(
+  batches = order.batch(batch_size).map(
     lambda rows: _batch(examples, rows[mine], length, pad_id)
   )
   # No threads: rows are in memory already, and nothing is ahead of the state.

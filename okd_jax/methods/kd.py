@@ -9,7 +9,8 @@ from collections.abc import Callable
 from okd_jax.losses import cross_entropy, forward_kl, reverse_kl
 from okd_jax.methods.method import (
   Method,
-  check_range,
+  check_share,
+  check_temperature,
   diagnostics,
   stop_gradient,
   token_sums,
@@ -18,8 +19,8 @@ from okd_jax.methods.method import (
 
 def build(distance: Callable, *, kd_ratio: float, temperature: float) -> Method:
   """loss = (1 - r) CE(y; q) + r D(p, q), D = distance, r = kd_ratio; the token mean."""
-  check_range("method.kd_ratio", kd_ratio, 0, 1)
-  check_range("method.temperature", temperature, 1e-3)
+  check_share("method.kd_ratio", kd_ratio)
+  check_temperature(temperature)
 
   def token_loss(logits, labels):
     student, teacher = logits["student"], stop_gradient(logits["teacher"])

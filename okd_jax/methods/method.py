@@ -73,15 +73,21 @@ def find_divergence(key: str, name: str, temperature: float, beta: float):
     )
   knobs = {"temperature": temperature}
   if name == "jensen_shannon":
-    check_range("method.beta", beta, 0, 1)
+    check_share("method.beta", beta)
     knobs["beta"] = beta
   return functools.partial(DIVERGENCES[name], **knobs)
 
 
-def check_range(key: str, value: float, low: float, high: float = float("inf")):
-  """Raises a UserError unless low <= value <= high."""
-  if not low <= value <= high:
-    raise UserError(f"{key}={value} must lie between {low} and {high}")
+def check_share(key: str, value: float) -> None:
+  """Raises a UserError unless 0 <= value <= 1."""
+  if not 0 <= value <= 1:
+    raise UserError(f"{key}={value} must lie between 0 and 1")
+
+
+def check_temperature(value: float) -> None:
+  """Raises a UserError unless value > 0."""
+  if not value > 0:
+    raise UserError(f"method.temperature={value} must be above 0")
 
 
 def diagnostics(logits, labels, student_ce) -> dict[str, Float[Array, "B C"]]:

@@ -16,7 +16,8 @@ from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy
 from okd_jax.methods.method import (
   Method,
-  check_range,
+  check_share,
+  check_temperature,
   diagnostics,
   find_divergence,
   stop_gradient,
@@ -56,9 +57,9 @@ def build(
     beta: of either divergence where it is jensen_shannon.
     update: 'simultaneous' or 'sequential'.
   """
-  check_range("method.teacher_kl_weight", teacher_kl_weight, 0, 1)
-  check_range("method.student_kl_weight", student_kl_weight, 0, 1)
-  check_range("method.temperature", temperature, 1e-3)
+  check_share("method.teacher_kl_weight", teacher_kl_weight)
+  check_share("method.student_kl_weight", student_kl_weight)
+  check_temperature(temperature)
   if update not in UPDATES:
     raise UserError(f"method.update={update!r} must be one of {', '.join(UPDATES)}")
   student_distance = find_divergence("method.divergence", divergence, temperature, beta)

@@ -252,7 +252,7 @@ class _Projection(nn.Module):
     y = x @ kernel.astype(self.dtype)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
-      y += bias.astype(self.dtype)
+      y += bias.astype(self.dtype)[None, None]
     if self.adapter and self.name in self.adapter.targets:
       y += lora_delta(self, self.adapter, x, self.features)
     return y
@@ -271,9 +271,9 @@ class _Norm(nn.Module):
     if self.config.norm == "layernorm":
       h -= h.mean(-1, keepdims=True)
     h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
-    h *= scale.astype(jnp.float32)
+    h *= scale.astype(jnp.float32)[None, None]
     if self.config.norm == "layernorm":
-      h += self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+      h += self.param("bias", nn.initializers.zeros, (x.shape[-1],))[None, None]
     return h.astype(self.dtype)
 
 
@@ -334,7 +334,8 @@ def _attention_inputs(config, segment_ids, positions, cache):
   """(rotation, mask): what is the same in all layers, computed once."""
   rotation = None
   if config.position == "rope":
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
+    frequencies = rope_frequencies(config)[None, None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
     rotation = (jnp.cos(angles), jnp.sin(angles))
   index = jnp.arange(segment_ids.shape[1])
   seen_ids, offset = segment_ids, 0
