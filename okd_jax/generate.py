@@ -75,15 +75,13 @@ def _read(prompt: str) -> str:
 
 
 def _plain_tokens(model: Model, prompt: str) -> list[int]:
-  """The prompt as it is, with what the tokenizer puts before a text by default.
+  """The prompt as it is, after what the tokenizer puts before a text by default.
 
-  An EOS that it puts after one is left out: a prompt has not ended.
+  What it puts after one, an EOS say, is left out: a prompt has not ended.
   """
-  tokens = model.tokenizer(prompt)["input_ids"]
-  text = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-  eos = model.tokenizer.eos_token_id
-  added = eos is not None and tokens[-1:] == [eos] and text[-1:] != [eos]
-  return tokens[:-1] if added else tokens
+  probe = model.tokenizer("a", return_special_tokens_mask=True)
+  front = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
+  return front + model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def _chat_tokens(model: Model, prompt: str) -> list[int]:

@@ -456,10 +456,6 @@ class TestPaths:
 class TestParity:
   """Against transformers' torch models, over 72 tokens."""
 
-  pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning:torch.*", "ignore::FutureWarning:torch.*"
-  )
-
   @pytest.fixture(autouse=True)
   def torch(self):
     return pytest.importorskip("torch")

@@ -325,6 +325,10 @@ class TestWarp:
     for sampling in (Sampling(1.0, 1), Sampling(1.0, 0, 1e-9), Sampling(9.0, 1, 1e-9)):
       assert (self.warp(logits, sampling) > -jnp.inf).tolist() == [[False, True, False]]
 
+  def test_temperature_zero_leaves_the_most_likely_token_alone(self):
+    warped = self.warp(jnp.array([[0.1, 0.3, 0.2, -jnp.inf]]), GREEDY)
+    assert jax.nn.softmax(warped).tolist() == [[0.0, 1.0, 0.0, 0.0]]
+
 
 class TestRows:
   PROMPTS = [[i % 9] * (1 + 7 * i % 30) for i in range(11)]
@@ -497,6 +501,7 @@ class TestDecoder:
 def assert_like_transformers(folder, prompts, new_tokens, eos_at):
   """Greedy, left-padded, batched; without EOS, then with what came at `eos_at`."""
   torch = pytest.importorskip("torch")
+  torch.set_num_threads(1)  # they are tiny: more threads only wait for each other
   theirs, ours = tiny.torch_model(folder), models.load(folder)
   width = max(map(len, prompts))
   padded = [[0] * (width - len(p)) + list(p) for p in prompts]
@@ -536,7 +541,7 @@ def assert_like_transformers(folder, prompts, new_tokens, eos_at):
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 class TestTransformers:
-  @pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "llama3", "mistral"])
+  @pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
   def test_tiny_models(self, name, tmp_path):
     _, config = tiny.save(name, tmp_path / "model")
     prompts = random_prompts(config, (9, 1, 20, 4))
@@ -639,7 +644,7 @@ def put(x):
 def run(params, sharding=None):
   out = rollout.generate(
     source, {"params": params}, [[1 + i] * (1 + 3 * i) for i in range(6)],
-    jax.random.key(3), max_new_tokens=24, eos_ids=range(8), batch_size=4,
+    jax.random.key(3), max_new_tokens=24, eos_ids=range(3), batch_size=3,
     sharding=sharding,
   )
   return [(c.tokens.tolist(), c.ended) for c in out]

@@ -112,6 +112,7 @@ def test_padding_changes_nothing(model, logits, side):
   np.testing.assert_allclose(first, plain, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_padding_has_a_finite_gradient(model, logits):
   segments = jnp.array([[0, 0, 0, 1, 1], [0] * 5, [1, 1, 0, 0, 0]])
   tokens = families.tokens(model.config, 3, 5)
@@ -152,6 +153,7 @@ def test_decoding_with_a_cache_gives_the_same_hidden_states(model):
   assert int(cache.length) == 70
 
 
+@pytest.mark.parametrize("name", ["llama_gqa"])
 def test_rematerialisation_changes_no_gradient(model):
   tokens = families.tokens(model.config, 2, 16)
 

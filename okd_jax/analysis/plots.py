@@ -240,7 +240,8 @@ def _plot(axes: Axes, line: Line) -> None:
   look = looks[line.look]
   if _finite(line) == 1:  # no line goes through a single point
     look = {"marker": "o", "markersize": 3.5}
-  axes.plot(line.steps, line.values, color=_LIGHT[line.colour], **look)
+  # Not clipped: half of a point that lies on an axis would be.
+  axes.plot(line.steps, line.values, color=_LIGHT[line.colour], clip_on=False, **look)
 
 
 def _inline(svg: str, title: str) -> str:

@@ -86,17 +86,18 @@ def _adapted(figures: Figures) -> Figures:
 
 
 def _title(config: Mapping) -> str:
-  """Method: teacher → student, each by the last part of its path."""
-  student, teacher = config["student"], config["teacher"]["path"]
-  if student["path"]:
-    name = PurePath(student["path"]).name
-  elif student["layers"]:
-    name = f"{student['layers']} of its layers"
-  else:
-    model = student["model"]
-    name = f"{model['family']} {model['num_layers']} × {model['hidden_size']}"
-  pair = f"{PurePath(teacher).name} → {name}" if teacher else name
-  return f"{config['method']['name']}: {pair}"
+  """Method: teacher → student, each by the last part of its path or by its size."""
+  teacher, student = _name(config["teacher"]), _name(config["student"])
+  if not student:
+    student = f"{config['student']['layers']} of its layers"
+  return f"{config['method']['name']}: {teacher}{' → ' * bool(teacher)}{student}"
+
+
+def _name(section: Mapping) -> str:
+  path, model = section["path"], section["model"]
+  if path or not model["hidden_size"]:
+    return PurePath(path).name
+  return f"{model['family']} {model['num_layers']} × {model['hidden_size']}"
 
 
 def _facts(history: History, config: Mapping) -> dict[str, str]:
@@ -175,11 +176,10 @@ def _beside_teacher(teacher: Figures, end: Figures) -> Iterator[str]:
       f"{100 - agree:.1f}% greedy decoding would go another way."
     )
   if "rougeL" in teacher and "rougeL" in end:
-    gap = end["rougeL"] - teacher["rougeL"]
     yield (
-      f"Its answers score ROUGE-L {end['rougeL']:.1f}, {abs(gap):.1f} "
-      f"{'below' if gap < 0 else 'above'} the teacher's. ROUGE-L counts words in "
-      "common, not whether an answer is right."
+      f"Its answers score ROUGE-L {end['rougeL']:.1f}, the teacher's "
+      f"{teacher['rougeL']:.1f}. ROUGE-L counts words in common, not whether an answer "
+      "is right."
     )
 
 

@@ -12,6 +12,7 @@ from okd_jax.models.layout import Weight, require
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel"}
 PREFIX = "transformer."  # absent in checkpoints of the headless base model
 LAYERS = "h"  # the list of layers, as PEFT names it
+FAN_IN_FAN_OUT = True  # Conv1D keeps [in, out]; PEFT asks
 IGNORED = r"\.attn\.(bias|masked_bias)$"  # causal masks that old versions stored
 
 PROJECTIONS = {

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
 from okd_jax.models import gpt2, llama
+from okd_jax.models.card import model_card
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.layout import Put, assemble, disassemble
 
@@ -35,8 +36,8 @@ _LOADING_NOTES = ("is_local", "local_files_only", "name_or_path")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # What a model's folder may hold for us to replace it; anything else is the user's.
 _OURS = re.compile(
-  r"(config|generation_config|special_tokens_map|added_tokens|vocab)\.json"
-  r"|tokenizer.*|merges\.txt|chat_template.*|README\.md"
+  r"(config|generation_config|special_tokens_map|added_tokens|normalizer)\.json"
+  r"|(tokenizer|vocab|merges|chat_template|spiece|sentencepiece).*|README\.md"
   r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
 
@@ -133,7 +134,7 @@ def save(
     _write_weights(partial, tensors, max_shard_bytes)
     if tokenizer is not None:
       _write_tokenizer(partial, tokenizer)
-    (partial / "README.md").write_text(_card(config, count, card or {}), "utf-8")
+    (partial / "README.md").write_text(model_card(config, count, card or {}), "utf-8")
 
 
 @contextlib.contextmanager
@@ -144,15 +145,17 @@ def replacing(folder: str | os.PathLike, ours: re.Pattern) -> Iterator[Path]:
     UserError: if `folder` holds a file whose name `ours` does not match: it would
       be lost.
   """
-  folder = Path(folder)
+  folder = Path(folder).absolute()
   _refuse_foreign(folder, ours)
-  partial = folder.parent / f".{folder.name}.partial"
-  shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+  partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
+  for leftover in (partial, old):  # of a killed run
+    shutil.rmtree(leftover, ignore_errors=True)
   partial.mkdir(parents=True)
   yield partial
   if folder.exists():
-    shutil.rmtree(folder)
+    folder.rename(old)
   partial.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def hf_config(config: ModelConfig, dtype=jnp.float32) -> dict:
@@ -339,41 +342,6 @@ def _refuse_foreign(folder: Path, ours: re.Pattern):
       f"{folder} holds other files ({', '.join(foreign)}); "
       "name a new folder or one that was written here"
     )
-
-
-def _card(config: ModelConfig, count: int, rows: Mapping[str, str]) -> str:
-  """README.md: no dates and no paths of this machine, so that runs compare equal."""
-  table = [f"| {name} | {_public(value)} |" for name, value in rows.items()]
-  header = ["| | |", "|---|---|", *table, ""] if table else []
-  lines = [
-    "---",
-    "library_name: transformers",
-    "pipeline_tag: text-generation",
-    "tags:",
-    "- knowledge-distillation",
-    "- okd_jax",
-    "---",
-    "",
-    f"A {config.family} language model with {count:,} parameters, made by okd_jax.",
-    "",
-    *header,
-    "```python",
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("this folder")',
-    'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-    "```",
-    "",
-  ]
-  return "\n".join(lines)
-
-
-def _public(value) -> str:
-  """A local path is reduced to its last name; hub ids and prose stay."""
-  text = str(value)
-  return (
-    os.path.basename(os.path.normpath(text)) if text[:1] in ("/", ".", "~") else text
-  )
 
 
 def read_json(path: Path) -> dict:

@@ -15,6 +15,7 @@ from okd_jax.models.layout import Weight, require
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 PREFIX = "model."  # absent in checkpoints of the headless base model
 LAYERS = "layers"  # the list of layers, as PEFT names it
+FAN_IN_FAN_OUT = False  # Linear keeps [out, in]; PEFT asks
 IGNORED = r"rotary_emb\.inv_freq$"  # derived; old versions stored it
 
 PROJECTIONS = {

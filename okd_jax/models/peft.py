@@ -99,7 +99,7 @@ def save_adapter(
       tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(up.T)
   note = {_NOTE: json.dumps(dataclasses.asdict(adapter_config), sort_keys=True)}
   ranks = {name: adapter_config.rank * len(slices) for name, slices in modules.items()}
-  raw = _config_to_peft(family, ranks, adapter_config.scale, base_model)
+  raw = _config_to_peft(family, ranks, adapter_config.scale, str(base_model))
   if first:
     raw["layers_to_transform"] = list(range(first, model_config.num_layers))
     raw["layers_pattern"] = family.LAYERS
@@ -203,7 +203,7 @@ def _config_to_peft(family, ranks: dict[str, int], scale: float, base_model: str
     "lora_alpha": scale * rank,
     "lora_dropout": 0.0,
     "bias": "none",
-    "fan_in_fan_out": family.LAYERS == "h",  # GPT-2's Conv1D keeps [in, out]
+    "fan_in_fan_out": family.FAN_IN_FAN_OUT,
     "target_modules": sorted(names.values()),
     "rank_pattern": patterns,
     "alpha_pattern": {name: scale * r for name, r in patterns.items()},

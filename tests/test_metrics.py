@@ -1,0 +1,47 @@
+"""metrics.jsonl and the closing table."""
+
+import json
+
+from okd_jax import metrics
+
+
+def rows(workdir):
+  return [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().split("\n")[:-1]
+  ]
+
+
+def test_rows_and_what_a_resumed_run_drops(tmp_path):
+  writer = metrics.Writer(tmp_path, 0, tensorboard=False, wandb="")
+  for step in (1, 2, 3):
+    writer.write(step, "train", {"loss": step / 2})
+  writer.write(3, "train", {"loss": float("nan")})
+  writer.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "ki')  # a kill in the middle of a line
+  metrics.Writer(tmp_path, 2, tensorboard=False, wandb="").close()
+  assert rows(tmp_path) == [
+    {"step": 1, "kind": "train", "loss": 0.5},
+    {"step": 2, "kind": "train", "loss": 1.0},
+  ]
+
+
+def test_not_finite_is_null(tmp_path):
+  writer = metrics.Writer(tmp_path, 0, tensorboard=False, wandb="")
+  writer.write(1, "train", {"loss": float("inf"), "lr": 0.0})
+  writer.close()
+  assert rows(tmp_path) == [{"step": 1, "kind": "train", "loss": None, "lr": 0.0}]
+
+
+def test_table():
+  text = metrics.table(
+    {"teacher": {"loss": 1.23456}, "student": {"loss": 22.5, "rougeL": 101.26}},
+    {"loss": "loss", "rougeL": "ROUGE-L", "absent": "absent"},
+  )
+  assert text.splitlines() == [
+    "          loss  ROUGE-L",
+    "-----------------------",
+    "teacher  1.235        –",
+    "student  22.50    101.3",
+  ]
