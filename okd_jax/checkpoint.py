@@ -5,6 +5,7 @@ half-written is never seen again.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ class Checkpoints:
       policies.append(
         _policies.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
       )
+    if not read_only:
+      _set_aside_unreadable(folder)
     self._best = best
     self._checkpointer = ocp.training.Checkpointer(
       folder.absolute(),
@@ -74,7 +77,7 @@ class Checkpoints:
     taken.
 
     Raises:
-      UserError: if none can be read.
+      UserError: if there is none, or none can be read.
     """
     for step in reversed(self.steps()):
       try:
@@ -108,6 +111,17 @@ class Checkpoints:
 
   def close(self) -> None:
     self._checkpointer.close()
+
+
+def _set_aside_unreadable(folder: Path) -> None:
+  """Renames checkpoints whose own metadata is damaged: Orbax would not even start."""
+  for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
+    try:
+      json.loads(path.read_bytes())
+    except ValueError:
+      aside = path.parent.with_name(f"damaged-{path.parent.name}")
+      _log.warning("checkpoint of step %s is damaged; now %s", path.parent.name, aside)
+      path.parent.rename(aside)
 
 
 @contextlib.contextmanager

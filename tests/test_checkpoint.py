@@ -65,9 +65,18 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
   chex.assert_trees_all_equal(next(data), next(fresh))
 
 
+def test_damaged_metadata_is_set_aside(tmp_path, caplog):
+  setup, states, _ = saved(tmp_path)
+  (tmp_path / "3" / "_CHECKPOINT_METADATA").write_bytes(b"{")
+  state, step, _ = restored(setup, tmp_path)
+  assert step == 2 and (tmp_path / "damaged-3").is_dir()
+  assert "checkpoint of step 3 is damaged" in caplog.text
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state), states[2])
+
+
 def test_none_that_can_be_read(tmp_path):
   setup, _, _ = saved(tmp_path, steps=1)
-  for path in tmp_path.rglob("*"):
+  for path in (tmp_path / "1" / "state").rglob("*"):
     if path.is_file():
       path.write_bytes(b"")
   with pytest.raises(UserError, match="can be read"):

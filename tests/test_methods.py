@@ -20,7 +20,7 @@ def weighted(batch):
 def gradients(setup, batch=None, params=None):
   batch = weighted(make_batch() if batch is None else batch)
   params = setup.params if params is None else params
-  return jax.grad(lambda p: setup.loss(p, batch)[0])(params)
+  return jax.jit(jax.grad(lambda p: setup.loss(p, batch)[0]))(params)
 
 
 def total(tree):
@@ -159,7 +159,7 @@ def test_okd_with_a_held_module_is_forward_kd(update):
 
 
 def test_okd_logit_gradients_have_the_closed_form():
-  """METHODS 2.5 (e): q - p_ta for the student, p_ta - (a q + (1-a) e_y) for the module."""
+  """METHODS 2.5 (e): q - p_ta, and p_ta - (alpha q + (1 - alpha) e_y)."""
   teacher = jax.random.normal(jax.random.key(0), (1, 4, 9))
   student = jax.random.normal(jax.random.key(1), (1, 4, 9))
   labels = jnp.array([[0, 3, 8, 2]])
@@ -290,9 +290,13 @@ def test_padded_vocabulary_equals_the_cut_one():
 def test_every_knob_changes_something(name, knob, value):
   """Guards H1: KDFlow's temperature and --hrl_topk are swallowed."""
   base = {"divergence": "jensen_shannon"} if knob == "beta" else {}
-  before, _ = Setup(name, **base).train(2)
-  after, _ = Setup(name, **(base | {knob: value})).train(2)
-  assert total(jax.tree.map(jnp.subtract, before.params, after.params)) > 1e-3
+  before, after = Setup(name, **base), Setup(name, **(base | {knob: value}))
+  batch = weighted(make_batch())
+  # Away from the start, where up = 0 and both directions of a KL nearly agree.
+  before.params["student"] = jax.tree.map(lambda x: 3 * x, before.params["student"])
+  losses = [float(s.loss(before.params, batch)[0]) for s in (before, after)]
+  changed = abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
+  assert changed or before.method.updates != after.method.updates
 
 
 def test_every_knob_is_tested():

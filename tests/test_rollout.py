@@ -163,7 +163,7 @@ class TestCompilation:
       return ()
 
     source = TABLE._replace(init=init, max_length=300)
-    prompts = [[1] * n for n in (1, 2, 31, 32, 33, 64, 65, 150, 290, 3, 200)]
+    prompts = [[1] * n for n in (1, 64, 31, 290, 33, 289, 32)]
     with jax.log_compiles():
       for sampling in (GREEDY, Sampling(), Sampling(1, 5, 0.5), Sampling(2.0, 0, 0.3)):
         generate(
@@ -175,10 +175,10 @@ class TestCompilation:
           sampling=sampling,
           batch_size=2,
         )
-    # Buckets of 32, 64 and 256, and of 290: the room that 10 new tokens leave.
-    assert sorted(traces) == [(2, 41), (2, 73), (2, 265), (2, 299)]
+    # Buckets of 32 and 64, and one of 290: the room that 10 new tokens leave.
+    assert sorted(traces) == [(2, 41), (2, 73), (2, 299)]
     compiled = [r for r in caplog.messages if r.startswith("Compiling jit(sample)")]
-    assert len(compiled) == 4
+    assert len(compiled) == 3
 
   def test_the_cache_is_written_in_place(self):
     """Beyond the cache itself, each slot costs no more than one layer's view of it."""
@@ -333,15 +333,14 @@ class TestWarp:
 class TestRows:
   PROMPTS = [[i % 9] * (1 + 7 * i % 30) for i in range(11)]
 
-  def run(self, prompts=PROMPTS, key=KEY, **kwargs):
-    return generate(
-      TABLE, RANDOM_TABLE, prompts, key, max_new_tokens=30, eos_ids=(8,), **kwargs
-    )
+  def run(self, prompts=PROMPTS, key=KEY, batch_size=3, **kwargs):
+    kwargs |= {"max_new_tokens": 30, "eos_ids": (8,), "batch_size": batch_size}
+    return generate(TABLE, RANDOM_TABLE, prompts, key, **kwargs)
 
   def test_a_text_does_not_depend_on_the_batch_around_it(self):
     whole = self.run()
     assert len({len(text) for text in texts(whole)}) > 3
-    for batch_size in (1, 3):
+    for batch_size in (1, 32):
       split = self.run(batch_size=batch_size)
       assert texts(split) == texts(whole)
       for one, other in zip(split, whole, strict=True):
@@ -434,9 +433,10 @@ def test_a_decoder_has_one_source():
   low = source_of(Decoder(config, dtype=jnp.bfloat16))
   assert low is not source
   assert low.init(1, 4).key.dtype == jnp.bfloat16
-  params = tiny.params(config)
-  [completion] = generate(low, {"params": params}, [[1, 2]], KEY, max_new_tokens=4)
-  assert completion.logprobs.dtype == np.float32
+  variables = {"params": tiny.params(config)}
+  one = jnp.ones((1, 1), jnp.int32)
+  logits, cache = jax.eval_shape(low.apply, variables, one, one, one, low.init(1, 4))
+  assert (logits.dtype, cache.value.dtype) == (jnp.float32, jnp.bfloat16)
 
 
 class TestDecoder:
@@ -483,6 +483,7 @@ class TestDecoder:
       assert completion.tokens.tolist() == row[len(prompt) :][: self.NEW].tolist()
       np.testing.assert_allclose(completion.logprobs, logprobs, atol=1e-4)
 
+  @pytest.mark.parametrize("case", ["gpt2"], indirect=True)
   def test_greedy_text_does_not_depend_on_batch_or_padding(self, case):
     prompts = random_prompts(case.decoder.config, self.LENGTHS)
     together = self.run(case, prompts, sampling=GREEDY)

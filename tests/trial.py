@@ -47,19 +47,15 @@ class Setup:
     teacher_decoder = Decoder(TEACHER)
     adapted_decoder = Decoder(TEACHER, adapter)
     self.student_decoder = Decoder(student, dropout=dropout)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    self.frozen = teacher_decoder.init(jax.random.key(0), tokens)["params"]
     # Larger weights than usual: a teacher worth distilling has opinions.
-    self.frozen = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, self.frozen)
-    self.params = {
-      "student": self.student_decoder.init(jax.random.key(1), tokens)["params"]
-    }
+    base = _init(teacher_decoder, 0)["params"]
+    self.frozen = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, base)
+    self.params = {"student": _init(Decoder(student), 1)["params"]}
     options = OPTIM | {"weight_decay": weight_decay}
     schedule = optim.schedule("constant", lr, 100, 0, 0.0)
     self.optimizers = {"student": optim.build(schedule, **options)}
     if self.method.teacher == "adapted":
-      init = adapted_decoder.init(jax.random.key(2), tokens)
-      self.params["adapter"] = init["adapter"]
+      self.params["adapter"] = _init(adapted_decoder, 2)["adapter"]
       self.optimizers["adapter"] = optim.build(schedule, lr_scale=lr_scale, **options)
 
     def teacher(frozen, modules, batch):
@@ -95,6 +91,17 @@ class Setup:
       state, metrics = self.step(state, self.frozen, make_batch(seed + i))
       losses.append(float(metrics["loss"]))
     return state, losses
+
+
+def _init(decoder, seed):
+  """Fresh copies, since a step donates what it is given."""
+  return jax.tree.map(jnp.copy, _first(decoder, seed))
+
+
+@functools.cache
+def _first(decoder, seed):
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  return jax.jit(decoder.init)(jax.random.key(seed), tokens)
 
 
 def make_batch(seed=0, rows=8, length=12):
