@@ -24,7 +24,9 @@ VARIANTS = {
 
 
 def get_config(variant: str = "base"):
-  student, lr, epochs = VARIANTS[variant or "base"]
+  if variant not in VARIANTS:
+    raise ValueError(f"gpt2.py:{variant}: the variants are {', '.join(VARIANTS)}")
+  student, lr, epochs = VARIANTS[variant]
   config = default.get_config()
   config.teacher.path = "stage:teacher"
   config.student.path = "stage:start"

@@ -16,6 +16,8 @@ STUDENT = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 def get_config(variant: str = "7b"):
+  if variant not in TEACHERS:
+    raise ValueError(f"llama.py:{variant}: the variants are {', '.join(TEACHERS)}")
   config = default.get_config()
   config.teacher.path = "stage:teacher"
   config.student.path = "stage:start"
@@ -46,6 +48,6 @@ def get_config(variant: str = "7b"):
     "teacher": {"path": ""},
     "eval": {"best": "loss", "generate": False},
   }
-  config.stages.teacher = stage | {"student": {"path": TEACHERS[variant or "7b"]}}
+  config.stages.teacher = stage | {"student": {"path": TEACHERS[variant]}}
   config.stages.start = stage | {"student": {"path": STUDENT}}
   return config

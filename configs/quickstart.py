@@ -25,7 +25,7 @@ def get_config():
   config.optim.warmup_steps = 20
   config.checkpoint.every = 100
   config.eval.every = 100
-  config.eval.limit = 128
+  config.eval.limit = 320
   config.eval.batch_size = 64
   config.eval.max_new_tokens = 24
 
@@ -50,7 +50,7 @@ def get_config():
   config.stages.start = {
     "method": {"name": "sft"},
     "student": {"path": "", "layers": 2},
-    "train": {"steps": 60},
+    "train": {"steps": 30},
     "eval": {"every": 0},
   }
   return config
