@@ -26,14 +26,10 @@ def get_config() -> ConfigDict:
 
   config.method = ConfigDict()
   config.method.name = "okd"  # a key of okd_jax.METHODS
-  config.method.kd_ratio = (
-    1.0  # kd, rkd: share of the divergence, the rest is CE on gold
-  )
+  config.method.kd_ratio = 1.0  # kd, rkd: weight of the divergence, the rest CE on gold
   config.method.temperature = 1.0  # divides logits; losses are multiplied by its square
-  config.method.divergence = (
-    "forward_kl"  # okd: from the adapted teacher to the student
-  )
-  config.method.teacher_divergence = "forward_kl"  # okd: from the student to the module
+  config.method.divergence = "forward_kl"  # okd: adapted teacher to student
+  config.method.teacher_divergence = "forward_kl"  # okd: student to adapted teacher
   config.method.beta = 0.5  # weight of the teacher's side in jensen_shannon
   config.method.teacher_kl_weight = 0.25  # okd: alpha, the module's pull to the student
   config.method.student_kl_weight = 1.0  # okd: the rest is CE on gold for the student

@@ -50,7 +50,7 @@ def get_config(variant: str = "base"):
     "method": {"name": "sft"},
     "teacher": {"path": ""},
     "student": {"path": "gpt2-xl"},
-    "train": {"epochs": 10.0},
+    "train": {"steps": 0, "epochs": 10.0},
     "optim": {"lr": 5e-5},
     "eval": {"best": "loss", "generate": False},
   }
@@ -58,7 +58,7 @@ def get_config(variant: str = "base"):
     "method": {"name": "sft"},
     "teacher": {"path": ""},
     "student": {"path": student},
-    "train": {"epochs": 3.0},
+    "train": {"steps": 0, "epochs": 3.0},
     "optim": {"lr": 5e-4},
     "eval": {"best": "loss", "generate": False},
   }

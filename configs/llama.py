@@ -46,6 +46,7 @@ def get_config(variant: str = "7b"):
   stage = {
     "method": {"name": "sft"},
     "teacher": {"path": ""},
+    "train": {"steps": 0},
     "eval": {"best": "loss", "generate": False},
   }
   config.stages.teacher = stage | {"student": {"path": TEACHERS[variant]}}

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from okd_jax.errors import UserError
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-KINDS = ("none", "lora")
+KINDS = ("lora",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,18 @@ class AdapterConfig:
 
   def num_layers(self, total: int) -> int:
     """How many of `total` layers, counted from the top, carry a module."""
+    return self.layers or total
+
+  def check(self, total: int, gated_mlp: bool) -> None:
+    """Raises a UserError if a model of `total` layers has no place for the module."""
     if self.layers > total:
       raise UserError(
         f"adapter.layers={self.layers}, but the teacher has only {total} layers"
       )
-    return self.layers or total
+    if "gate" in self.targets and not gated_mlp:
+      raise UserError(
+        "adapter.targets names 'gate', but the teacher's MLP has no gate; leave it out"
+      )
 
 
 def lora_delta(

@@ -125,7 +125,9 @@ def _set_aside_unreadable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, keep: int, best=None, read_only=False) -> Iterator[Checkpoints]:
+def opened(
+  folder: Path, keep: int, best=None, read_only=False
+) -> Iterator[Checkpoints]:
   """Checkpoints that are flushed and closed on the way out."""
   checkpoints = Checkpoints(folder, keep, best, read_only)
   try:

@@ -10,6 +10,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from okd_jax.losses import (
   weighted_sums,
 )
 from okd_jax.metrics import table
-from okd_jax.models import Decoder, Model, load, output
+from okd_jax.models import Decoder, Model, ModelConfig, load, output
 from okd_jax.models.transformer import head_kernel, init_cache
 from okd_jax.rollout import Sampling, decoder_source, generate
 from okd_jax.score import score
@@ -137,7 +138,6 @@ def answer(
     max_new_tokens=max_new_tokens,
     sampling=Sampling(temperature=temperature),
     eos_ids=sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)}),
-    pad_id=decoder.config.pad_id or 0,
     batch_size=batch_size,
     sharding=sharding,
   )
@@ -145,6 +145,17 @@ def answer(
     tokenizer.decode(completion.tokens, skip_special_tokens=True)
     for completion in completions
   ]
+
+
+def check_vocabulary(configs: Mapping[str, ModelConfig], examples) -> None:
+  """Raises a UserError if a row holds a token that one of the models does not have."""
+  largest = max(int(example.tokens.max()) for example in examples)
+  for name, config in configs.items():
+    if largest >= config.vocab_size:
+      raise UserError(
+        f"the data holds token id {largest}, but {name} has only {config.vocab_size} "
+        "ids; its tokenizer is not the one it was trained with"
+      )
 
 
 def answerable(examples: Sequence[Example]) -> list[Example]:
@@ -168,25 +179,32 @@ def main(arguments: list[str]) -> None:
   model = load(args.model, dtype=args.dtype)
   teacher = load(args.teacher, dtype=args.dtype) if args.teacher else None
   _check(args, model, teacher)
+  max_length = min(args.max_length, model.config.max_length)
   records = load_records(args.data.split(","))[: args.limit or None]
   examples, _ = prepare(
     records,
     model.tokenizer,
     template=args.template,
-    max_length=min(args.max_length, model.config.max_length),
-    max_prompt_length=args.max_prompt_length,
+    max_length=max_length,
+    max_prompt_length=min(args.max_prompt_length, max_length - 1),
     overlong_prompt="truncate",  # never dropped: predictions stay beside their rows
     overlong_row="truncate",
   )
   examples = examples[: args.limit or None]
+  check_vocabulary({args.model: model.config} | _config_of(args, teacher), examples)
   results = {"n": len(examples)}
   results |= _token_results(args, model, teacher, examples)
   prompts = answerable(examples)
   if prompts and args.max_new_tokens:
+    _check_room(args, model)
     results |= _text_results(args, model, prompts)
-  print(table({args.model: results}, COLUMNS))
+  print(table({Path(args.model).name or args.model: results}, COLUMNS))
   if args.output:
     write_text(args.output, json.dumps(results, indent=2) + "\n")
+
+
+def _config_of(args, teacher: Model | None):
+  return {args.teacher: teacher.config} if teacher else {}
 
 
 def _token_results(args, model: Model, teacher: Model | None, examples):
@@ -199,7 +217,7 @@ def _token_results(args, model: Model, teacher: Model | None, examples):
     examples,
     batch_size=args.batch_size,
     length=_width(examples),
-    pad_id=model.config.pad_id or 0,
+    pad_id=0,
   )
   variables = {role: {"params": m.params} for role, m in models.items()}
   return evaluate_tokens(step, variables, batches)
@@ -234,6 +252,16 @@ def _text_results(args, model: Model, prompts):
     lines = (json.dumps({"text": text}, ensure_ascii=False) for text in first)
     write_text(args.predictions, "".join(line + "\n" for line in lines))
   return mean_and_std(scores) | {"seeds": list(seeds)}
+
+
+def _check_room(args, model: Model) -> None:
+  room = model.config.max_length - args.max_new_tokens
+  if room < args.max_prompt_length:
+    raise UserError(
+      f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens="
+      f"{args.max_new_tokens} do not fit the {model.config.max_length} tokens that "
+      f"{args.model} takes; lower one of them"
+    )
 
 
 def _check(args, model: Model, teacher: Model | None) -> None:

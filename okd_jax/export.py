@@ -1,6 +1,6 @@
 """A trained student as a Hugging Face folder, its online module as a PEFT folder.
 
-    python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
+python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
 
 import json
@@ -46,9 +46,7 @@ def main(arguments: list[str]) -> None:
   keep = config.checkpoint.keep
   with (
     jax.set_mesh(parts.mesh),
-    checkpoint.opened(
-      workdir / "checkpoints", keep, read_only=True
-    ) as checkpoints,
+    checkpoint.opened(workdir / "checkpoints", keep, read_only=True) as checkpoints,
   ):
     steps = checkpoints.steps()
     if not steps:

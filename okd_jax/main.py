@@ -8,16 +8,14 @@ student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online m
 and report.html.
 """
 
-import ctypes
+import difflib
 import os
-import platform
-import re
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from okd_jax import cli, train
 from okd_jax.errors import UserError
@@ -35,49 +33,58 @@ def main(arguments: list[str]) -> None:
   _parse(arguments)
   if _CONFIG.value is None or not _WORKDIR.value:
     raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
-  _keep_freed_memory()
   _use_compilation_cache()
   train.run(_CONFIG.value, Path(_WORKDIR.value))
 
 
 def _parse(arguments: list[str]) -> None:
-  """Reads the flags; the many ways in which that fails become a UserError."""
+  """Reads the flags; the ways in which that fails become a UserError."""
   # A configuration file may import its neighbours, wherever the command runs.
   sys.path.insert(0, os.getcwd())
-  _check_file(arguments)
+  _check_keys(arguments)
   try:
     rest = flags.FLAGS([sys.argv[0], *arguments])
-  except (AttributeError, KeyError) as error:
-    raise UserError(_unknown_key(error, arguments)) from error
-  except (flags.Error, TypeError, ValueError) as error:
-    # An error inside the file comes with its whole traceback as text: keep its end.
-    raise UserError(str(error).strip().splitlines()[-1]) from error
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(_last_line(error)) from error
   if rest[1:]:
     raise UserError(f"unexpected arguments {' '.join(rest[1:])}; flags start with --")
 
 
-def _check_file(arguments: list[str]) -> None:
-  """Whether --config=FILE[:variant] names a file; ml_collections tells it worse."""
-  for argument in arguments:
-    name, _, value = argument.lstrip("-").partition("=")
-    path = value.split(":")[0]
-    if name == "config" and path and not Path(path).is_file():
-      raise UserError(f"--config={value}: there is no file {path}")
+def _check_keys(arguments: list[str]) -> None:
+  """Every --config.a.b must be a key of the configuration that --config names."""
+  given = dict(a.lstrip("-").partition("=")[::2] for a in arguments)
+  if "config" not in given:
+    return
+  path = given["config"].split(":")[0]
+  if not Path(path).is_file():
+    raise UserError(f"--config={given['config']}: there is no file {path}")
+  values = flags.FlagValues()
+  plain = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=[sys.argv[0]]
+  )
+  try:
+    values([sys.argv[0], f"--config={given['config']}"])
+  except (flags.Error, ValueError) as error:
+    raise UserError(_last_line(error)) from error
+  for name in given:
+    if name.startswith("config."):
+      _check_key(name.split(".")[1:], plain.value)
 
 
-def _unknown_key(error: Exception, arguments: list[str]) -> str:
-  """Names the whole flag, since the error knows only its last part."""
-  text = str(error.args[0] if error.args else error)
-  key = re.search(r"'?(\w+)", text)
-  named = [a for a in arguments if key and f".{key[1]}" in a.split("=")[0]]
-  hint = re.search(r"Did you mean \"(\w+)\"", text)
-  if not named:
-    return f"the configuration has no {text!r}"
-  flag = named[0].split("=")[0]
-  if not hint:
-    return f"{flag} is no configuration key; configs/default.py lists them all"
-  near = re.sub(rf"\b{key[1]}\b", hint[1], flag)
-  return f"{flag} is no configuration key; did you mean {near}?"
+def _check_key(path: list[str], config) -> None:
+  for depth, key in enumerate(path):
+    if not isinstance(config, ConfigDict) or key not in config:
+      known = list(config) if isinstance(config, ConfigDict) else []
+      near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+      better = ".".join(["--config", *path[:depth], *near, *path[depth + 1 :]])
+      hint = f"did you mean {better}?" if near else "configs/default.py lists them all"
+      raise UserError(f"--config.{'.'.join(path)} is no configuration key; {hint}")
+    config = config[key]
+
+
+def _last_line(error: Exception) -> str:
+  # An error inside the file comes with its whole traceback as text: keep its end.
+  return str(error).strip().splitlines()[-1]
 
 
 def _use_compilation_cache() -> None:
@@ -86,22 +93,6 @@ def _use_compilation_cache() -> None:
     folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _keep_freed_memory() -> None:
-  """Stops glibc from handing each step's buffers back to the kernel.
-
-  On CPU XLA allocates every temporary anew; unless freed memory stays with the
-  process, a quarter of the time goes to page faults (BUILD_NOTES.md, 2026-11-22).
-  It must come before XLA starts its threads, since each takes an arena of its own.
-  """
-  if platform.libc_ver()[0] != "glibc":
-    return
-  mallopt = ctypes.CDLL(None).mallopt
-  trim_threshold, mmap_max, arena_max = -1, -4, -8  # names in <malloc.h>
-  mallopt(arena_max, 1)
-  mallopt(mmap_max, 0)
-  mallopt(trim_threshold, 2**31 - 1)
 
 
 def _default_keys() -> str:

@@ -69,7 +69,7 @@ def read(workdir: Path) -> list[dict]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
-  """A plain-text table: a row a name, a column a metric (`columns`: metric to title)."""
+  """A plain-text table: a row a name, a column a metric; `columns` has their titles."""
   shown = {m: t for m, t in columns.items() if any(m in row for row in rows.values())}
   cells = [["", *shown.values()]]
   for name, row in rows.items():

@@ -21,7 +21,8 @@ def schedule(
     raise UserError(f"optim.schedule={name!r} must be one of {', '.join(SCHEDULES)}")
   if not 0 <= warmup_steps <= steps:
     raise UserError(
-      f"optim.warmup_steps={warmup_steps} must lie between 0 and the run's {steps} steps"
+      f"optim.warmup_steps={warmup_steps} must lie between 0 and the run's {steps} "
+      "steps"
     )
   rest = max(steps - warmup_steps, 1)
   after = {

@@ -24,6 +24,7 @@ from okd_jax.data import (
   show_example,
 )
 from okd_jax.errors import UserError
+from okd_jax.evaluate import check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
@@ -84,6 +85,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   adapter = _adapter_config(config) if method.teacher == "adapted" else None
   decoders = _decoders(config, student_config, teacher, adapter)
   _check_lengths(config, decoders)
+  check_vocabulary({role: d.config for role, d in decoders.items()}, train + held_out)
   steps = _steps(config, len(train))
   learning_rate = optim.schedule(
     config.optim.schedule,
@@ -220,7 +222,7 @@ def _tokenizer(config, workdir: Path, teacher, start, records):
 
 
 def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]:
-  """Training and evaluation rows; without data.eval, the last `holdout` are held out."""
+  """Training and evaluation rows; without data.eval, the last ones are held out."""
   data = config.data
   if data.eval:
     held_out = load_records(_paths(data.eval))
@@ -279,10 +281,6 @@ def _random_config(dimensions, vocab_size: int, tokenizer) -> ModelConfig:
 
 
 def _adapter_config(config) -> AdapterConfig:
-  if config.adapter.kind == "none":
-    raise UserError(
-      f"method {config.method.name} trains an online module; set adapter.kind=lora"
-    )
   fields = {key: config.adapter[key] for key in config.adapter if key != "lr_scale"}
   return AdapterConfig(**fields)
 
@@ -293,7 +291,7 @@ def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
   if teacher:
     decoders["teacher"] = Decoder(teacher.config, **common)
   if adapter:
-    adapter.num_layers(teacher.config.num_layers)  # raises if there are not as many
+    adapter.check(teacher.config.num_layers, teacher.config.gated_mlp)
     decoders["adapted"] = Decoder(teacher.config, adapter, **common)
   return decoders
 

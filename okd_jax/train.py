@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 # A larger value of these is better; of every other metric a smaller one is.
 _LARGER_IS_BETTER = ("rougeL", "exact_match", "top1_agreement")
+# Fills rows up. Any legal id would do: what counts follows from lengths alone.
+PAD_ID = 0
 TERMINATED = 128 + signal.SIGTERM
 
 
@@ -95,9 +97,7 @@ def _run_one(config: ConfigDict, workdir: Path) -> None:
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
   ):
     state, step, loader = _start(parts, checkpoints)
-    writer = metrics.Writer(
-      workdir, step, config.train.tensorboard, config.train.wandb
-    )
+    writer = metrics.Writer(workdir, step, config.train.tensorboard, config.train.wandb)
     state = _loop(parts, checkpoints, writer, state, step, loader)
     chosen = checkpoints.best_step()
     writer.write(parts.steps, "export", {"exported_step": chosen})
@@ -156,7 +156,7 @@ def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
     parts.train,
     batch_size=config.train.batch_size,
     length=config.data.max_length,
-    pad_id=_pad_id(parts),
+    pad_id=PAD_ID,
     seed=config.train.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -255,7 +255,7 @@ class Evaluator:
       parts.eval,
       batch_size=_eval_batch_size(parts),
       length=config.data.max_length,
-      pad_id=_pad_id(parts),
+      pad_id=PAD_ID,
     )
     arrays = ({k: v for k, v in batch.items() if k != "row"} for batch in batches)
     where = sharding.batch_sharding(parts.mesh)
@@ -408,12 +408,6 @@ def summary(workdir: Path) -> str:
     f"report   {workdir / 'report.html'}",
   ]
   return "\n".join(lines)
-
-
-def _pad_id(parts: Run) -> int:
-  tokenizer = parts.tokenizer
-  ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-  return next(i for i in ids if i is not None)
 
 
 def _eval_batch_size(parts: Run) -> int:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from okd_jax.data import Example, left_pad, pad_row
+from okd_jax.data import Example, pad_row
 
 PAD = 7
 
@@ -93,17 +93,3 @@ def test_padding_changes_nothing_real(response, lengths):
   for name in ("tokens", "labels", "mask", "segment_ids"):
     a, b = (row[name][: len(ids) - 1].tolist() for row in rows)
     assert a == b
-
-
-def test_left_pad():
-  prompts = [np.array([1, 2, 3]), np.array([0], np.int32)]
-  tokens, segment_ids = left_pad(prompts, 4, pad_id=0)
-  assert tokens.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0]]
-  assert segment_ids.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
-  assert tokens.dtype == segment_ids.dtype == np.int32
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_left_pad_wants_prompts_that_fit(count):
-  with pytest.raises(ValueError, match=f"prompt 1 has {count} tokens"):
-    left_pad([np.array([1]), np.zeros(count)], 4, pad_id=0)

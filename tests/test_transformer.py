@@ -339,20 +339,6 @@ class TestTakeLayers:
       models.take_layers({}, ModelConfig(num_layers=7), n)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
-def test_trimmed_vocabulary_gives_the_first_logits(name):
-  config = families.CONFIGS[name]
-  params = families.params(config)
-  tokens = families.tokens(config, 1, 20) % 50
-  trimmed, smaller = models.trim_vocab(params, config, 50)
-  logits = jax.jit(Model(smaller, trimmed).logits)(trimmed, tokens)
-  full = jax.jit(Model(config, params).logits)(params, tokens)
-  assert logits.shape == (1, 20, 50)
-  np.testing.assert_allclose(logits, full[..., :50], atol=1e-5)
-  with pytest.raises(UserError, match="cannot be cut to 100"):
-    models.trim_vocab(params, config, 100)
-
-
 def _oracle(c: ModelConfig, params, tokens) -> np.ndarray:
   """The whole decoder in float64 numpy: one sequence, one layer after the other."""
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)

@@ -10,7 +10,7 @@ from okd_jax.data.encode import (
   stop_ids,
 )
 from okd_jax.data.loader import eval_batches, train_loader
-from okd_jax.data.pack import left_pad, pad_row
+from okd_jax.data.pack import pad_row
 from okd_jax.data.sources import Record, load_records, read_references
 from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
 
@@ -22,7 +22,6 @@ __all__ = [
   "compare_tokenizers",
   "encode",
   "eval_batches",
-  "left_pad",
   "load_records",
   "make_tokenizer",
   "pad_row",

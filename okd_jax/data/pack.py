@@ -1,6 +1,4 @@
-"""Rows of one fixed length: shifted for training, or padded left for generation."""
-
-from collections.abc import Sequence
+"""Rows of one fixed length, shifted for training."""
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32
@@ -33,26 +31,6 @@ def pad_row(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]
     "mask": _mask(position, example.prompt_length, count),
     "segment_ids": (position < count).astype(np.int32),
   }
-
-
-def left_pad(
-  prompts: Sequence[Int32[np.ndarray, " _"]], length: int, pad_id: int
-) -> tuple[Int32[np.ndarray, "B L"], Int32[np.ndarray, "B L"]]:
-  """Prompts as one array that ends with their last tokens, for generation.
-
-  Returns:
-    Tokens, and segment ids: 1 where there is a token, 0 where there is padding.
-  """
-  tokens = np.full((len(prompts), length), pad_id, np.int32)
-  segment_ids = np.zeros((len(prompts), length), np.int32)
-  for i, prompt in enumerate(prompts):
-    if not 0 < len(prompt) <= length:
-      raise ValueError(
-        f"prompt {i} has {len(prompt)} tokens; there must be 1 to {length}"
-      )
-    tokens[i, length - len(prompt) :] = prompt
-    segment_ids[i, length - len(prompt) :] = 1
-  return tokens, segment_ids
 
 
 def _mask(

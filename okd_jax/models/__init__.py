@@ -50,7 +50,6 @@ __all__ = [
   "save",
   "save_adapter",
   "take_layers",
-  "trim_vocab",
   "unembed",
 ]
 
@@ -133,27 +132,6 @@ def take_layers(params, config: ModelConfig, n: int) -> tuple[dict, ModelConfig]
   taken = jax.tree.map(jnp.copy, {k: v for k, v in params.items() if k != "layers"})
   taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[keep]), params["layers"])
   return taken, dataclasses.replace(config, num_layers=n)
-
-
-def trim_vocab(
-  params, config: ModelConfig, vocab_size: int
-) -> tuple[dict, ModelConfig]:
-  """The same model without the rows from `vocab_size` on, which no token uses.
-
-  Vocabularies are often padded to a round number; two models of one tokenizer agree
-  once both are cut to its size.
-  """
-  if not 1 <= vocab_size <= config.vocab_size:
-    raise UserError(
-      f"a vocabulary of {config.vocab_size} cannot be cut to {vocab_size}"
-    )
-  trimmed = {
-    **params,
-    "embed": {"embedding": params["embed"]["embedding"][:vocab_size]},
-  }
-  if not config.tie_embeddings:
-    trimmed["head"] = params["head"][:vocab_size]
-  return trimmed, dataclasses.replace(config, vocab_size=vocab_size)
 
 
 def _model_folder(folder: Path) -> Path:
