@@ -2,8 +2,12 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+import jax
 
 from okd_jax.errors import UserError
 
@@ -36,3 +40,18 @@ def run(main: Callable[[list[str]], None]) -> None:
   except BrokenPipeError:  # the reader of our output has gone: not our error
     sys.stderr.close()
     sys.exit(141)
+
+
+def use_compilation_cache() -> None:
+  """Compiled programs outlive the process, unless the environment says otherwise.
+
+  Not for several simulated devices: such programs hang when they come out of the
+  cache (jax 0.10.2; BUILD_NOTES.md, 2026-11-22).
+  """
+  if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

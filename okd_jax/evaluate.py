@@ -176,6 +176,7 @@ def mean_and_std(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def main(arguments: list[str]) -> None:
   args = _parser().parse_args(arguments)
+  cli.use_compilation_cache()
   model = load(args.model, dtype=args.dtype)
   teacher = load(args.teacher, dtype=args.dtype) if args.teacher else None
   _check(args, model, teacher)

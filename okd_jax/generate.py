@@ -23,6 +23,7 @@ _NEW_TOKENS = 128
 def main(arguments: list[str]) -> None:
   """Prints the completion that the arguments ask for."""
   flags = _parser().parse_args(arguments)
+  cli.use_compilation_cache()
   prompt = _read(flags.prompt)
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
   if model.tokenizer is None:

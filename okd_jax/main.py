@@ -13,7 +13,6 @@ import os
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> None:
   _parse(arguments)
   if _CONFIG.value is None or not _WORKDIR.value:
     raise UserError("--config=FILE and --workdir=DIR are both needed (see --help)")
-  _use_compilation_cache()
+  cli.use_compilation_cache()
   train.run(_CONFIG.value, Path(_WORKDIR.value))
 
 
@@ -85,14 +84,6 @@ def _check_key(path: list[str], config) -> None:
 def _last_line(error: Exception) -> str:
   # An error inside the file comes with its whole traceback as text: keep its end.
   return str(error).strip().splitlines()[-1]
-
-
-def _use_compilation_cache() -> None:
-  """Compiled programs outlive the process, unless the environment says otherwise."""
-  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _default_keys() -> str:
