@@ -1,18 +1,14 @@
 """The loop: dispatch step n, read the metrics of n-1, checkpoint, evaluate, export."""
 
-import dataclasses
 import json
 import logging
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from okd_jax import checkpoint, metrics, setup, sharding
 from okd_jax.analysis import report
@@ -27,6 +23,7 @@ from okd_jax.evaluate import (
 )
 from okd_jax.export import export_run
 from okd_jax.files import write_text
+from okd_jax.progress import Progress
 from okd_jax.score import score
 from okd_jax.setup import Run
 from okd_jax.step import TrainState, compile_step
@@ -281,98 +278,6 @@ class Evaluator:
     )
     scores = score(texts, [list(p.references) for p in self._prompts])
     return {name: scores[name] for name in ("rougeL", "exact_match")}
-
-
-class Progress:
-  """Reads steps' metrics: checks them, writes them down and shows them.
-
-  A bar on a terminal, plain lines elsewhere.
-  """
-
-  def __init__(self, parts: Run, writer: metrics.Writer, step: int):
-    self._parts, self._writer = parts, writer
-    self._every = parts.config.train.log_every
-    self._tokens, self._since, self._total = 0.0, time.monotonic(), 0.0
-    self._first, self._begin = step, time.monotonic()
-    self._bar = tqdm(
-      total=parts.steps,
-      initial=step,
-      unit="step",
-      dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
-      desc=parts.config.method.name,
-    )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._bar.close()
-
-  def read(self, step: int, rows: np.ndarray, values) -> None:
-    """Waits for one step's metrics.
-
-    Raises:
-      UserError: if the loss or a gradient is not finite, naming the batch's rows; the
-        step left the state as it was.
-    """
-    values = {name: float(v) for name, v in jax.device_get(values).items()}
-    if not values.pop("finite"):
-      where = ", ".join(self._parts.train[row].where for row in rows[:8])
-      raise UserError(
-        f"step {step}: the loss or a gradient is not finite (loss {values['loss']}); "
-        f"its rows are {where}{', …' if len(rows) > 8 else ''}; the last checkpoint is "
-        "sound: look at these rows, or lower optim.lr"
-      )
-    self._tokens += values["tokens"]
-    self._bar.update(1)
-    if step % self._every == 0 or step == self._parts.steps or step == self._first + 1:
-      now = time.monotonic()
-      values["tokens_per_s"] = self._tokens / (now - self._since)
-      values["lr"] = float(self._parts.learning_rate(step - 1))
-      self._tokens, self._since = 0.0, now
-      self._writer.write(step, "train", values)
-      self._show(step, values)
-
-  def show_scores(self, scores) -> None:
-    shown = {name: scores[name] for name in COLUMNS if name in scores}
-    self._print("  ".join(f"{COLUMNS[name]} {v:.4g}" for name, v in shown.items()))
-
-  def paused(self):
-    """A context whose time does not count as training time."""
-    return _Paused(self)
-
-  def forget(self, seconds: float) -> None:
-    self._since += seconds
-    self._begin += seconds
-
-  def _show(self, step, values) -> None:
-    speed = f"{values['tokens_per_s']:.0f} tokens/s"
-    if not self._bar.disable:
-      self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed}")
-      return
-    left = self._parts.steps - step
-    spent = (time.monotonic() - self._begin) / max(step - self._first, 1)
-    eta = tqdm.format_interval(left * spent)
-    self._print(
-      f"{self._parts.config.method.name} step {step}/{self._parts.steps}  "
-      f"loss {values['loss']:.4f}  {speed}  ETA {eta}"
-    )
-
-  def _print(self, line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
-@dataclasses.dataclass
-class _Paused:
-  progress: Progress
-  begin: float = 0.0
-
-  def __enter__(self):
-    self.begin = time.monotonic()
-
-  def __exit__(self, *_):
-    self.progress.forget(time.monotonic() - self.begin)
 
 
 class _Terminated:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 import tokenizers
 
 from okd_jax import generate, models
@@ -165,11 +165,11 @@ def test_errors_of_the_model(folder, tmp_path, printed):
     printed(f"--model={folder}", "--prompt=a", "--chat")
   with pytest.raises(UserError, match="not valid UTF-8"):
     printed(f"--model={folder}", "--prompt=\udcff")
-  tiny.save("gpt2", tmp_path / "bare")
+  families.save("gpt2", tmp_path / "bare")
   with pytest.raises(UserError, match="has no tokenizer"):
     printed(f"--model={tmp_path / 'bare'}", "--prompt=a")
-  config = tiny.CONFIGS["gpt2"]
-  models.save(tmp_path / "small", tiny.params(config), config, alphabet_tokenizer())
+  config = families.CONFIGS["gpt2"]
+  models.save(tmp_path / "small", families.params(config), config, alphabet_tokenizer())
   with pytest.raises(UserError, match="token 97, but the model knows only 61"):
     printed(f"--model={tmp_path / 'small'}", "--prompt=a")
 
@@ -238,7 +238,7 @@ def test_help_explains_every_flag(capsys):
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 def test_a_real_model_tells_the_story_of_transformers(printed):
   torch = pytest.importorskip("torch")
-  theirs = tiny.torch_model(STORIES)
+  theirs = families.torch_model(STORIES)
   tokenizer = models.load(STORIES, params=False).tokenizer
   tokens = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
   with torch.no_grad():

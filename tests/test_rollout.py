@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import families
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -404,9 +404,9 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
   name, adapter = CASES[request.param]
-  config = tiny.CONFIGS[name]
+  config = families.CONFIGS[name]
   decoder = Decoder(config, adapter)
-  variables = {"params": jax.tree.map(jnp.asarray, tiny.params(config))}
+  variables = {"params": jax.tree.map(jnp.asarray, families.params(config))}
   if adapter:
     shapes = jax.eval_shape(decoder.init, KEY, jnp.ones((1, 1), jnp.int32))["adapter"]
     variables["adapter"] = jax.tree.map(
@@ -427,13 +427,13 @@ def random_prompts(config, lengths):
 
 
 def test_a_decoder_has_one_source():
-  config = tiny.CONFIGS["gpt2"]
+  config = families.CONFIGS["gpt2"]
   source = source_of(Decoder(config))
   assert source_of(Decoder(config)) is source
   low = source_of(Decoder(config, dtype=jnp.bfloat16))
   assert low is not source
   assert low.init(1, 4).key.dtype == jnp.bfloat16
-  variables = {"params": tiny.params(config)}
+  variables = {"params": families.params(config)}
   one = jnp.ones((1, 1), jnp.int32)
   logits, cache = jax.eval_shape(low.apply, variables, one, one, one, low.init(1, 4))
   assert (logits.dtype, cache.value.dtype) == (jnp.float32, jnp.bfloat16)
@@ -503,7 +503,7 @@ def assert_like_transformers(folder, prompts, new_tokens, eos_at):
   """Greedy, left-padded, batched; without EOS, then with what came at `eos_at`."""
   torch = pytest.importorskip("torch")
   torch.set_num_threads(1)  # they are tiny: more threads only wait for each other
-  theirs, ours = tiny.torch_model(folder), models.load(folder)
+  theirs, ours = families.torch_model(folder), models.load(folder)
   width = max(map(len, prompts))
   padded = [[0] * (width - len(p)) + list(p) for p in prompts]
   mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
@@ -544,7 +544,7 @@ def assert_like_transformers(folder, prompts, new_tokens, eos_at):
 class TestTransformers:
   @pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
   def test_tiny_models(self, name, tmp_path):
-    _, config = tiny.save(name, tmp_path / "model")
+    _, config = families.save(name, tmp_path / "model")
     prompts = random_prompts(config, (9, 1, 20, 4))
     assert_like_transformers(tmp_path / "model", prompts, 70, ((0, 5), (2, 30)))
 
@@ -557,9 +557,9 @@ class TestTransformers:
 @pytest.fixture(scope="module")
 def pair():
   """A decoder's source, one of two such that read the same text, and variables."""
-  config = tiny.CONFIGS["llama_gqa"]
+  config = families.CONFIGS["llama_gqa"]
   single = source_of(Decoder(config))
-  params = [jax.tree.map(jnp.asarray, tiny.params(config, seed)) for seed in (0, 1)]
+  params = [jax.tree.map(jnp.asarray, families.params(config, seed)) for seed in (0, 1)]
 
   def init(batch, slots):
     return single.init(batch, slots), single.init(batch, slots)
@@ -589,7 +589,7 @@ class TestSeam:
       return jnp.log(weight * p + (1 - weight) * q), caches
 
     mixture = both._replace(apply=apply)
-    prompts = random_prompts(tiny.CONFIGS["llama_gqa"], (4, 9))
+    prompts = random_prompts(families.CONFIGS["llama_gqa"], (4, 9))
     run = functools.partial(
       generate, prompts=prompts, key=KEY, max_new_tokens=20, sampling=Sampling(0.8)
     )
@@ -609,7 +609,7 @@ class TestSeam:
       keep = (teacher > score).sum(-1) < sampling[2]
       return jnp.where(keep, drafted, instead), jnp.where(keep, logprob, other)
 
-    prompts = random_prompts(tiny.CONFIGS["llama_gqa"], (4, 9))
+    prompts = random_prompts(families.CONFIGS["llama_gqa"], (4, 9))
     run = functools.partial(generate, prompts=prompts, key=KEY, max_new_tokens=20)
     mixed = run(both, variables, sampling=(Sampling(), GREEDY, top), choose=choose)
     expected = (
@@ -627,9 +627,9 @@ processes, number, port = map(int, sys.argv[1:])
 if processes > 1:
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(f"localhost:{port}", processes, number)
-import tiny
+import families
 from okd_jax import models, rollout
-config = tiny.CONFIGS["llama_biases"]
+config = families.CONFIGS["llama_biases"]
 source = rollout.decoder_source(
   models.Decoder(config), models.init_cache, models.head_kernel, models.unembed
 )
@@ -650,7 +650,7 @@ def run(params, sharding=None):
   )
   return [(c.tokens.tolist(), c.ended) for c in out]
 
-params = tiny.params(config)
+params = families.params(config)
 whole = run(params) if processes == 1 else None
 with jax.set_mesh(mesh):
   batch = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
