@@ -217,7 +217,6 @@ def _tokenizer(config, workdir: Path, teacher, start, records):
       raise UserError(f"data.tokenizer={spec} has no tokenizer")
   for name in own:
     compare_tokenizers(own[name], tokenizer)
-  tokenizer.save_pretrained(made)
   return tokenizer
 
 

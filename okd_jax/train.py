@@ -84,11 +84,12 @@ def _run_one(config: ConfigDict, workdir: Path) -> None:
     _log.info("%s is finished already; name another workdir for another run", workdir)
     print(summary(workdir), flush=True)
     return
-  parts = setup.build(config, workdir)
-  write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
   best = _score_by(config.eval.best)
+  parts = setup.build(config, workdir)
+  if config.data.tokenizer:
+    _keep_tokenizer(parts.tokenizer, workdir / "tokenizer")
+  write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
   folder = workdir / "checkpoints"
-  # The handler stays for export, too: a second signal then ends the process at once.
   with (
     jax.set_mesh(parts.mesh),
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
@@ -105,6 +106,15 @@ def _run_one(config: ConfigDict, workdir: Path) -> None:
     export_run(parts, state.params, workdir / "student", workdir / "adapter")
   report.write(workdir)
   print(summary(workdir), flush=True)
+
+
+def _keep_tokenizer(tokenizer, folder: Path) -> None:
+  """Saves what a resumed run must find again, whole or not at all."""
+  if folder.exists():
+    return
+  partial = folder.with_name(".tokenizer.partial")
+  tokenizer.save_pretrained(partial)
+  partial.rename(folder)
 
 
 def _is_finished(config: ConfigDict, workdir: Path) -> bool:
