@@ -100,6 +100,8 @@ def get_config() -> ConfigDict:
   config.mesh.data = -1  # copies of the model; -1: all devices the others leave
   config.mesh.fsdp = 1  # ways that weights and optimiser state are split
   config.mesh.tensor = 1  # ways that each matmul is split
+  config.lock()
+  config.stages.unlock()  # recipes add theirs
   return config
 
 

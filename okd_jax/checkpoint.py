@@ -66,9 +66,11 @@ class Checkpoints:
 
     `data` is the loader's iterator, whose position is saved.
     """
-    self._checkpointer.save_checkpointables_async(
+    started = self._checkpointer.save_checkpointables_async(
       step, {"state": state, "data": data}, overwrite=True, metrics=metrics
     )
+    if started is None:
+      raise RuntimeError(f"the checkpoint of step {step} was not written")
 
   def restore(self, state, data, mesh: Mesh) -> tuple[Any, int]:
     """(state, step) of the newest checkpoint that can be read; sets `data` to it.
@@ -79,15 +81,21 @@ class Checkpoints:
     Raises:
       UserError: if there is none, or none can be read.
     """
+    damaged = []
     for step in reversed(self.steps()):
       try:
-        return self.restore_step(step, state, data, mesh), step
+        restored = self.restore_step(step, state, data, mesh)
       except Exception as error:  # Orbax raises many kinds for a damaged file
-        _log.warning(
-          "checkpoint of step %d is damaged (%s); trying the one before it",
-          step,
-          str(error).split("\n")[0][:200],
-        )
+        damaged.append(step)
+        reason = str(error).split("\n")[0][:200]
+        _log.warning("checkpoint of step %d is damaged (%s)", step, reason)
+        continue
+      if damaged:
+        # Orbax takes no step below its newest: what is damaged must go first.
+        for late in damaged:
+          _set_aside(Path(self._checkpointer.directory) / str(late))
+        self._checkpointer.reload()
+      return restored, step
     raise UserError(
       f"no checkpoint below {self._checkpointer.directory} can be read; "
       "move the folder away to start the run anew"
@@ -119,9 +127,16 @@ def _set_aside_unreadable(folder: Path) -> None:
     try:
       json.loads(path.read_bytes())
     except ValueError:
-      aside = path.parent.with_name(f"damaged-{path.parent.name}")
-      _log.warning("checkpoint of step %s is damaged; now %s", path.parent.name, aside)
-      path.parent.rename(aside)
+      _log.warning("checkpoint of step %s is damaged", path.parent.name)
+      _set_aside(path.parent)
+
+
+def _set_aside(path: Path) -> None:
+  """Renames a checkpoint to damaged-N, or damaged-N-2, …, so that nothing is lost."""
+  names = (f"damaged-{path.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 1000))])
+  aside = next(a for a in map(path.with_name, names) if not a.exists())
+  path.rename(aside)
+  _log.warning("set aside as %s", aside)
 
 
 @contextlib.contextmanager

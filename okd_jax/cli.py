@@ -12,12 +12,21 @@ import jax
 from okd_jax.errors import UserError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows defaults, but neither None nor an empty one."""
+
+  def _get_help_string(self, action):
+    return (
+      action.help if action.default in (None, "") else super()._get_help_string(action)
+    )
+
+
 class Parser(argparse.ArgumentParser):
   """An argument parser whose errors are one line, with exit status 2."""
 
   def __init__(self, **kwargs):
     super().__init__(
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+      formatter_class=_Help,
       allow_abbrev=False,
       **kwargs,
     )
@@ -34,12 +43,12 @@ def run(main: Callable[[list[str]], None]) -> None:
   logging.getLogger("okd_jax").setLevel(logging.INFO)
   try:
     main(sys.argv[1:])
-  except UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
   except BrokenPipeError:  # the reader of our output has gone: not our error
     sys.stderr.close()
     sys.exit(141)
+  except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def use_compilation_cache() -> None:

@@ -180,14 +180,14 @@ def main(arguments: list[str]) -> None:
   model = load(args.model, dtype=args.dtype)
   teacher = load(args.teacher, dtype=args.dtype) if args.teacher else None
   _check(args, model, teacher)
-  max_length = min(args.max_length, model.config.max_length)
+  _fit(args, model, teacher)
   records = load_records(args.data.split(","))[: args.limit or None]
   examples, _ = prepare(
     records,
     model.tokenizer,
     template=args.template,
-    max_length=max_length,
-    max_prompt_length=min(args.max_prompt_length, max_length - 1),
+    max_length=args.max_length,
+    max_prompt_length=args.max_prompt_length,
     overlong_prompt="truncate",  # never dropped: predictions stay beside their rows
     overlong_row="truncate",
   )
@@ -197,11 +197,10 @@ def main(arguments: list[str]) -> None:
   results |= _token_results(args, model, teacher, examples)
   prompts = answerable(examples)
   if prompts and args.max_new_tokens:
-    _check_room(args, model)
     results |= _text_results(args, model, prompts)
   print(table({Path(args.model).name or args.model: results}, COLUMNS))
   if args.output:
-    write_text(args.output, json.dumps(results, indent=2) + "\n")
+    write_text(args.output, json.dumps(_jsonable(results), indent=2) + "\n")
 
 
 def _config_of(args, teacher: Model | None):
@@ -255,14 +254,41 @@ def _text_results(args, model: Model, prompts):
   return mean_and_std(scores) | {"seeds": list(seeds)}
 
 
-def _check_room(args, model: Model) -> None:
-  room = model.config.max_length - args.max_new_tokens
-  if room < args.max_prompt_length:
+def _fit(args, model: Model, teacher: Model | None) -> None:
+  """Fills in what was not asked for, so that all of it fits the models' context."""
+  own = model.config.max_length
+  context = min(own, teacher.config.max_length) if teacher else own
+  if args.max_new_tokens is None:
+    args.max_new_tokens = min(256, own // 2)
+  if args.max_length is None:
+    args.max_length = min(1024, context)
+  room = min(own - args.max_new_tokens, args.max_length - 1)
+  if args.max_prompt_length is None:
+    args.max_prompt_length = max(1, min(512, room))
+  if args.max_length > context:
+    raise UserError(f"--max_length={args.max_length}, but a model takes only {context}")
+  if args.max_prompt_length > room:
     raise UserError(
-      f"--max_prompt_length={args.max_prompt_length} and --max_new_tokens="
-      f"{args.max_new_tokens} do not fit the {model.config.max_length} tokens that "
-      f"{args.model} takes; lower one of them"
+      f"--max_prompt_length={args.max_prompt_length} leaves no room: {args.model} "
+      f"takes {own} tokens, --max_length is {args.max_length} and --max_new_tokens "
+      f"{args.max_new_tokens}"
     )
+  if args.template is None:
+    args.template = _template_of(args.model)
+
+
+def _template_of(path: str) -> str:
+  """The template that a run's student was trained with, else 'default'."""
+  config = Path(path) / "config.json"
+  if (Path(path) / "student").is_dir() and config.is_file():
+    return json.loads(config.read_text(encoding="utf8"))["data"]["template"]
+  return "default"
+
+
+def _jsonable(results: Mapping) -> dict:
+  """Figures that are not finite become null: JSON has no NaN."""
+  bad = {k for k, v in results.items() if isinstance(v, float) and not math.isfinite(v)}
+  return {k: None if k in bad else v for k, v in results.items()}
 
 
 def _check(args, model: Model, teacher: Model | None) -> None:
@@ -270,10 +296,17 @@ def _check(args, model: Model, teacher: Model | None) -> None:
     raise UserError(f"{args.model} has no tokenizer; evaluation needs one")
   if teacher is not None and teacher.tokenizer is not None:
     compare_tokenizers(teacher.tokenizer, model.tokenizer)
-  if args.temperature < 0 or args.max_new_tokens < 0 or args.batch_size < 1:
-    raise UserError(
-      "--temperature and --max_new_tokens must be at least 0, --batch_size at least 1"
-    )
+  for name, least in (
+    ("temperature", 0),
+    ("max_new_tokens", 0),
+    ("limit", 0),
+    ("batch_size", 1),
+    ("max_length", 2),
+    ("max_prompt_length", 1),
+  ):
+    value = getattr(args, name)
+    if value is not None and not value >= least:
+      raise UserError(f"--{name}={value} must be at least {least}")
 
 
 def _parser() -> cli.Parser:
@@ -293,14 +326,18 @@ def _parser() -> cli.Parser:
     default="10,20,30,40,50",
     help="sample the answers once a seed; greedy answers need one only",
   )
-  add("--max_new_tokens", type=int, default=256, help="of an answer; 0: none")
+  add(
+    "--max_new_tokens", type=int, help="of an answer, 0: none; by default 256 or fewer"
+  )
   add("--limit", type=int, default=0, help="first so many rows; 0 is all")
   add("--predictions", default="", help="write the first seed's answers to this jsonl")
   add("--output", default="", help="write the results to this JSON file")
-  add("--template", default="default", help="prompt template, as data.template")
-  add("--max_length", type=int, default=1024, help="tokens of prompt and response")
+  add("--template", help="as data.template; by default the run's own, or 'default'")
+  add("--max_length", type=int, help="tokens of a row; by default 1024 or what fits")
   add(
-    "--max_prompt_length", type=int, default=512, help="longer prompts lose their start"
+    "--max_prompt_length",
+    type=int,
+    help="longer prompts lose their start; by default 512 or what fits",
   )
   add("--batch_size", type=int, default=8, help="rows at once")
   add(

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from okd_jax import checkpoint, cli, models, setup
 from okd_jax.errors import UserError
+from okd_jax.metrics import score_by
 from okd_jax.setup import Run
 
 
@@ -46,12 +47,14 @@ def main(arguments: list[str]) -> None:
   keep = config.checkpoint.keep
   with (
     jax.set_mesh(parts.mesh),
-    checkpoint.opened(workdir / "checkpoints", keep, read_only=True) as checkpoints,
+    checkpoint.opened(
+      workdir / "checkpoints", keep, score_by(config.eval.best), read_only=True
+    ) as checkpoints,
   ):
     steps = checkpoints.steps()
     if not steps:
       raise UserError(f"{workdir}/checkpoints holds no whole checkpoint yet")
-    step = args.step if args.step is not None else steps[-1]
+    step = args.step if args.step is not None else checkpoints.best_step()
     if step not in steps:
       raise UserError(f"--step={step}: the checkpoints at hand are {steps}")
     state = checkpoints.restore_step(step, parts.abstract, None, parts.mesh)
@@ -76,7 +79,12 @@ def _parser() -> cli.Parser:
   parser.add_argument("--workdir", required=True, help="of the run")
   parser.add_argument("--output", required=True, help="the folder to write")
   parser.add_argument("--adapter", default="", help="a folder for the online module")
-  parser.add_argument("--step", type=int, default=None, help="default: the newest")
+  parser.add_argument(
+    "--step",
+    type=int,
+    default=None,
+    help="default: the best by eval.best, else the newest",
+  )
   return parser
 
 

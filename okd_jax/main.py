@@ -51,7 +51,7 @@ def _parse(arguments: list[str]) -> None:
 
 def _check_keys(arguments: list[str]) -> None:
   """Every --config.a.b must be a key of the configuration that --config names."""
-  given = dict(a.lstrip("-").partition("=")[::2] for a in arguments)
+  given = dict(a.lstrip("-").partition("=")[::2] for a in _joined(arguments))
   if "config" not in given:
     return
   path = given["config"].split(":")[0]
@@ -63,11 +63,23 @@ def _check_keys(arguments: list[str]) -> None:
   )
   try:
     values([sys.argv[0], f"--config={given['config']}"])
-  except (flags.Error, ValueError) as error:
-    raise UserError(_last_line(error)) from error
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{path}: {_last_line(error)}") from error
   for name in given:
     if name.startswith("config."):
       _check_key(name.split(".")[1:], plain.value)
+
+
+def _joined(arguments: list[str]) -> list[str]:
+  """'--config FILE' as '--config=FILE'; both are accepted."""
+  joined = []
+  for argument in arguments:
+    if joined and joined[-1].startswith("--config") and "=" not in joined[-1]:
+      if not argument.startswith("-"):
+        joined[-1] += f"={argument}"
+        continue
+    joined.append(argument)
+  return joined
 
 
 def _check_key(path: list[str], config) -> None:

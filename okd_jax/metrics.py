@@ -4,22 +4,28 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from okd_jax.errors import UserError
+
+# A larger value of these is better; of every other metric a smaller one is.
+LARGER_IS_BETTER = ("rougeL", "exact_match", "top1_agreement")
 
 
 class Writer:
   """Appends one JSON object a line: {"step": n, "kind": "train" | "eval", …}.
 
-  Opening it for a run that resumes at `step` drops the lines beyond that step, which
-  the killed run had written but the resumed one will write again.
+  Opening it for a run that resumes at `step` drops what the killed run had written but
+  the resumed one will write again: rows beyond that step, and of an export. A run that
+  starts anew gives -1.
   """
 
   def __init__(self, workdir: Path, step: int, tensorboard: bool, wandb: str):
     self._path = workdir / "metrics.jsonl"
-    kept = [row for row in read(workdir) if row["step"] <= step]
+    kept = [
+      row for row in read(workdir) if row["step"] <= step and row["kind"] != "export"
+    ]
     temporary = self._path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(temporary, self._path)
@@ -52,6 +58,14 @@ class Writer:
 
   def close(self) -> None:
     self._file.close()
+
+
+def score_by(name: str) -> Callable[[Mapping[str, float]], float] | None:
+  """What ranks checkpoints by metric `name`, larger being better; None for ''."""
+  if not name:
+    return None
+  sign = 1 if name in LARGER_IS_BETTER else -1
+  return lambda values: sign * values[name]
 
 
 def read(workdir: Path) -> list[dict]:

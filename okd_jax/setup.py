@@ -24,7 +24,7 @@ from okd_jax.data import (
   show_example,
 )
 from okd_jax.errors import UserError
-from okd_jax.evaluate import check_vocabulary
+from okd_jax.evaluate import answerable, check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
@@ -81,6 +81,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   if config.teacher.model.hidden_size:
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out = _examples(config, tokenizer, records)
+  _check_best(config, held_out, teacher)
   student_config = _student_config(config, teacher, start, tokenizer)
   adapter = _adapter_config(config) if method.teacher == "adapted" else None
   decoders = _decoders(config, student_config, teacher, adapter)
@@ -135,8 +136,17 @@ def _check(config: ConfigDict, method: Method) -> None:
     ("eval.every", config.eval.every, 0),
     ("eval.batch_size", config.eval.batch_size, 1),
     ("data.max_length", config.data.max_length, 2),
+    ("train.seed", config.train.seed, 0),
+    ("optim.lr", config.optim.lr, 0),
+    ("optim.clip", config.optim.clip, 0),
+    ("optim.weight_decay", config.optim.weight_decay, 0),
+    ("adapter.lr_scale", config.adapter.lr_scale, 0),
+    ("eval.limit", config.eval.limit, 0),
+    ("eval.generate_limit", config.eval.generate_limit, 0),
+    ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
+    ("eval.temperature", config.eval.temperature, 0),
   ):
-    if value < least:
+    if not value >= least:  # so that NaN is caught, too
       problems.append(f"{key}={value} must be at least {least}")
   if not config.train.steps and config.train.epochs <= 0:
     problems.append("set train.steps or train.epochs above 0")
@@ -223,18 +233,6 @@ def _tokenizer(config, workdir: Path, teacher, start, records):
 def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]:
   """Training and evaluation rows; without data.eval, the last ones are held out."""
   data = config.data
-  if data.eval:
-    held_out = load_records(_paths(data.eval))
-  elif data.train == "embedded":
-    held_out = load_records("embedded:eval")
-  else:
-    if not 0 < data.holdout < len(records):
-      raise UserError(
-        f"data.holdout={data.holdout} must lie between 1 and {len(records) - 1}, since "
-        f"{data.train} has {len(records)} rows; or set data.eval"
-      )
-    records, held_out = records[: -data.holdout], records[-data.holdout :]
-  held_out = held_out[: config.eval.limit or None]
   options = dict(
     template=data.template,
     max_length=data.max_length,
@@ -245,14 +243,43 @@ def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]
     tokenizer,
     overlong_prompt=data.overlong_prompt,
     overlong_row=data.overlong_row,
+    name=data.train,
     **options,
   )
-  held_out, _ = prepare(
-    held_out, tokenizer, overlong_prompt="truncate", overlong_row="truncate", **options
-  )
+  if data.eval or data.train == "embedded":
+    source = data.eval or "embedded:eval"
+    held_out, _ = prepare(
+      load_records(_paths(source))[: config.eval.limit or None],
+      tokenizer,
+      overlong_prompt="truncate",
+      overlong_row="truncate",
+      name=source,
+      **options,
+    )
+  else:
+    if not 0 < data.holdout < len(train):
+      raise UserError(
+        f"data.holdout={data.holdout} must be at least 1 and less than the "
+        f"{len(train)} rows of {data.train}; or set data.eval"
+      )
+    train, held_out = train[: -data.holdout], train[-data.holdout :]
   held_out = held_out[: config.eval.limit or None]
   _log.info("first row, trained part marked:\n%s", show_example(train[0], tokenizer))
   return train, held_out
+
+
+def _check_best(config, held_out, teacher) -> None:
+  """Whether evaluation will yield the metric that is to choose the best checkpoint."""
+  names = ["loss", "perplexity"]
+  if teacher is not None:
+    names += ["forward_kl", "reverse_kl", "top1_agreement"]
+  if config.eval.generate and answerable(held_out):
+    names += ["rougeL", "exact_match"]
+  if config.eval.best and config.eval.best not in names:
+    raise UserError(
+      f"eval.best={config.eval.best!r} is not measured in this run; use one of "
+      f"{', '.join(names)}"
+    )
 
 
 def _student_config(config, teacher, start, tokenizer) -> ModelConfig:

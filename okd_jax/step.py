@@ -49,35 +49,36 @@ def train_step(
   """One update of every trained tree; a pure function.
 
   Gradients are taken with respect to the moving trees alone, so the frozen teacher
-  has no gradient buffers. If a loss or gradient is not finite, the state comes back
-  unchanged and the metric 'finite' is 0.
+  has no gradient buffers. If a loss, gradient or update is not finite, the state comes
+  back unchanged and the metric 'finite' is 0.
   """
   batch = batch | {"weights": token_weights(batch["mask"])}
   key = jax.random.fold_in(state.key, state.step)
   loss_fn = functools.partial(method.loss, models)
-  params, opt_state, metrics = dict(state.params), dict(state.opt_state), {}
+  params, opt_state, logged = dict(state.params), dict(state.opt_state), {}
   for names in method.updates:
     loss, metrics, grads = _accumulate(
       loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
     )
-    metrics["loss"] = loss
+    logged |= metrics | {"loss": loss}
     for name in names:
-      metrics[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
       updates, opt_state[name] = optimizers[name].update(
         grads[name], opt_state[name], params[name]
       )
       params[name] = optax.apply_updates(params[name], updates)
-  finite = jnp.isfinite(sum(metrics.values()))
+      logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
+      logged[f"{name}_update_norm"] = optax.tree.norm(updates)
+  finite = jnp.isfinite(sum(logged.values()))
   new = TrainState(state.step + 1, params, opt_state, state.key)
   keep = functools.partial(jnp.where, finite)
   new = new.replace(
     params=jax.tree.map(keep, new.params, state.params),
     opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
   )
-  metrics["finite"] = finite.astype(jnp.float32)
-  metrics["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
-  metrics["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
-  return new, metrics
+  logged["finite"] = finite.astype(jnp.float32)
+  logged["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
+  logged["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
+  return new, logged
 
 
 def _accumulate(loss, moving, params, frozen, batch, key, microbatches):

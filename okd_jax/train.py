@@ -30,8 +30,6 @@ from okd_jax.step import TrainState, compile_step
 
 _log = logging.getLogger(__name__)
 
-# A larger value of these is better; of every other metric a smaller one is.
-_LARGER_IS_BETTER = ("rougeL", "exact_match", "top1_agreement")
 # Fills rows up. Any legal id would do: what counts follows from lengths alone.
 PAD_ID = 0
 TERMINATED = 128 + signal.SIGTERM
@@ -46,10 +44,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     UserError: for whatever is wrong with the configuration, a model or the data.
     SystemExit: with status 143 after SIGTERM, everything being saved.
   """
-  for name, part, folder in stages(config, workdir):
-    if name:
-      _log.info("stage %s, in %s", name, folder)
-    _run_one(part, folder)
+  with _Terminated() as terminated:
+    for name, part, folder in stages(config, workdir):
+      if name:
+        _log.info("stage %s, in %s", name, folder)
+      _run_one(part, folder, terminated)
 
 
 def stages(config: ConfigDict, workdir: Path):
@@ -59,8 +58,11 @@ def stages(config: ConfigDict, workdir: Path):
   parts = {name: config.stages[name].to_dict() for name in config.stages}
   base.stages = ConfigDict()
   for name, changes in parts.items():
-    part = ConfigDict(base.to_dict())
-    part.update(changes)
+    part = ConfigDict(base.to_dict()).lock()
+    try:
+      part.update(changes)
+    except (AttributeError, KeyError, TypeError) as error:
+      raise UserError(f"stage {name}: {str(error).splitlines()[0]}") from error
     yield name, _resolve(part, parts, workdir), workdir / "stages" / name
   yield "", _resolve(base, parts, workdir), workdir
 
@@ -79,24 +81,32 @@ def _resolve(config: ConfigDict, parts, workdir: Path) -> ConfigDict:
   return config
 
 
-def _run_one(config: ConfigDict, workdir: Path) -> None:
+def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> None:
   if _is_finished(config, workdir):
     _log.info("%s is finished already; name another workdir for another run", workdir)
     print(summary(workdir), flush=True)
     return
-  best = _score_by(config.eval.best)
   parts = setup.build(config, workdir)
+  terminated.check()
   if config.data.tokenizer:
     _keep_tokenizer(parts.tokenizer, workdir / "tokenizer")
   write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+  best = metrics.score_by(config.eval.best)
   folder = workdir / "checkpoints"
   with (
     jax.set_mesh(parts.mesh),
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
   ):
+    fresh = not checkpoints.steps()
     state, step, loader = _start(parts, checkpoints)
-    writer = metrics.Writer(workdir, step, config.train.tensorboard, config.train.wandb)
-    state = _loop(parts, checkpoints, writer, state, step, loader)
+    writer = metrics.Writer(
+      workdir, -1 if fresh else step, config.train.tensorboard, config.train.wandb
+    )
+    evaluated = {r["step"] for r in metrics.read(workdir) if r["kind"] == "eval"}
+    state = _loop(
+      parts, checkpoints, writer, state, step, loader, terminated, evaluated
+    )
+    terminated.check()
     chosen = checkpoints.best_step()
     writer.write(parts.steps, "export", {"exported_step": chosen})
     writer.close()
@@ -122,7 +132,10 @@ def _is_finished(config: ConfigDict, workdir: Path) -> bool:
   path = workdir / "config.json"
   if not path.exists():
     return False
-  saved = json.loads(path.read_text(encoding="utf8"))
+  try:
+    saved = json.loads(path.read_text(encoding="utf8"))
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}); name another workdir") from error
   wanted = json.loads(json.dumps(config.to_dict()))
   different = [
     f"{key}={before!r} there, {now!r} here"
@@ -146,16 +159,6 @@ def _differences(a, b, prefix=""):
       yield path, left, right
 
 
-def _score_by(name: str):
-  """The function by which checkpoints compete, or None."""
-  if not name:
-    return None
-  if name not in COLUMNS:
-    raise UserError(f"eval.best={name!r} must be one of {', '.join(COLUMNS)}")
-  sign = 1 if name in _LARGER_IS_BETTER else -1
-  return lambda values: sign * values[name]
-
-
 def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
   """(state, step, loader): of the newest checkpoint, or of step 0."""
   config = parts.config
@@ -175,8 +178,13 @@ def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
   return state, step, loader
 
 
-def _loop(parts: Run, checkpoints, writer, state, step, loader) -> TrainState:
-  """Trains to the last step; returns the final state, saved and evaluated."""
+def _loop(
+  parts: Run, checkpoints, writer, state, step, loader, terminated, evaluated
+) -> TrainState:
+  """Trains to the last step; returns the final state, saved and evaluated.
+
+  `evaluated` are the steps whose scores are written down already.
+  """
   config = parts.config
   train_step = compile_step(
     parts.method,
@@ -187,13 +195,23 @@ def _loop(parts: Run, checkpoints, writer, state, step, loader) -> TrainState:
     parts.mesh,
   )
   evaluator = Evaluator(parts)
-  if step == 0:
-    if "teacher" in parts.decoders:
-      writer.write(0, "teacher", evaluator.teacher())
-    writer.write(0, "eval", evaluator(state.params))
+
+  def due(step: int) -> bool:
+    every = config.eval.every
+    return step in (0, parts.steps) or bool(every and step % every == 0)
+
+  if step == 0 and "teacher" in parts.decoders:
+    writer.write(0, "teacher", evaluator.teacher())
+  if due(step) and step not in evaluated:
+    # The start, or a step whose evaluation a signal cut off.
+    scores = evaluator(state.params)
+    writer.write(step, "eval", scores)
+    if step:
+      checkpoints.save(step, state, loader, scores)
+  terminated.check()
   progress = Progress(parts, writer, step)
   pending = None
-  with _Terminated() as terminated, progress:
+  with progress:
     while step < parts.steps:
       batch = next(loader)
       rows = batch.pop("row")
@@ -204,23 +222,20 @@ def _loop(parts: Run, checkpoints, writer, state, step, loader) -> TrainState:
       if pending:
         progress.read(*pending)
       pending = (step, rows, values)
-      last = step == parts.steps
       stop = bool(terminated)
-      due = last or bool(config.eval.every and step % config.eval.every == 0)
-      if stop or due or step % config.checkpoint.every == 0:
+      if stop or due(step) or step % config.checkpoint.every == 0:
         progress.read(*pending)  # never save beyond a step that was not finite
         pending = None
         scores = None
-        if due and not stop:
+        if due(step) and not stop:
           with progress.paused():
             scores = evaluator(state.params)
           writer.write(step, "eval", scores)
           progress.show_scores(scores)
         checkpoints.save(step, state, loader, scores)
-      if stop:
+      if terminated and pending is None:
         checkpoints.wait()
-        _log.warning("stopped at step %d; the same command goes on from there", step)
-        sys.exit(TERMINATED)
+        terminated.check()
   checkpoints.wait()
   return state
 
@@ -291,7 +306,7 @@ class Evaluator:
 
 
 class _Terminated:
-  """True once SIGTERM has come; the handler that was there before is put back."""
+  """True once SIGTERM has come; a second one ends the process at once."""
 
   def __enter__(self):
     self._came = False
@@ -300,10 +315,16 @@ class _Terminated:
 
   def _note(self, *_):
     self._came = True
-    signal.signal(signal.SIGTERM, self._before)  # a second one ends it at once
+    signal.signal(signal.SIGTERM, self._before)
 
   def __bool__(self):
     return self._came
+
+  def check(self) -> None:
+    """Leaves with status 143 if the signal has come; to be called when all is saved."""
+    if self._came:
+      _log.warning("stopped by SIGTERM; the same command goes on from here")
+      sys.exit(TERMINATED)
 
   def __exit__(self, *_):
     signal.signal(signal.SIGTERM, self._before)

@@ -63,6 +63,23 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
   for _ in range(2):
     next(fresh)
   chex.assert_trees_all_equal(next(data), next(fresh))
+  assert (tmp_path / "damaged-3").is_dir()
+
+
+def test_saves_go_on_after_a_damaged_checkpoint(tmp_path):
+  """Orbax refuses steps below its newest, so the damaged one must make way."""
+  setup, _, _ = saved(tmp_path)
+  for path in (tmp_path / "3" / "state").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  data, abstract = loader(), jax.eval_shape(lambda: setup.state)
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    state, step = checkpoints.restore(abstract, data, sharding.make_mesh(8, 1, 1))
+    checkpoints.save(3, state, data, None)
+    checkpoints.wait()
+    assert step == 2 and checkpoints.steps() == [1, 2, 3]
+  _, step, _ = restored(setup, tmp_path)
+  assert step == 3
 
 
 def test_damaged_metadata_is_set_aside(tmp_path, caplog):

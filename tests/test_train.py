@@ -154,6 +154,35 @@ def test_sigterm_saves_and_exits_143(finished, tmp_path):
   assert same_folder(whole / "student", workdir / "student")
 
 
+def test_sigterm_at_an_evaluation_step_loses_no_evaluation(tmp_path):
+  """The best checkpoint, and so the exported student, must not depend on a signal."""
+  changes = ["--config.eval.best=loss", "--config.train.steps=3"]
+  whole = tmp_path / "whole"
+  train(whole, *changes)
+  workdir = tmp_path / "stopped"
+  process = subprocess.Popen(
+    command(
+      "main", "--config=configs/debug.py", f"--workdir={workdir}", *QUICK, *changes
+    ),
+    cwd=ROOT,
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stderr:
+    if "step 3/3" in line:  # its evaluation comes next
+      process.send_signal(signal.SIGTERM)
+      break
+  process.stderr.read()
+  process.stderr.close()
+  assert process.wait(timeout=200) == 143
+  assert not (workdir / "student").exists()
+  done = train(workdir, *changes)
+  assert "student, step 3" in done.stdout
+  assert [row["step"] for row in rows(workdir, "eval")] == [0, 3]
+  assert same_folder(whole / "student", workdir / "student")
+
+
 def test_a_finished_run_is_left_alone(finished):
   workdir, done = finished
   before = (workdir / "metrics.jsonl").read_bytes()
@@ -275,6 +304,10 @@ def test_stages_run_in_order_and_once(tmp_path):
       ["batch_size=7"],
     ),
     (["--config.eval.best=rouge"], ["eval.best", "rougeL"]),
+    (["--config.eval.best=rougeL", "--config.eval.generate=False"], ["eval.best"]),
+    (["--config.optim.clip=-1.0"], ["optim.clip=-1.0"]),
+    (["--config.optim.lr=nan"], ["optim.lr=nan"]),
+    (["--config.train.seed=-1"], ["train.seed=-1"]),
     (["--config.mesh.data=3"], ["mesh.data=3", "1 devices"]),
     (["--config.data.max_length=4000"], ["4000", "1024"]),
   ],
@@ -309,6 +342,33 @@ def test_bad_data_names_file_and_line(text, words, tmp_path):
   data.write_text(text)
   done = train(tmp_path / "run", f"--config.data.train={data}", status=2)
   assert all(word in done.stderr for word in words) and "Traceback" not in done.stderr
+
+
+def test_plain_text_trains_without_an_evaluation_file(tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_text("All happy families are alike. " * 200)
+  changes = ["--config.data.holdout=8", f"--config.data.train={text}"]
+  train(tmp_path / "run", *changes)
+  assert rows(tmp_path / "run", "eval")[-1]["loss"] > 0
+
+
+def test_unknown_keys_of_a_file_or_a_stage_are_refused(tmp_path):
+  """Guards H1: a typo in a recipe must not pass in silence."""
+  for line in ("c.train.stesp = 5", "c.stages.one = {'optim': {'learning_rate': 3.0}}"):
+    path = tmp_path / "recipe.py"
+    path.write_text(
+      "from configs import debug\n"
+      f"def get_config():\n  c = debug.get_config()\n  {line}\n  return c\n"
+    )
+    done = call("main", f"--config={path}", f"--workdir={tmp_path / 'run'}", status=2)
+    assert "stesp" in done.stderr or "learning_rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / "file").write_text("")
+  done = train(tmp_path / "file", status=2)
+  assert "Traceback" not in done.stderr and "error: " in done.stderr
 
 
 def test_all_rows_too_long(tmp_path):
