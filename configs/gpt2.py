@@ -8,8 +8,8 @@ those of MiniLLM's code, which the paper says it uses. The paper names neither a
 nor the module's learning rate; see BUILD_NOTES.md for our choice.
 
 Stages: the teacher is fine-tuned for 10 epochs, the student for 3 (its best by
-validation loss starts the distillation), then 20 epochs of OKD, the best by
-validation ROUGE-L being exported. Meant for 8 accelerators of 16 GB or more.
+validation loss starts the distillation), then 20 epochs of OKD (10 for large), the best
+by validation ROUGE-L being exported. Meant for 8 accelerators of 16 GB or more.
 Time and result: not measured.
 """
 
