@@ -175,6 +175,7 @@ def mean_and_std(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> None:
+  """Evaluates as the arguments say; a UserError for whatever is wrong with them."""
   args = _parser().parse_args(arguments)
   cli.use_compilation_cache()
   model = load(args.model, dtype=args.dtype)

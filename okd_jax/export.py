@@ -37,6 +37,7 @@ def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
 
 
 def main(arguments: list[str]) -> None:
+  """Exports as the arguments say; a UserError if there is no such checkpoint."""
   args = _parser().parse_args(arguments)
   workdir = Path(args.workdir)
   path = workdir / "config.json"

@@ -26,6 +26,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run's results")
 
 
 def main(arguments: list[str]) -> None:
+  """Runs the configuration that the arguments name; a UserError if it is wrong."""
   if {"--help", "-h", "--helpfull"} & set(arguments):
     print(f"{__doc__}\nKeys and defaults:\n{_default_keys()}", end="")
     return
