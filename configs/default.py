@@ -4,7 +4,9 @@ A key is set on the command line as --config.section.key=value. Keys that are no
 listed here do not exist, and naming one is an error.
 """
 
-from ml_collections import ConfigDict
+import importlib
+
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -26,20 +28,47 @@ def get_config() -> ConfigDict:
 
   config.method = ConfigDict()
   config.method.name = "okd"  # a key of okd_jax.METHODS
-  config.method.kd_ratio = 1.0  # kd, rkd: weight of the divergence, the rest CE on gold
   config.method.temperature = 1.0  # divides logits; losses are multiplied by its square
-  config.method.divergence = "forward_kl"  # okd: adapted teacher to student
+  config.method.gold_weight = 0.0  # all: adds so much CE on gold to the student's loss
+  config.method.kd_ratio = 1.0  # kd, rkd, …: weight of the divergence, the rest is CE
+  config.method.top_k = 0  # kd, rkd, …: the teacher's top k and a bucket; 0 is all
+  # The student's divergence, from its teacher: forward_kl, reverse_kl, jensen_shannon,
+  # skew_forward_kl, skew_reverse_kl, total_variation, adaptive_kl, weighted_kl or
+  # alpha_beta. In kd, okd, rlkd and mixkd; the others bring their own.
+  config.method.divergence = "forward_kl"
+  config.method.beta = 0.5  # jensen_shannon: weight of the teacher's side (GKD's beta)
+  config.method.normalize = False  # jensen_shannon: divide it by beta (1 - beta)
+  config.method.skew = 0.1  # skew KLs: the share of the first argument in the mixture
+  config.method.head_mass = 0.5  # adaptive_kl: the teacher's mass that counts as head
+  config.method.forward_share = 0.5  # weighted_kl: of KL(p||q), the rest is KL(q||p)
+  config.method.ab_alpha = 0.2  # alpha_beta; (1, 0) is forward_kl, (0, 1) reverse_kl
+  config.method.ab_beta = 0.7  # likewise
   config.method.teacher_divergence = "forward_kl"  # okd: student to adapted teacher
-  config.method.beta = 0.5  # weight of the teacher's side in jensen_shannon
   config.method.teacher_kl_weight = 0.25  # okd: alpha, the module's pull to the student
   config.method.student_kl_weight = 1.0  # okd: the rest is CE on gold for the student
+  config.method.anchor_weight = 0.0  # okd: the module's pull to the frozen teacher
   config.method.update = "simultaneous"  # okd: or 'sequential', the module first
+  config.method.rank_k = 5  # rlkd: ranks each model's so many likeliest tokens
+  config.method.rank_temperature = 1.0  # rlkd: of the soft ranks; 0 is the true ranks
+  config.method.rank_divisor = 2.0  # rlkd: the divergence is divided by it
+  config.method.mix_alpha = 0.4  # mixkd: lambda is drawn from Beta(alpha, alpha)
+  config.method.mix_kd_weight = 1.0  # mixkd: of the divergence on mixed rows
+  config.method.mix_gold_weight = 1.0  # mixkd: of CE on mixed rows
+  # Knobs that move: the value each reaches, linearly, at the last step. Any number
+  # above but ab_alpha and ab_beta: --config.method.end.temperature=1 and so on.
+  config.method.end = ConfigDict()
+  for knob, value in config.method.items():
+    if isinstance(value, float) and not knob.startswith("ab_"):
+      config.method.end[knob] = config_dict.placeholder(float)
 
   config.adapter = ConfigDict()
-  config.adapter.kind = "lora"  # the online module of methods that adapt the teacher
-  config.adapter.rank = 32
-  config.adapter.scale = 1.0  # factor on the module's output
-  config.adapter.targets = ("query", "value")  # also key, out, gate, up, down
+  # The online module of methods that adapt the teacher: lora, prefix (keys and values
+  # in each layer) or prompt (input vectors before the text, P-tuning).
+  config.adapter.kind = "lora"
+  config.adapter.rank = 32  # lora
+  config.adapter.scale = 1.0  # lora: factor on the module's output
+  config.adapter.targets = ("query", "value")  # lora: also key, out, gate, up, down
+  config.adapter.length = 16  # prefix, prompt: virtual tokens
   config.adapter.layers = 0  # 0: all layers, k: the top k
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
 
@@ -116,3 +145,21 @@ def _random_model() -> ConfigDict:
   model.max_length = 1024  # tokens
   model.tie_embeddings = True
   return model
+
+
+def recipe(name: str) -> ConfigDict:
+  """The configuration of another file here: 'quickstart', or 'gpt2.medium'."""
+  file, _, variant = name.partition(".")
+  try:
+    module = importlib.import_module(f"configs.{file}")
+  except ImportError as error:
+    raise ValueError(f"{name}: there is no configs/{file}.py") from error
+  return module.get_config(variant) if variant else module.get_config()
+
+
+def sweep_point(text: str, values) -> tuple[str, ConfigDict]:
+  """(value, configuration) of 'VALUE' or 'VALUE@RECIPE'; the recipe is quickstart."""
+  value, _, name = text.partition("@")
+  if value not in values:
+    raise ValueError(f"{text}: the values are {', '.join(values)}")
+  return value, recipe(name or "quickstart")

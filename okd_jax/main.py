@@ -105,8 +105,12 @@ def _default_keys() -> str:
   if not path.exists():
     return "  see configs/default.py in the repository\n"
   lines = path.read_text(encoding="utf8").splitlines()
-  wanted = [line.strip() for line in lines if line.startswith("  config.")]
-  return "".join(f"  --{line}\n" for line in wanted if "= ConfigDict()" not in line)
+  wanted = [line.strip() for line in lines if line.startswith(("  config.", "  # "))]
+  return "".join(
+    f"  {line}\n" if line.startswith("#") else f"  --{line}\n"
+    for line in wanted
+    if "= ConfigDict(" not in line and "lock(" not in line
+  )
 
 
 if __name__ == "__main__":

@@ -339,17 +339,9 @@ def _check_lengths(config, decoders) -> None:
 def _apply_functions(decoders, config) -> methods.Models:
   """The apply functions a method calls; dropout is the training student's alone."""
   student = decoders["student"].clone(dropout=config.train.dropout)
-
-  def apply_student(params, batch, key):
-    return models.output(student, {"params": params}, batch, key)
-
-  def apply_teacher(frozen, adapter, batch):
-    if adapter is None:
-      return models.output(decoders["teacher"], {"params": frozen}, batch)
-    variables = {"params": frozen, "adapter": adapter}
-    return models.output(decoders["adapted"], variables, batch)
-
-  return methods.Models(apply_student, apply_teacher, config.train.loss_chunk)
+  return methods.apply_functions(
+    decoders | {"student": student}, config.train.loss_chunk
+  )
 
 
 def _steps(config, rows: int) -> int:

@@ -20,6 +20,9 @@ BATCH = PartitionSpec(("data", "fsdp"))
 # The first rule whose pattern is found in 'a/b/c' holds; the leading axis of stacked
 # layers stays whole, being scanned. Whatever no rule names is replicated.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
+  # Virtual tokens: few, and every device needs all of them. The rules below are for
+  # stacked layers, which `prompt/out/kernel` is not.
+  (r"(^|/)(prompt/.+|attention/prefix_(key|value))$", PartitionSpec()),
   (r"(^|/)(embed/embedding|head)$", PartitionSpec("tensor", "fsdp")),
   (r"position_embed/embedding$", PartitionSpec(None, "fsdp")),
   (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),

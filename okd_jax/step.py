@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
+from okd_jax.adapters import module_norm
 from okd_jax.losses import token_weights
 from okd_jax.methods import Method, Models
 from okd_jax.sharding import batch_sharding, shardings
@@ -45,8 +46,11 @@ def train_step(
   models: Models,
   optimizers: Mapping[str, optax.GradientTransformation],
   microbatches: int,
+  steps: int,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update of every trained tree; a pure function.
+
+  Knobs that move reach their ends at the last of `steps`.
 
   Gradients are taken with respect to the moving trees alone, so the frozen teacher
   has no gradient buffers. If a loss, gradient or update is not finite, the state comes
@@ -54,8 +58,10 @@ def train_step(
   """
   batch = batch | {"weights": token_weights(batch["mask"])}
   key = jax.random.fold_in(state.key, state.step)
-  loss_fn = functools.partial(method.loss, models)
-  params, opt_state, logged = dict(state.params), dict(state.opt_state), {}
+  knobs = method.knobs_at(jnp.clip(state.step / max(steps - 1, 1), 0, 1))
+  loss_fn = functools.partial(method.loss, models, knobs=knobs)
+  params, opt_state = dict(state.params), dict(state.opt_state)
+  logged = {f"method.{k}": v for k, v in knobs.items() if isinstance(v, jax.Array)}
   for names in method.updates:
     loss, metrics, grads = _accumulate(
       loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
@@ -68,6 +74,8 @@ def train_step(
       params[name] = optax.apply_updates(params[name], updates)
       logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
       logged[f"{name}_update_norm"] = optax.tree.norm(updates)
+  if "adapter" in params:
+    logged["adapter_norm"] = module_norm(params["adapter"])
   finite = jnp.isfinite(sum(logged.values()))
   new = TrainState(state.step + 1, params, opt_state, state.key)
   keep = functools.partial(jnp.where, finite)
@@ -116,6 +124,7 @@ def compile_step(
   models: Models,
   optimizers: Mapping[str, optax.GradientTransformation],
   microbatches: int,
+  steps: int,
   state: TrainState,
   mesh: Mesh,
 ) -> Callable:
@@ -132,6 +141,7 @@ def compile_step(
     models=models,
     optimizers=optimizers,
     microbatches=microbatches,
+    steps=steps,
   )
   return jax.jit(
     step,

@@ -191,6 +191,7 @@ def _loop(
     parts.models,
     parts.optimizers,
     config.train.microbatches,
+    parts.steps,
     parts.abstract,
     parts.mesh,
   )

@@ -1,5 +1,8 @@
 """Every shipped configuration loads, names only known keys, and runs two steps."""
 
+import importlib
+import inspect
+import itertools
 import json
 from pathlib import Path
 
@@ -27,9 +30,14 @@ TWO_STEPS = [change for change in QUICK if "train.steps" not in change] + [
 
 
 def every_config():
-  for path in sorted((ROOT / "configs").glob("*.py")):
-    module = __import__(f"configs.{path.stem}", fromlist=["get_config"])
+  for path in sorted((ROOT / "configs").rglob("*.py")):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
     variants = {"gpt2": gpt2.VARIANTS, "llama": llama.TEACHERS}.get(path.stem, [None])
+    if name.startswith("configs.studies."):
+      variants = [*module.VALUES, f"{module.VALUES[0]}@gpt2.base"]
+    elif "recipe" in inspect.signature(module.get_config).parameters:
+      variants = [None, "gpt2.medium"]
     for variant in variants:
       yield pytest.param(module, variant, id=f"{path.stem}:{variant or ''}")
 
@@ -47,9 +55,11 @@ def test_configuration_names_only_known_keys(module, variant, tmp_path):
 
 
 def test_every_key_has_a_comment():
-  text = (ROOT / "configs" / "default.py").read_text()
+  lines = (ROOT / "configs" / "default.py").read_text().splitlines()
   keys = [
-    line for line in text.splitlines() if line.startswith(("  config.", "  model."))
+    line
+    for above, line in itertools.pairwise(lines)
+    if line.startswith(("  config.", "  model.")) and not above.startswith("  # ")
   ]
   bare = [
     line
@@ -59,7 +69,7 @@ def test_every_key_has_a_comment():
     and not line.endswith(("ConfigDict()", "sort_keys=False)"))
   ]
   # What needs no words beside its neighbours.
-  wordless = "rank epochs divergence kd_ratio seed b1 b2 eps max_prompt_length"
+  wordless = "rank epochs seed b1 b2 eps max_prompt_length"
   wordless += " warmup_steps batch_size max_new_tokens num_layers num_heads"
   wordless += " tie_embeddings"
   names = {line.split("=")[0].strip().rsplit(".", 1)[-1] for line in bare}

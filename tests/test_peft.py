@@ -1,5 +1,7 @@
-"""LoRA folders in PEFT's format; whatever needs peft itself is skipped without it."""
+"""Online modules in PEFT's format; whatever needs peft itself is skipped without it."""
 
+import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -9,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file, save_file
 
 from okd_jax import models
-from okd_jax.adapters import AdapterConfig
+from okd_jax.adapters import AdapterConfig, prompt_vectors
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder
 
@@ -30,6 +33,8 @@ CASES = {
   ],
 }
 PAIRS = [(name, config) for name, configs in CASES.items() for config in configs]
+PREFIX, PROMPT = (AdapterConfig(kind=kind, length=5) for kind in ("prefix", "prompt"))
+VIRTUAL = [(name, c) for name in ("llama_gqa", "mistral") for c in (PREFIX, PROMPT)]
 
 
 def _adapter(name: str, config: AdapterConfig):
@@ -98,6 +103,74 @@ def test_ranks_that_differ_go_to_patterns(tmp_path):
   assert (raw["r"], raw["lora_alpha"]) == (3, 6)
   assert raw["rank_pattern"] == {"c_attn": 6}
   assert raw["alpha_pattern"] == {"c_attn": 12}
+
+
+class TestVirtualTokens:
+  """Prefixes and prompts: one tensor, and no more than PEFT's own file holds."""
+
+  @pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
+  @pytest.mark.parametrize("layers", [0, 2])
+  def test_prefix_comes_back(self, name, layers, tmp_path):
+    config = dataclasses.replace(PREFIX, layers=layers)
+    adapter = _save(tmp_path / "adapter", name, config)
+    tree, back = _load(tmp_path / "adapter", name)
+    assert back == config
+    atol = 1e-6 if (name, layers) == ("llama_gqa", 0) else 0  # turned and turned back
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
+    jax.tree.map(close, tree, adapter)
+
+  @pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
+  def test_prompt_comes_back_without_its_mlp(self, name, tmp_path):
+    adapter = _save(tmp_path / "first", name, PROMPT)
+    tree, config = _load(tmp_path / "first", name)
+    vectors = prompt_vectors(adapter["prompt"])
+    assert config == PROMPT and vectors.shape == (5, 30)
+    np.testing.assert_array_equal(tree["prompt"]["vectors"], vectors)
+    _save(tmp_path / "second", name, config, tree)
+    again, _ = _load(tmp_path / "second", name)
+    np.testing.assert_array_equal(again["prompt"]["vectors"], vectors)
+
+  def test_layout(self, tmp_path):
+    """A virtual token's row: key and value of layer 0, key and value of layer 1, …"""
+    adapter = _save(tmp_path / "adapter", "gpt2", PREFIX)
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    pair = adapter["layers"]["attention"]
+    key, value = (pair[f"prefix_{n}"].reshape(3, 5, 30) for n in ("key", "value"))
+    row = np.concatenate([x[n, 2] for n in range(3) for x in (key, value)])
+    np.testing.assert_array_equal(tensors["prompt_embeddings"][2], row)
+
+  @pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+      ("gpt2", PREFIX, "shifts the learned positions"),
+      ("gpt2", PROMPT, "shifts the learned positions"),
+      ("llama_gqa", dataclasses.replace(PREFIX, layers=1), "in all layers or none"),
+      ("llama_gqa", PREFIX, ""),
+      ("llama_gqa", PROMPT, ""),
+    ],
+  )
+  def test_says_where_peft_would_differ(self, name, config, reason, tmp_path, caplog):
+    _save(tmp_path / "adapter", name, config)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    with safetensors.safe_open(path, framework="np") as file:
+      note = json.loads(file.metadata()["okd_jax"])
+    assert reason in note.get("peft_differs_because", "")
+    assert bool(reason) == ("peft_differs_because" in note) == bool(caplog.text)
+
+  def test_reads_a_stranger_that_means_the_same(self, tmp_path):
+    folder = tmp_path / "adapter"
+    vectors = prompt_vectors(_save(folder, "llama_gqa", PROMPT)["prompt"])
+    _edit(folder, peft_type="PROMPT_TUNING")
+    tree, config = _load(folder)
+    assert config == PROMPT
+    np.testing.assert_array_equal(tree["prompt"]["vectors"], vectors)
+    with pytest.raises(UserError, match=r"is \[5, 30\], the model needs \[5, 40\]"):
+      _load(folder, "llama3")
+    with pytest.raises(UserError, match="learned positions"):
+      _load(folder, "gpt2")
+    _edit(folder, lambda tensors: tensors.update(more=np.zeros(1, np.float32)))
+    with pytest.raises(UserError, match="not prompt_embeddings alone"):
+      _load(folder)
 
 
 @pytest.fixture
@@ -241,7 +314,7 @@ def bases(tmp_path_factory):
 # peft 0.21 still calls a property that transformers 5 has renamed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 class TestPeft:
-  @pytest.mark.parametrize(("name", "config"), PAIRS)
+  @pytest.mark.parametrize(("name", "config"), PAIRS + VIRTUAL)
   def test_opens_ours(self, name, config, bases, tmp_path):
     import peft
 
@@ -250,10 +323,34 @@ class TestPeft:
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     tokens = families.tokens(families.CONFIGS[name])
     logits = _logits(name, adapter, config, tokens)
-    expected = families.torch_logits(adapted, tokens)
+    # A prompt's own logits come first.
+    expected = families.torch_logits(adapted, tokens)[:, -tokens.shape[1] :]
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     plain = _logits(name, {}, None, tokens)
     assert jnp.abs(logits - plain).max() > 0.1
+
+  @pytest.mark.parametrize("kind", ["prefix", "prompt"])
+  def test_ours_opens_its_virtual_tokens(self, kind, bases, tmp_path):
+    """As peft trains and saves them, each with its own MLP."""
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    options = {
+      "prefix": peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True
+      ),
+      "prompt": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    }[kind]
+    base = families.torch_model(bases / "llama_gqa")
+    adapted = peft.get_peft_model(base, options).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter, config = _load(tmp_path / "adapter")
+    assert config == AdapterConfig(kind=kind, length=4)
+    tokens = families.tokens(families.CONFIGS["llama_gqa"])
+    expected = families.torch_logits(adapted, tokens)[:, -tokens.shape[1] :]
+    logits = _logits("llama_gqa", adapter, config, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
 
   @pytest.mark.parametrize(
     ("name", "modules", "targets"),

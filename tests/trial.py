@@ -6,23 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from okd_jax import methods, models, optim
+from configs import default
+from okd_jax import methods, optim
 from okd_jax.adapters import AdapterConfig
+from okd_jax.losses import Output, token_weights
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.step import init_state, train_step
 
 VOCAB = 32
 TEACHER = ModelConfig(vocab_size=VOCAB, hidden_size=16, num_layers=3, num_heads=2)
 STUDENT = ModelConfig(vocab_size=VOCAB, hidden_size=8, num_layers=2, num_heads=2)
+# The defaults of the recipes.
 KNOBS = {
-  "kd_ratio": 1.0,
-  "temperature": 1.0,
-  "divergence": "forward_kl",
-  "teacher_divergence": "forward_kl",
-  "beta": 0.5,
-  "teacher_kl_weight": 0.25,
-  "student_kl_weight": 1.0,
-  "update": "simultaneous",
+  k: v for k, v in default.get_config().method.items() if k not in ("name", "end")
 }
 OPTIM = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
 
@@ -41,9 +37,11 @@ class Setup:
     adapter=AdapterConfig(rank=4),  # noqa: B008 (immutable)
     dropout=0.0,
     weight_decay=OPTIM["weight_decay"],
+    end=None,
+    steps=20,
     **knobs,
   ):
-    self.method = methods.build(name, KNOBS | knobs)
+    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}})
     teacher_decoder = Decoder(TEACHER)
     adapted_decoder = Decoder(TEACHER, adapter)
     self.student_decoder = Decoder(student, dropout=dropout)
@@ -58,18 +56,9 @@ class Setup:
       self.params["adapter"] = _init(adapted_decoder, 2)["adapter"]
       self.optimizers["adapter"] = optim.build(schedule, lr_scale=lr_scale, **options)
 
-    def teacher(frozen, modules, batch):
-      if modules is None:
-        return models.output(teacher_decoder, {"params": frozen}, batch)
-      variables = {"params": frozen, "adapter": modules}
-      return models.output(adapted_decoder, variables, batch)
-
-    self.models = methods.Models(
-      lambda params, batch, key: models.output(
-        self.student_decoder, {"params": params}, batch, key
-      ),
-      teacher,
-      chunk=5,
+    decoders = {"teacher": teacher_decoder, "adapted": adapted_decoder}
+    self.models = methods.apply_functions(
+      decoders | {"student": self.student_decoder}, chunk=5
     )
     self.state = init_state(self.params, self.optimizers, jax.random.key(3))
     self.train_step = functools.partial(
@@ -78,11 +67,15 @@ class Setup:
       models=self.models,
       optimizers=self.optimizers,
       microbatches=microbatches,
+      steps=steps,
     )
     self.step = jax.jit(self.train_step)
 
-  def loss(self, params, batch):
-    return self.method.loss(self.models, params, self.frozen, batch, jax.random.key(0))
+  def loss(self, params, batch, key=None, progress=0.0):
+    """The method's own loss, on a batch that has its weights."""
+    key = jax.random.key(0) if key is None else key
+    knobs = self.method.knobs_at(progress)
+    return self.method.loss(self.models, params, self.frozen, batch, key, knobs)
 
   def train(self, steps, seed=0):
     """(final state, losses) after so many steps, each on a batch of its own."""
@@ -91,6 +84,64 @@ class Setup:
       state, metrics = self.step(state, self.frozen, make_batch(seed + i))
       losses.append(float(metrics["loss"]))
     return state, losses
+
+
+class LogitTrial:
+  """A method on models whose parameters are their logits: no decoder in the way.
+
+  student, teacher (adapted, where the method adapts) and base, the frozen one, are
+  [B, L, V]. A plain method sees `base` as its teacher, unless `base` is None.
+  """
+
+  def __init__(self, name, *, chunk=5, end=None, **knobs):
+    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}})
+
+    def teacher(frozen, adapter, batch, mix=None):
+      return _as_output(frozen if adapter is None else adapter)
+
+    self.models = methods.Models(
+      lambda params, batch, key, mix=None: _as_output(params),
+      teacher,
+      lambda frozen, adapter, batch: (_as_output(adapter), _as_output(frozen)),
+      chunk,
+    )
+
+  def __call__(self, student, teacher, base, batch, key=None, progress=0.0):
+    """(loss, metrics) on a batch of labels and mask."""
+    params = {"student": student, "adapter": teacher}
+    frozen = teacher if base is None else base
+    key = jax.random.key(0) if key is None else key
+    knobs = self.method.knobs_at(progress)
+    return self.method.loss(self.models, params, frozen, weighted(batch), key, knobs)
+
+
+def _as_output(logits):
+  return Output(logits, jnp.eye(logits.shape[-1]))
+
+
+def make_logits(seed=0, batch=8, length=12, vocab=VOCAB, scale=2.0):
+  """(student, teacher, base), all different."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  shape = (batch, length, vocab)
+  student, teacher = (scale * jax.random.normal(k, shape) for k in keys[:2])
+  return student, teacher, teacher + jax.random.normal(keys[2], shape)
+
+
+def weighted(batch):
+  """The batch as a method's loss gets it."""
+  return batch | {"weights": token_weights(batch["mask"])}
+
+
+def gradients(setup, batch=None, params=None):
+  """The loss's gradient in every tree of `params`."""
+  batch = weighted(make_batch() if batch is None else batch)
+  params = setup.params if params is None else params
+  return jax.jit(jax.grad(lambda p: setup.loss(p, batch)[0]))(params)
+
+
+def total(tree):
+  """The sum of all absolute values."""
+  return sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(tree))
 
 
 def _init(decoder, seed):

@@ -2,24 +2,52 @@
 
 from okd_jax.losses.chunked import Output, TokenLoss, unembed, weighted_sums
 from okd_jax.losses.divergences import (
+  adaptive_kl,
+  alpha_beta,
   cross_entropy,
+  entropy,
   forward_kl,
   jensen_shannon,
   log_probs,
   reverse_kl,
+  skew_forward_kl,
+  skew_reverse_kl,
+  total_variation,
+  weighted_kl,
 )
 from okd_jax.losses.mean import Mean, token_weights
+from okd_jax.losses.ranking import rank_correlation
+from okd_jax.losses.sparse import (
+  TopK,
+  buckets,
+  top_k,
+  topk_forward_kl,
+  topk_reverse_kl,
+)
 
 __all__ = [
   "Mean",
   "Output",
   "TokenLoss",
+  "TopK",
+  "adaptive_kl",
+  "alpha_beta",
+  "buckets",
   "cross_entropy",
+  "entropy",
   "forward_kl",
   "jensen_shannon",
   "log_probs",
+  "rank_correlation",
   "reverse_kl",
+  "skew_forward_kl",
+  "skew_reverse_kl",
   "token_weights",
+  "top_k",
+  "topk_forward_kl",
+  "topk_reverse_kl",
+  "total_variation",
   "unembed",
+  "weighted_kl",
   "weighted_sums",
 ]

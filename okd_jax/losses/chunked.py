@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, PyTree, Shaped
 
-# (logits by model [B, C, V], labels [B, C]) -> (loss [B, C], metrics [B, C] by name)
-TokenLoss = Callable[
-  [Mapping[str, Array], Int[Array, "B C"]],
-  tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]],
-]
+# (logits by model [B, C, V], labels [B, C], **knobs) -> (loss [B, C], metrics [B, C] by
+# name)
+TokenLoss = Callable[..., tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]]]
+Labels = PyTree[Shaped[Array, "B L ..."]]
 
 
 class Output(NamedTuple):
@@ -44,9 +43,10 @@ def unembed(
 def weighted_sums(
   token_loss: TokenLoss,
   outputs: Mapping[str, Output],
-  labels: Int[Array, "B L"],
+  labels: Labels,
   weights: Float[Array, "B L"],
   chunk: int,
+  knobs: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """Sums of the token loss and of its metrics under `weights`.
 
@@ -57,15 +57,19 @@ def weighted_sums(
   Args:
     token_loss: a per-token loss; it must not close over traced values.
     outputs: hidden states and head of each model, by name; equal vocabularies.
-    labels: gold next tokens.
+    labels: gold next tokens, or any tree of arrays [B, L, …]: what the loss wants to
+      know about each position.
     weights: float weight of each position, 0 where masked (`mean.token_weights`).
     chunk: positions per row that have their logits in memory at once.
+    knobs: traced scalars, which the loss gets as keywords.
   """
-  return _sums(token_loss, chunk, dict(outputs), labels, weights)
+  return _sums(token_loss, chunk, dict(outputs), labels, weights, dict(knobs or {}))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(token_loss, chunk, outputs, labels, weights):
+def _sums(token_loss, chunk, outputs, labels, weights, knobs):
+  token_loss = functools.partial(token_loss, **knobs)
+
   def body(sums, inputs):
     hidden, labels, weights = inputs
     logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
@@ -76,14 +80,15 @@ def _sums(token_loss, chunk, outputs, labels, weights):
   return jax.lax.scan(body, _zeros(token_loss, outputs, chunks), chunks)[0]
 
 
-def _sums_fwd(token_loss, chunk, outputs, labels, weights):
+def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
   trained = {  # (hidden states?, head?) that somebody differentiates, by model
     name: (output.hidden.perturbed, output.head.perturbed)
     for name, output in outputs.items()
   }
-  outputs, labels, weights = jax.tree.map(
-    lambda leaf: leaf.value, (outputs, labels, weights), is_leaf=_is_primal
+  outputs, labels, weights, knobs = jax.tree.map(
+    lambda leaf: leaf.value, (outputs, labels, weights, knobs), is_leaf=_is_primal
   )
+  token_loss = functools.partial(token_loss, **knobs)
   fitted = [name for name in outputs if any(trained[name])]
 
   def body(carry, inputs):
@@ -120,7 +125,7 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights):
   }
   init = (_zeros(token_loss, outputs, chunks), head_grads)
   (sums, head_grads), hidden_grads = jax.lax.scan(body, init, chunks)
-  length = labels.shape[1]
+  length = weights.shape[1]
   grads = {
     name: Output(
       hidden=_join(hidden_grads[name], length) if name in hidden_grads else None,
@@ -133,7 +138,7 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights):
 
 def _sums_bwd(token_loss, chunk, grads, cotangents):
   scale = cotangents[0]  # of the loss; metrics are not differentiated
-  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None
+  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None, None
 
 
 _sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
@@ -150,7 +155,7 @@ def _chunk_sums(token_loss, logits, labels, weights):
 
 def _split(outputs, labels, weights, chunk: int):
   """[B, L, …] to [chunks, B, C, …]; the last chunk is filled with weight 0."""
-  length = labels.shape[1]
+  length = weights.shape[1]
   size = min(chunk, length)
   count = -(-length // size)
 

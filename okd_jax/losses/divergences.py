@@ -4,22 +4,28 @@ Every divergence reads (teacher_logits, student_logits): the target p first, the
 fitted model q second. Gradients flow to both sides; whoever wants one side constant
 stops the gradient at the call (`methods/`). Where a temperature T is given, both
 logits are divided by T and the value is multiplied by T^2, which keeps gradients
-level (Hinton et al. 2015, arXiv 1503.02531; OKD, arXiv 2409.12512, Eq. 2).
+level (Hinton et al. 2015, arXiv 1503.02531; OKD, arXiv 2409.12512, Eq. 2) for
+everything that is quadratic near p = q; total variation is not.
+
+All are 0 at p = q and never negative. A logit of -inf is a token of probability 0;
+where only one side has it, a KL that would be infinite is about 1e30 instead, and its
+gradient stays finite. Knobs may be traced scalars; their range is then the caller's.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Stands for log 0. Finite, so that 0 * log 0 is 0 and no gradient turns into NaN.
 _LOG_ZERO = -1e30
 
 Logits = Float[Array, "*B V"]
 PerToken = Float[Array, "*B"]
+Knob = float | Float[Array, ""]
 
 
 def forward_kl(
-  teacher_logits: Logits, student_logits: Logits, temperature: float = 1.0
+  teacher_logits: Logits, student_logits: Logits, temperature: Knob = 1.0
 ) -> PerToken:
   """KL(p || q) * T^2; its gradient in the student's logits is (q - p) * T."""
   log_p = log_probs(teacher_logits, temperature)
@@ -28,37 +34,171 @@ def forward_kl(
 
 
 def reverse_kl(
-  teacher_logits: Logits, student_logits: Logits, temperature: float = 1.0
+  teacher_logits: Logits, student_logits: Logits, temperature: Knob = 1.0
 ) -> PerToken:
   """KL(q || p) * T^2, differentiated through the outer q as well."""
   return forward_kl(student_logits, teacher_logits, temperature)
 
 
+def weighted_kl(
+  teacher_logits: Logits,
+  student_logits: Logits,
+  temperature: Knob = 1.0,
+  weight: Knob = 0.5,
+) -> PerToken:
+  """weight KL(p || q) + (1 - weight) KL(q || p), times T^2; symmetric at 1/2.
+
+  At 1/2 it is half of Jeffreys' divergence.
+
+  Raises:
+    ValueError: if weight lies outside [0, 1].
+  """
+  _check("weighted_kl: weight", weight, 0, 1)
+  log_p = log_probs(teacher_logits, temperature)
+  log_q = log_probs(student_logits, temperature)
+  both = weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
+  return temperature**2 * both
+
+
 def jensen_shannon(
   teacher_logits: Logits,
   student_logits: Logits,
-  temperature: float = 1.0,
-  beta: float = 0.5,
+  temperature: Knob = 1.0,
+  beta: Knob = 0.5,
+  normalize: bool = False,
 ) -> PerToken:
   """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, times T^2.
 
   On-Policy Distillation of Language Models (GKD), Agarwal et al. 2024, arXiv
-  2306.13649, Eq. 1. The end points are defined as the plain divergences: 0 is
-  `forward_kl`, 1 is `reverse_kl`; the value jumps there, since the formula itself
-  tends to 0 at both ends.
+  2306.13649, Eq. 1. Others count differently: DistiLLM's lambda is our 1 - beta,
+  DistiLLM-2's alpha our beta. The end points are defined as the plain divergences, 0
+  is `forward_kl` and 1 is `reverse_kl`, although the formula tends to 0 at both: the
+  value jumps there. `normalize` divides by beta (1 - beta), which is continuous.
 
   Raises:
     ValueError: if beta lies outside [0, 1].
   """
-  if not 0 <= beta <= 1:
-    raise ValueError(f"jensen_shannon: beta={beta} must lie between 0 and 1")
-  if beta in (0, 1):
+  _check("jensen_shannon: beta", beta, 0, 1)
+  if isinstance(beta, int | float) and beta in (0, 1):
     end = reverse_kl if beta else forward_kl
     return end(teacher_logits, student_logits, temperature)
   log_p = log_probs(teacher_logits, temperature)
   log_q = log_probs(student_logits, temperature)
-  log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
-  return temperature**2 * (beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m))
+  log_m = _log_mix(log_p, log_q, beta)
+  value = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+  return temperature**2 * (value / (beta * (1 - beta)) if normalize else value)
+
+
+def skew_forward_kl(
+  teacher_logits: Logits,
+  student_logits: Logits,
+  temperature: Knob = 1.0,
+  alpha: Knob = 0.1,
+) -> PerToken:
+  """KL(p || alpha p + (1 - alpha) q) * T^2: at most -log(alpha) * T^2.
+
+  DistiLLM, Ko et al. 2024, arXiv 2402.03898; alpha 0 is `forward_kl`.
+
+  Raises:
+    ValueError: if alpha lies outside [0, 1).
+  """
+  _check_skew("skew_forward_kl", alpha)
+  if isinstance(alpha, int | float) and alpha == 0:
+    return forward_kl(teacher_logits, student_logits, temperature)
+  log_p = log_probs(teacher_logits, temperature)
+  log_q = log_probs(student_logits, temperature)
+  return temperature**2 * _kl(log_p, _log_mix(log_p, log_q, alpha))
+
+
+def skew_reverse_kl(
+  teacher_logits: Logits,
+  student_logits: Logits,
+  temperature: Knob = 1.0,
+  alpha: Knob = 0.1,
+) -> PerToken:
+  """KL(q || (1 - alpha) p + alpha q) * T^2, the gradient also through q in the mix.
+
+  DistiLLM, as `skew_forward_kl`; alpha 0 is `reverse_kl`.
+
+  Raises:
+    ValueError: if alpha lies outside [0, 1).
+  """
+  _check_skew("skew_reverse_kl", alpha)
+  return skew_forward_kl(student_logits, teacher_logits, temperature, alpha)
+
+
+def total_variation(
+  teacher_logits: Logits, student_logits: Logits, temperature: Knob = 1.0
+) -> PerToken:
+  """1/2 sum |p - q| * T^2, in [0, T^2] (f-distill, arXiv 2307.15190).
+
+  Not quadratic near p = q: unlike the others' its gradient grows about like T.
+  """
+  p = jnp.exp(log_probs(teacher_logits, temperature))
+  q = jnp.exp(log_probs(student_logits, temperature))
+  return temperature**2 * 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def adaptive_kl(
+  teacher_logits: Logits,
+  student_logits: Logits,
+  temperature: Knob = 1.0,
+  head_mass: Knob = 0.5,
+) -> PerToken:
+  """w KL(p || q) + (1 - w) KL(q || p), times T^2, w = e_head / (e_head + e_tail).
+
+  AKL: Rethinking Kullback-Leibler Divergence in Knowledge Distillation for Large
+  Language Models, Wu et al. 2024, arXiv 2404.02657. The head are the teacher's
+  likeliest tokens as long as their mass is at most `head_mass`, the first one always;
+  e sums |p - q| over head or tail. The weights are constants, 1/2 each where p = q
+  (the authors' 0/0 there is NaN).
+  """
+  log_p = log_probs(teacher_logits, temperature)
+  log_q = log_probs(student_logits, temperature)
+  p, q = jax.lax.stop_gradient((jnp.exp(log_p), jnp.exp(log_q)))
+  error = jnp.abs(p - q)
+  total = jnp.sum(error, axis=-1)
+  in_head = jnp.sum(jnp.where(_head(p, head_mass), error, 0), axis=-1)
+  weight = jnp.where(total > 0, in_head / jnp.where(total > 0, total, 1), 0.5)
+  both = weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
+  return temperature**2 * both
+
+
+def alpha_beta(
+  teacher_logits: Logits,
+  student_logits: Logits,
+  temperature: Knob = 1.0,
+  alpha: float = 0.2,
+  beta: float = 0.7,
+) -> PerToken:
+  """The alpha-beta divergence of ABKD, Wang et al. 2025, arXiv 2505.04560, times T^2.
+
+  With s = alpha + beta, sum over the vocabulary of
+    (p^s / beta + q^s / alpha) / s - p^alpha q^beta / (alpha beta),
+  or its limit where one of them is 0: (1, 0) is `forward_kl`, (0, 1) `reverse_kl`.
+
+  Raises:
+    ValueError: if one is negative or both are 0: the divergence is then infinite as
+      soon as a token has probability 0 on one side.
+  """
+  if alpha < 0 or beta < 0 or alpha + beta == 0:
+    raise ValueError(
+      f"alpha_beta: alpha={alpha} and beta={beta} must be at least 0, and one above 0"
+    )
+  log_p = log_probs(teacher_logits, temperature)
+  log_q = log_probs(student_logits, temperature)
+  if beta == 0:
+    terms = _half_power(log_p, log_q, alpha)
+  elif alpha == 0:
+    terms = _half_power(log_q, log_p, beta)
+  else:
+    total = alpha + beta
+    terms = (
+      jnp.exp(total * log_p) / (total * beta)
+      + jnp.exp(total * log_q) / (total * alpha)
+      - jnp.exp(alpha * log_p + beta * log_q) / (alpha * beta)
+    )
+  return temperature**2 * at_least_zero(jnp.sum(terms, axis=-1))
 
 
 def cross_entropy(logits: Logits, labels: Int[Array, "*B"]) -> PerToken:
@@ -67,13 +207,70 @@ def cross_entropy(logits: Logits, labels: Int[Array, "*B"]) -> PerToken:
   return -jnp.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
 
 
-def log_probs(logits: Logits, temperature: float = 1.0) -> Logits:
+def entropy(logits: Logits) -> PerToken:
+  """H(q) = -sum q log q, in nats."""
+  log_q = log_probs(logits)
+  return -jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+
+
+def log_probs(logits: Logits, temperature: Knob = 1.0) -> Logits:
   """float32 log-softmax of logits / T; a logit of -inf gives a very low number."""
   log_q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
   return jnp.maximum(log_q, _LOG_ZERO)
 
 
+def at_least_zero(value: PerToken) -> PerToken:
+  """Rounding may leave -1e-8 where p = q: never report that, keep its gradient."""
+  return value + jax.lax.stop_gradient(jnp.maximum(value, 0) - value)
+
+
 def _kl(log_p: Logits, log_q: Logits) -> PerToken:
-  kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-  # Rounding may leave -1e-8 where the two agree: never report that, keep its gradient.
-  return kl + jax.lax.stop_gradient(jnp.maximum(kl, 0) - kl)
+  return at_least_zero(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+def _log_mix(log_p: Logits, log_q: Logits, share: Knob) -> Logits:
+  """log(share p + (1 - share) q)."""
+  return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))
+
+
+def _half_power(log_a: Logits, log_b: Logits, power: float) -> Logits:
+  """(b^x - a^x + x a^x (log a - log b)) / x^2; x = 1 makes it KL(a || b)."""
+  a = jnp.exp(power * log_a)
+  gap = jnp.exp(power * log_b) - a
+  return gap / power**2 + a * (log_a - log_b) / power
+
+
+def _head(p: Logits, mass: Knob) -> Bool[Array, "*B V"]:
+  """The likeliest tokens while their total is at most `mass`, the first one always.
+
+  What a stable descending sort and a cumulative sum would give, at the price of 31
+  passes: the probability at which the mass is exceeded is found bit by bit (positive
+  floats are in the order of their bits), and of its equals the first are taken.
+  """
+  bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+
+  def above(cut):
+    return jnp.sum(jnp.where(bits > cut, p, 0), axis=-1, keepdims=True)
+
+  def try_bit(i, cut):
+    higher = cut | (jnp.int32(1 << 30) >> i)
+    # Still more than `mass` strictly above: the cut lies higher.
+    return jnp.where(above(higher - 1) > mass, higher, cut)
+
+  # The highest cut such that the tokens at or above it weigh more than `mass`.
+  cut = jax.lax.fori_loop(0, 31, try_bit, jnp.zeros_like(bits[..., :1]))
+  equal = bits == cut
+  value = jnp.max(jnp.where(equal, p, 0), axis=-1, keepdims=True)
+  room = jnp.floor((mass - above(cut)) / jnp.where(value > 0, value, 1))
+  first = jax.nn.one_hot(jnp.argmax(p, axis=-1), p.shape[-1], dtype=bool)
+  return (bits > cut) | (equal & (jnp.cumsum(equal, axis=-1) <= room)) | first
+
+
+def _check(what: str, value: Knob, low: float, high: float) -> None:
+  if isinstance(value, int | float) and not low <= value <= high:
+    raise ValueError(f"{what}={value} must lie between {low} and {high}")
+
+
+def _check_skew(name: str, alpha: Knob) -> None:
+  if isinstance(alpha, int | float) and not 0 <= alpha < 1:
+    raise ValueError(f"{name}: alpha={alpha} must be at least 0 and below 1")

@@ -1,53 +1,80 @@
-"""Distillation from a frozen teacher on gold text: forward and reverse KD.
+"""Distillation from a frozen teacher on gold text, by any divergence.
 
-Distilling the Knowledge in a Neural Network, Hinton et al. 2015, arXiv 1503.02531;
-the reverse direction as in MiniLLM, Gu et al. 2023, arXiv 2306.08543.
+Distilling the Knowledge in a Neural Network, Hinton et al. 2015, arXiv 1503.02531.
+`kd` takes the divergence as a knob; the others are names that papers use.
 """
 
-from collections.abc import Callable
-
-from okd_jax.losses import cross_entropy, forward_kl, reverse_kl
+from okd_jax.errors import UserError
+from okd_jax.losses import cross_entropy
+from okd_jax.methods.knobs import (
+  Knob,
+  among_top_k,
+  check_positive,
+  check_share,
+  check_weight,
+  find_divergence,
+)
 from okd_jax.methods.method import (
   Method,
-  check_share,
-  check_temperature,
+  combine,
   diagnostics,
   stop_gradient,
   token_sums,
 )
 
 
-def build(distance: Callable, *, kd_ratio: float, temperature: float) -> Method:
-  """loss = (1 - r) CE(y; q) + r D(p, q), D = distance, r = kd_ratio; the token mean."""
+def build(
+  *,
+  divergence: str,
+  kd_ratio: Knob,
+  temperature: Knob,
+  gold_weight: Knob,
+  top_k: int,
+  **shape: Knob,
+) -> Method:
+  """loss = r D(p, q) + (1 - r + g) CE(y; q), the token mean.
+
+  Args:
+    divergence: D, a key of `knobs.DIVERGENCES`; its own knobs are in `shape`.
+    kd_ratio: r, the share of the divergence.
+    temperature: T of the divergence, which is multiplied by T^2.
+    gold_weight: g, cross-entropy on gold on top of that share.
+    top_k: use the teacher's so many likeliest tokens and one bucket for the rest, as
+      a stored teacher would give them; 0 is the whole vocabulary.
+  """
   check_share("method.kd_ratio", kd_ratio)
-  check_temperature(temperature)
+  check_positive("method.temperature", temperature)
+  check_weight("method.gold_weight", gold_weight)
+  if top_k < 0:
+    raise UserError(f"method.top_k={top_k} must be at least 0")
+  distance = find_divergence("method.divergence", divergence, shape)
+  if top_k:
+    distance = among_top_k(distance, top_k)
 
-  def token_loss(logits, labels):
+  def token_loss(logits, labels, *, kd_ratio, gold_weight, **knobs):
     student, teacher = logits["student"], stop_gradient(logits["teacher"])
-    d = distance(teacher, student, temperature=temperature)
+    d = distance(teacher, student, **knobs)
     ce = cross_entropy(student, labels)
-    metrics = {"divergence": d} | diagnostics(logits, labels, ce)
-    # At the ends the other term is left out, so that it costs nothing and 0 * inf
-    # cannot arise.
-    if kd_ratio in (0, 1):
-      return (d if kd_ratio else ce), metrics
-    return kd_ratio * d + (1 - kd_ratio) * ce, metrics
+    loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
+    return loss, {"divergence": d} | diagnostics(logits, labels)
 
-  def loss(models, params, frozen, batch, key):
+  def loss(models, params, frozen, batch, key, knobs):
     outputs = {
       "student": models.student(params["student"], batch, key),
       "teacher": models.teacher(frozen, None, batch),
     }
-    return token_sums(models, token_loss, outputs, batch)
+    return token_sums(models, token_loss, outputs, batch, knobs)
 
-  return Method(loss=loss, teacher="frozen")
-
-
-def build_kd(*, kd_ratio: float, temperature: float) -> Method:
-  """Forward KD: D = KL(p || q)."""
-  return build(forward_kl, kd_ratio=kd_ratio, temperature=temperature)
+  knobs = {"kd_ratio": kd_ratio, "temperature": temperature, "gold_weight": gold_weight}
+  return Method(loss=loss, teacher="frozen", knobs=knobs | shape)
 
 
-def build_rkd(*, kd_ratio: float, temperature: float) -> Method:
-  """Reverse KD: D = KL(q || p)."""
-  return build(reverse_kl, kd_ratio=kd_ratio, temperature=temperature)
+# KD by one divergence, under the name it has in the literature.
+NAMED = {
+  "rkd": "reverse_kl",  # MiniLLM's direction, Gu et al. 2023, arXiv 2306.08543
+  "jsd": "jensen_shannon",  # GKD's, Agarwal et al. 2024, arXiv 2306.13649
+  "tvd": "total_variation",  # f-distill's, Wen et al. 2023, arXiv 2307.15190
+  "akl": "adaptive_kl",  # Wu et al. 2024, arXiv 2404.02657
+  "skl": "skew_forward_kl",  # DistiLLM's, Ko et al. 2024, arXiv 2402.03898
+  "srkl": "skew_reverse_kl",  # likewise
+}

@@ -9,100 +9,145 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from okd_jax.errors import UserError
 from okd_jax.losses import (
   Output,
   TokenLoss,
   cross_entropy,
+  entropy,
   forward_kl,
-  jensen_shannon,
   reverse_kl,
   weighted_sums,
 )
+from okd_jax.methods.knobs import Knob, Linear
+from okd_jax.models import Decoder, output
 
 Params = dict[str, Any]
 Batch = dict[str, Array]
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+
+stop_gradient = jax.lax.stop_gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class Models:
   """The apply functions a method may call, and how to chunk their logits.
 
-  student(params, batch, key) -> Output: the student under `params['student']`.
-  teacher(frozen, adapter, batch) -> Output: the plain teacher where adapter is None.
+  student(params, batch, key, mix=None) -> Output: the student's.
+  teacher(frozen, adapter, batch, mix=None) -> Output: the plain teacher's where
+    adapter is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
+  teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
+    teacher's, what lies below the modules computed once for both.
   """
 
-  student: Callable[[Any, Batch, Array], Output]
-  teacher: Callable[[Any, Any, Batch], Output]
+  student: Callable[..., Output]
+  teacher: Callable[..., Output]
+  teachers: Callable[..., tuple[Output, Output]]
   chunk: int = 64
+
+
+def apply_functions(decoders: Mapping[str, Decoder], chunk: int = 64) -> Models:
+  """What the decoders 'student', 'teacher' and 'adapted' give a method.
+
+  The latter two need not be there if the method has no use for them.
+  """
+
+  def student(params, batch, key, mix=None):
+    return output(decoders["student"], {"params": params}, batch, key, mix=mix)
+
+  def teacher(frozen, adapter, batch, mix=None):
+    if adapter is None:
+      return output(decoders["teacher"], {"params": frozen}, batch, mix=mix)
+    variables = {"params": frozen, "adapter": adapter}
+    return output(decoders["adapted"], variables, batch, mix=mix)
+
+  def teachers(frozen, adapter, batch):
+    plain, adapted = decoders["teacher"], decoders["adapted"]
+    start = adapted.config.num_layers - adapted.adapter.num_layers(
+      adapted.config.num_layers
+    )
+    if not start:
+      return teacher(frozen, adapter, batch), teacher(frozen, None, batch)
+    variables = {"params": frozen}
+    below = output(plain, variables, batch, stop=start).hidden
+    top = {"hidden": below, "start": start}
+    return (
+      output(adapted, variables | {"adapter": adapter}, batch, **top),
+      output(plain, variables, batch, **top),
+    )
+
+  return Models(student, teacher, teachers, chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
   """One pure loss and what the rest of the program must know about it.
 
-  loss(models, params, frozen, batch, key) -> (loss, metrics): `params` holds the
-    trees 'student' and, if the method adapts, 'adapter'; `frozen` the teacher's base.
-    `batch['weights']` holds 1/(valid tokens of the whole batch) on valid tokens, so
-    a loss and each metric is a plain sum, and sums over micro-batches add up.
+  loss(models, params, frozen, batch, key, knobs) -> (loss, metrics): `params` holds
+    the trees 'student' and, if the method adapts, 'adapter'; `frozen` the teacher's
+    base. `batch['weights']` holds 1/(valid tokens of the whole batch) on valid tokens,
+    so a loss and each metric is a plain sum, and sums over micro-batches add up.
   teacher: 'none', 'frozen' or 'adapted'.
+  knobs: every number in the loss, by its configuration key.
   updates: the trees that move, in order; trees in one group move simultaneously.
   """
 
-  loss: Callable[[Models, Params, Any, Batch, Array], Loss]
+  loss: Callable[[Models, Params, Any, Batch, Array, Mapping[str, Any]], Loss]
   teacher: str
+  knobs: Mapping[str, Knob] = dataclasses.field(default_factory=dict)
   updates: tuple[tuple[str, ...], ...] = (("student",),)
 
+  def knobs_at(self, progress) -> dict[str, Any]:
+    """The value of each knob at a share of the run, 0 at the first step, 1 at the last.
 
-DIVERGENCES = {
-  "forward_kl": forward_kl,
-  "reverse_kl": reverse_kl,
-  "jensen_shannon": jensen_shannon,
-}
+    Constant knobs stay Python numbers, so that a loss can leave out what they switch
+    off; moving ones are traced.
+    """
+    return {
+      name: knob(progress) if isinstance(knob, Linear) else knob
+      for name, knob in self.knobs.items()
+    }
 
 
-def find_divergence(key: str, name: str, temperature: float, beta: float):
-  """The per-token divergence that the configuration key `key` names.
+def combine(*terms: tuple[Any, Float[Array, "B C"]]) -> Float[Array, "B C"]:
+  """The sum of weight * value.
 
-  `beta` weighs the teacher's side of jensen_shannon; the others have none.
+  A term whose weight is the number 0 is left out, so that it costs nothing and
+  0 * inf cannot arise.
   """
-  if name not in DIVERGENCES:
-    raise UserError(
-      f"{key}={name!r} is no divergence; use one of {', '.join(DIVERGENCES)}"
-    )
-  knobs = {"temperature": temperature}
-  if name == "jensen_shannon":
-    check_share("method.beta", beta)
-    knobs["beta"] = beta
-  return functools.partial(DIVERGENCES[name], **knobs)
+  kept = [weight * value for weight, value in terms if not _is_zero(weight)]
+  return sum(kept[1:], kept[0]) if kept else jnp.zeros_like(terms[0][1])
 
 
-def check_share(key: str, value: float) -> None:
-  """Raises a UserError unless 0 <= value <= 1."""
-  if not 0 <= value <= 1:
-    raise UserError(f"{key}={value} must lie between 0 and 1")
+def _is_zero(weight) -> bool:
+  return isinstance(weight, int | float) and weight == 0
 
 
-def check_temperature(value: float) -> None:
-  """Raises a UserError unless value > 0."""
-  if not value > 0:
-    raise UserError(f"method.temperature={value} must be above 0")
+def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
+  """Per-token figures every distillation run logs, at no extra forward pass.
 
-
-def diagnostics(logits, labels, student_ce) -> dict[str, Float[Array, "B C"]]:
-  """Per-token figures every distillation run logs, at no extra forward pass."""
-  student, teacher = logits["student"], logits["teacher"]
+  At temperature 1 and in nats, whatever the loss does. A teacher whose `teacher_nll`
+  is above the student's explains a student that distillation makes worse.
+  """
+  student, teacher = stop_gradient(logits["student"]), stop_gradient(logits["teacher"])
   agree = jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)
   return {
-    "student_nll": student_ce,
+    "student_nll": cross_entropy(student, labels),
     "teacher_nll": cross_entropy(teacher, labels),
+    "student_entropy": entropy(student),
+    "teacher_entropy": entropy(teacher),
+    "forward_kl": forward_kl(teacher, student),
+    "reverse_kl": reverse_kl(teacher, student),
     "top1_agreement": agree.astype(jnp.float32),
   }
 
 
 def token_sums(
-  models: Models, token_loss: TokenLoss, outputs: Mapping[str, Output], batch: Batch
+  models: Models,
+  token_loss: TokenLoss,
+  outputs: Mapping[str, Output],
+  batch: Batch,
+  knobs: Mapping[str, Any],
+  labels=None,
 ) -> Loss:
   """Sums of a token loss over the batch, chunk by chunk (`losses.weighted_sums`).
 
@@ -114,9 +159,13 @@ def token_sums(
   outputs = {
     name: output._replace(head=output.head[:size]) for name, output in outputs.items()
   }
+  moving = {k: v for k, v in knobs.items() if isinstance(v, jax.Array)}
+  constant = {k: v for k, v in knobs.items() if k not in moving}
   return weighted_sums(
-    token_loss, outputs, batch["labels"], batch["weights"], models.chunk
+    functools.partial(token_loss, **constant),
+    outputs,
+    batch["labels"] if labels is None else labels,
+    batch["weights"],
+    models.chunk,
+    moving,
   )
-
-
-stop_gradient = jax.lax.stop_gradient

@@ -3,26 +3,40 @@
 Exploring and Enhancing the Transfer of Distribution in Knowledge Distillation for
 Autoregressive Language Models, Rao et al. 2024, arXiv 2409.12512.
 
-Per step and token, with p_ta the adapted teacher, q the student, y the gold token:
+Per step and token, with p the frozen teacher, p_ta the adapted one, q the student, y
+the gold token:
 
-    student  L_s = w KL(p_ta || q)                              Eq. 17 (there w = 1)
-    module   L_t = alpha KL(q || p_ta) + (1 - alpha) CE(y; p_ta)          Eq. 16
+    student  L_s = w KL(p_ta || q) + (1 - w + g) CE(y; q)       Eq. 17: w = 1, g = 0
+    module   L_t = alpha KL(q || p_ta) + (1 - alpha) CE(y; p_ta)             Eq. 16
+                   + gamma KL(p || p_ta)                               not the paper's
 
 Each loss moves its own parameters only; nothing is sampled. The paper's L_KL(a, b)
-is KL(b || a): its first argument is the one that is fitted.
+is KL(b || a): its first argument is the one that is fitted. The anchor, weighed by
+gamma, is our addition: nothing else in L_t remembers the base teacher, so that at
+alpha = 1 every student is a fixed point and the adapted teacher collapses.
 """
 
+import logging
+
 from okd_jax.errors import UserError
-from okd_jax.losses import cross_entropy
+from okd_jax.losses import cross_entropy, forward_kl
+from okd_jax.methods.knobs import (
+  Knob,
+  check_positive,
+  check_share,
+  check_weight,
+  ends,
+  find_divergence,
+)
 from okd_jax.methods.method import (
   Method,
-  check_share,
-  check_temperature,
+  combine,
   diagnostics,
-  find_divergence,
   stop_gradient,
   token_sums,
 )
+
+_log = logging.getLogger(__name__)
 
 UPDATES = {
   # Algorithm 1: both distributions are computed once, then both trees move.
@@ -31,17 +45,22 @@ UPDATES = {
   # PromptKD (Kim et al. 2024, arXiv 2402.12842). Costs two passes.
   "sequential": (("adapter",), ("student",)),
 }
+# Above this share of the student's pull the adapted teacher follows the student away
+# from what it knew (drift .15 at .5, .46 at .75, 2.95 at 1: BUILD_NOTES.md).
+_UNSAFE_ALPHA = 0.75
 
 
 def build(
   *,
   divergence: str,
   teacher_divergence: str,
-  teacher_kl_weight: float,
-  student_kl_weight: float,
-  temperature: float,
-  beta: float,
+  teacher_kl_weight: Knob,
+  student_kl_weight: Knob,
+  anchor_weight: Knob,
+  gold_weight: Knob,
+  temperature: Knob,
   update: str,
+  **shape: Knob,
 ) -> Method:
   """The sum of both losses; one gradient of it is both separate gradients.
 
@@ -49,53 +68,72 @@ def build(
     divergence: the student's, from the adapted teacher (target) to the student.
     teacher_divergence: the module's, from the student (target) to the adapted
       teacher, so that 'forward_kl' is the paper's KL(q || p_ta).
-    teacher_kl_weight: alpha. Nothing in L_t remembers the base teacher, so values
-      above 0.75 let the adapted teacher drift away with the student (METHODS: at 1
-      it collapsed in every run).
+    teacher_kl_weight: alpha; above 0.75 without an anchor it warns.
     student_kl_weight: w, the rest is cross-entropy on gold (the paper's Figure 9).
-    temperature: of both divergences, each times T^2.
-    beta: of either divergence where it is jensen_shannon.
+    anchor_weight: gamma; above 0 it needs the frozen teacher's logits as well.
+    gold_weight: g, cross-entropy on gold for the student, on top of 1 - w.
+    temperature: of both divergences, each times T^2; the anchor's is 1.
     update: 'simultaneous' or 'sequential'.
+    shape: the knobs of either divergence.
   """
   check_share("method.teacher_kl_weight", teacher_kl_weight)
   check_share("method.student_kl_weight", student_kl_weight)
-  check_temperature(temperature)
+  check_weight("method.anchor_weight", anchor_weight)
+  check_weight("method.gold_weight", gold_weight)
+  check_positive("method.temperature", temperature)
   if update not in UPDATES:
     raise UserError(f"method.update={update!r} must be one of {', '.join(UPDATES)}")
-  student_distance = find_divergence("method.divergence", divergence, temperature, beta)
+  student_distance = find_divergence("method.divergence", divergence, shape)
   module_distance = find_divergence(
-    "method.teacher_divergence", teacher_divergence, temperature, beta
+    "method.teacher_divergence", teacher_divergence, shape
   )
+  anchored = max(ends(anchor_weight)) > 0
+  if max(ends(teacher_kl_weight)) > _UNSAFE_ALPHA and not anchored:
+    _log.warning(
+      "method.teacher_kl_weight above %s lets the adapted teacher collapse onto the "
+      "student; set method.anchor_weight (0.3 is a good start)",
+      _UNSAFE_ALPHA,
+    )
 
-  def token_loss(logits, labels):
+  def token_loss(
+    logits, labels, *, teacher_kl_weight, student_kl_weight, gold_weight, **knobs
+  ):
     student, teacher = logits["student"], logits["teacher"]
-    student_d = student_distance(stop_gradient(teacher), student)
-    student_ce = cross_entropy(student, labels)
-    module_d = module_distance(stop_gradient(student), teacher)
-    module_ce = cross_entropy(teacher, labels)
-    student_loss = _mix(student_kl_weight, student_d, student_ce)
-    module_loss = _mix(teacher_kl_weight, module_d, module_ce)
-    metrics = {
-      "divergence": student_d,
-      "student_loss": student_loss,
-      "module_divergence": module_d,
-      "module_loss": module_loss,
-    }
-    metrics |= diagnostics(logits, labels, student_ce)
-    return student_loss + module_loss, metrics
+    anchor_weight = knobs.pop("anchor_weight")
+    student_d = student_distance(stop_gradient(teacher), student, **knobs)
+    module_d = module_distance(stop_gradient(student), teacher, **knobs)
+    student_loss = combine(
+      (student_kl_weight, student_d),
+      (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
+    )
+    module_terms = [
+      (teacher_kl_weight, module_d),
+      (1 - teacher_kl_weight, cross_entropy(teacher, labels)),
+    ]
+    metrics = {"divergence": student_d, "module_divergence": module_d}
+    if anchored:
+      drift = forward_kl(stop_gradient(logits["base"]), teacher)
+      module_terms.append((anchor_weight, drift))
+      metrics["drift"] = drift
+    module_loss = combine(*module_terms)
+    metrics |= {"student_loss": student_loss, "module_loss": module_loss}
+    return student_loss + module_loss, metrics | diagnostics(logits, labels)
 
-  def loss(models, params, frozen, batch, key):
-    outputs = {
-      "student": models.student(params["student"], batch, key),
-      "teacher": models.teacher(frozen, params["adapter"], batch),
-    }
-    return token_sums(models, token_loss, outputs, batch)
+  def loss(models, params, frozen, batch, key, knobs):
+    outputs = {"student": models.student(params["student"], batch, key)}
+    adapter = params["adapter"]
+    if anchored:
+      both = models.teachers(frozen, adapter, batch)
+      outputs["teacher"], outputs["base"] = both
+    else:
+      outputs["teacher"] = models.teacher(frozen, adapter, batch)
+    return token_sums(models, token_loss, outputs, batch, knobs)
 
-  return Method(loss=loss, teacher="adapted", updates=UPDATES[update])
-
-
-def _mix(weight: float, distance, ce):
-  """weight * distance + (1 - weight) * ce, leaving out a term of weight 0."""
-  if weight in (0, 1):
-    return distance if weight else ce
-  return weight * distance + (1 - weight) * ce
+  knobs = {
+    "teacher_kl_weight": teacher_kl_weight,
+    "student_kl_weight": student_kl_weight,
+    "anchor_weight": anchor_weight,
+    "gold_weight": gold_weight,
+    "temperature": temperature,
+  }
+  return Method(loss, "adapted", knobs | shape, UPDATES[update])

@@ -11,9 +11,9 @@ def build() -> Method:
     ce = cross_entropy(logits["student"], labels)
     return ce, {"student_nll": ce}
 
-  def loss(models, params, frozen, batch, key):
+  def loss(models, params, frozen, batch, key, knobs):
     del frozen
     outputs = {"student": models.student(params["student"], batch, key)}
-    return token_sums(models, token_loss, outputs, batch)
+    return token_sums(models, token_loss, outputs, batch, knobs)
 
   return Method(loss=loss, teacher="none")

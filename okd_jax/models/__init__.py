@@ -26,6 +26,7 @@ from okd_jax.models.peft import load_adapter, save_adapter
 from okd_jax.models.transformer import (
   Cache,
   Decoder,
+  Mix,
   head_kernel,
   init_cache,
   output,
@@ -35,6 +36,7 @@ from okd_jax.models.transformer import (
 __all__ = [
   "Cache",
   "Decoder",
+  "Mix",
   "Model",
   "ModelConfig",
   "RopeScaling",

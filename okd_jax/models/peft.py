@@ -1,7 +1,8 @@
-"""LoRA modules as PEFT adapter folders, both ways.
+"""Online modules as PEFT adapter folders, both ways; LoRA here, the rest beside it.
 
-PEFT adds (lora_alpha / r) B A x to a layer's output: A is our `down` and B our `up`,
-both transposed, and lora_alpha / r is our scale.
+Prefixes and prompts have a format of their own, see `prompt_peft.py`. For LoRA, PEFT
+adds (lora_alpha / r) B A x to a layer's output: A is our `down` and B our `up`, both
+transposed, and lora_alpha / r is our scale.
 
 GPT-2 computes query, key and value in one layer, `c_attn`, where we have three, each
 with its own pair of rank r. On `c_attn` n of our pairs are exactly one pair of rank
@@ -29,6 +30,7 @@ from safetensors.numpy import save_file
 
 from okd_jax.adapters import AdapterConfig
 from okd_jax.errors import UserError
+from okd_jax.models import prompt_peft
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.hf import (
   FAMILIES,
@@ -43,6 +45,7 @@ from okd_jax.models.transformer import Decoder
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md")
 _NOTE = "okd_jax"  # the header's only key: two would be written in random order
+_DIFFERS = "peft_differs_because"
 
 # Options that change what is computed in ways we do not; unset means absent or falsy.
 _MUST_BE_UNSET = (
@@ -86,26 +89,18 @@ def save_adapter(
   folder appears whole or not at all, with the same bytes each time.
   """
   flat = _checked(adapter, adapter_config, model_config)
-  family = FAMILIES[model_config.family]
-  modules = _modules(family, adapter_config.targets)
-  layers = adapter_config.num_layers(model_config.num_layers)
-  first = model_config.num_layers - layers
-  tensors = {}
-  for name, slices in modules.items():
-    for layer in range(layers):
-      down, up = _fuse([_pair(flat, s.path, layer) for s in slices], slices)
-      key = _key(family, first + layer, name)
-      tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(down.T)
-      tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(up.T)
-  note = {_NOTE: json.dumps(dataclasses.asdict(adapter_config), sort_keys=True)}
-  ranks = {name: adapter_config.rank * len(slices) for name, slices in modules.items()}
-  raw = _config_to_peft(family, ranks, adapter_config.scale, str(base_model))
-  if first:
-    raw["layers_to_transform"] = list(range(first, model_config.num_layers))
-    raw["layers_pattern"] = family.LAYERS
+  note = dataclasses.asdict(adapter_config)
+  if adapter_config.kind == "lora":
+    tensors, raw = _to_peft(flat, adapter_config, model_config)
+  else:
+    tensors, raw = prompt_peft.to_peft(adapter, adapter_config, model_config)
+    if reason := prompt_peft.why_not_exact(adapter_config, model_config):
+      note[_DIFFERS] = reason  # for people: we know what we wrote
+  raw["base_model_name_or_path"] = str(base_model)
   with replacing(folder, _OURS) as partial:
     write_json(partial / _CONFIG, raw)
-    save_file(tensors, partial / _WEIGHTS, note)
+    header = {_NOTE: json.dumps(note, sort_keys=True)}
+    save_file(tensors, partial / _WEIGHTS, header)
 
 
 def load_adapter(
@@ -114,8 +109,8 @@ def load_adapter(
   """(collection `adapter`, its config) from a PEFT folder, ours or another's.
 
   Raises:
-    UserError: where the folder is no LoRA, does not fit the model, or uses an option
-      that we do not compute.
+    UserError: where the folder holds none of our kinds of module, does not fit the
+      model, or uses an option that we do not compute.
   """
   folder = Path(folder)
   raw = read_json(folder / _CONFIG)
@@ -124,32 +119,49 @@ def load_adapter(
     pickled = "; pickled adapters are not read, since a pickle can run code"
     raise UserError(f"{path} does not exist" + pickled * any(folder.glob("*.bin")))
   file = open_safetensors(path)
-  pairs = _parse(file, FAMILIES[model_config.family], path)
-  note = (file.metadata() or {}).get(_NOTE)
-  if note is None:
-    config = _foreign_config(raw, pairs, model_config, folder)
+  note = json.loads((file.metadata() or {}).get(_NOTE, "null"))
+  config = None
+  if note is not None:
+    note.pop(_DIFFERS, None)
+    config = AdapterConfig(**note)
+  if prompt_peft.is_prompt_learning(raw):
+    tree, config = _read_prompt(raw, file, config, model_config, path)
   else:
-    config = AdapterConfig(**json.loads(note))
-  try:
-    flat = _split(pairs, config, model_config, shared=note is None)
-  except (KeyError, ValueError) as error:
-    raise UserError(f"{path} does not fit the model: {error}") from error
-  tree = {"layers": traverse_util.unflatten_dict(flat, sep="/")}
+    tree, config = _read_lora(raw, file, config, model_config, path)
   _checked(tree, config, model_config)
   return jax.tree.map(jnp.array, tree), config
 
 
+def _read_prompt(raw, file, config, model_config, path: Path):
+  names = list(file.keys())
+  if names != [prompt_peft.TENSOR]:
+    raise UserError(f"{path} holds {', '.join(names)}, not {prompt_peft.TENSOR} alone")
+  table = file.get_tensor(prompt_peft.TENSOR).astype(np.float32)
+  try:
+    return prompt_peft.from_peft(raw, table, config, model_config)
+  except UserError as error:
+    raise UserError(f"{path} does not fit the model: {error}") from error
+
+
+def _read_lora(raw, file, ours: AdapterConfig | None, model_config, path: Path):
+  pairs = _parse(file, FAMILIES[model_config.family], path)
+  config = ours or _foreign_config(raw, pairs, model_config, path.parent)
+  try:
+    flat = _split(pairs, config, model_config, shared=ours is None)
+  except (KeyError, ValueError) as error:
+    raise UserError(f"{path} does not fit the model: {error}") from error
+  return {"layers": traverse_util.unflatten_dict(flat, sep="/")}, config
+
+
 def _checked(adapter, adapter_config, model_config) -> dict[str, np.ndarray]:
   """{'attention/query/down': array, …}; a UserError unless the model asks for these."""
-  if adapter_config.kind != "lora":
-    raise UserError(
-      f"PEFT's LoRA format cannot hold adapter.kind={adapter_config.kind}"
-    )
   decoder = Decoder(model_config, adapter=adapter_config)
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   wanted = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["adapter"]
   wanted = {k: v.shape for k, v in traverse_util.flatten_dict(wanted, sep="/").items()}
   flat = traverse_util.flatten_dict(adapter, sep="/")
+  if adapter_config.kind == "prompt" and "prompt/vectors" in flat:
+    wanted = {"prompt/vectors": (adapter_config.length, model_config.hidden_size)}
   found = {k: v.shape for k, v in flat.items()}
   differing = [
     f"{k} is {found.get(k, 'missing')}, the model needs {wanted.get(k, 'none')}"
@@ -159,6 +171,27 @@ def _checked(adapter, adapter_config, model_config) -> dict[str, np.ndarray]:
   if differing:
     raise UserError("the adapter does not fit the model; " + "; ".join(differing))
   return {k.removeprefix("layers/"): np.asarray(v, np.float32) for k, v in flat.items()}
+
+
+def _to_peft(flat, config: AdapterConfig, model_config) -> tuple[dict, dict]:
+  """(tensors, PEFT's config without the base model's name) of LoRA pairs."""
+  family = FAMILIES[model_config.family]
+  modules = _modules(family, config.targets)
+  layers = config.num_layers(model_config.num_layers)
+  first = model_config.num_layers - layers
+  tensors = {}
+  for name, slices in modules.items():
+    for layer in range(layers):
+      down, up = _fuse([_pair(flat, s.path, layer) for s in slices], slices)
+      key = _key(family, first + layer, name)
+      tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(down.T)
+      tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(up.T)
+  ranks = {name: config.rank * len(slices) for name, slices in modules.items()}
+  raw = _config_to_peft(family, ranks, config.scale)
+  if first:
+    raw["layers_to_transform"] = list(range(first, model_config.num_layers))
+    raw["layers_pattern"] = family.LAYERS
+  return tensors, raw
 
 
 def _modules(family, targets) -> dict[str, list[_Slice]]:
@@ -189,7 +222,7 @@ def _fuse(pairs, slices: list[_Slice]):
   return np.concatenate([down for down, _ in pairs], -1), np.concatenate(ups)
 
 
-def _config_to_peft(family, ranks: dict[str, int], scale: float, base_model: str):
+def _config_to_peft(family, ranks: dict[str, int], scale: float):
   names = {name: _short(family, name) for name in ranks}
   # One rank for all where that is possible: few readers know rank_pattern.
   rank = min(ranks.values())
@@ -197,7 +230,6 @@ def _config_to_peft(family, ranks: dict[str, int], scale: float, base_model: str
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": base_model,
     "inference_mode": True,
     "r": rank,
     "lora_alpha": scale * rank,

@@ -5,11 +5,13 @@ Notable features:
     with depth;
   the backbone stops at the final norm; whoever needs logits applies the head, so a
     loss can do so chunk by chunk (`losses.chunked`);
-  one attention mask rule for padding on either side and for packed rows: a token
-    sees earlier tokens of its own segment, segment 0 is padding;
+  masks, positions and the key-value cache are those of `attention.py`;
   online modules of the top k layers live in the collection `adapter`; the layers
     below them are scanned on their own and cost no backward pass;
-  the key-value cache is an argument and a result, written in place by XLA.
+  virtual tokens (adapter.kind 'prompt') come before all others and so depend on none
+    of them: they run through the layers once, in a batch of one, and the real tokens
+    see their keys and values as a prefix. Lengths and the cache stay as they are;
+  a pass may stop below some layer and go on from there later.
 
 No sharding annotations here: `sharding.py` does it by parameter path.
 """
@@ -20,11 +22,34 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from okd_jax.adapters import AdapterConfig, lora_delta
+from okd_jax import adapters
+from okd_jax.adapters import AdapterConfig
 from okd_jax.losses import Output
-from okd_jax.models.config import ModelConfig, RopeScaling
+from okd_jax.models.attention import (
+  Cache,
+  Inputs,
+  Slots,
+  attend,
+  attention_inputs,
+  extend,
+  init_cache,
+  positions_from_segments,
+  rope_frequencies,
+)
+from okd_jax.models.config import ModelConfig
+
+__all__ = [
+  "Cache",
+  "Decoder",
+  "Mix",
+  "head_kernel",
+  "init_cache",
+  "output",
+  "positions_from_segments",
+  "rope_frequencies",
+]
 
 _ACTIVATIONS = {
   "gelu": functools.partial(nn.gelu, approximate=False),
@@ -34,31 +59,15 @@ _ACTIVATIONS = {
 }
 
 
-class Cache(NamedTuple):
-  """Keys and values of the tokens seen so far: the first `length` of S slots.
+class Mix(NamedTuple):
+  """A second text to mix into the first one's embeddings, token by token.
 
-  `segment_ids` marks which slots hold real tokens, so that left padding stays
-  invisible. `length` is a plain number as long as it is known while tracing: the
-  first pass then attends to the slots it fills and not to all S. Slots come last
-  because that is how the attention's products read them; any other order makes XLA
-  transpose a layer's whole cache for every token (4 times slower on a CPU).
+  The embedding becomes share * e(the first) + (1 - share) * e(tokens) (MixKD, Liang
+  et al. 2021, arXiv 2011.00593).
   """
 
-  key: Float[Array, "N B K D S"]
-  value: Float[Array, "N B K D S"]
-  segment_ids: Int[Array, "B S"]
-  length: Int[Array, ""] | int
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-  """An empty cache for `batch` rows of at most `slots` tokens each."""
-  shape = (config.num_layers, batch, config.num_kv_heads, config.head_dim, slots)
-  return Cache(
-    key=jnp.zeros(shape, dtype),
-    value=jnp.zeros(shape, dtype),
-    segment_ids=jnp.zeros((batch, slots), jnp.int32),
-    length=0,
-  )
+  tokens: Int[Array, "B L"]
+  share: Float[Array, "B L"]
 
 
 class Decoder(nn.Module):
@@ -86,86 +95,162 @@ class Decoder(nn.Module):
     segment_ids: Int[Array, "B L"] | None = None,
     positions: Int[Array, "B L"] | None = None,
     cache: Cache | None = None,
+    *,
+    mix: Mix | None = None,
+    hidden: Float[Array, "B L D"] | None = None,
+    start: int = 0,
+    stop: int | None = None,
   ) -> tuple[Float[Array, "B L D"], Cache | None]:
-    config = self.config
+    """Hidden states, and the cache if there was one.
+
+    hidden: what enters layer `start`; the embedding and all below is skipped.
+    stop: the layer to stop before; the result is what enters it, without the norm.
+    """
+    total = self.config.num_layers
+    stop = total if stop is None else stop
+    self._check(cache, mix, hidden, start, stop)
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     if positions is None:
       positions = positions_from_segments(segment_ids)
-    x = nn.Embed(
-      config.vocab_size,
-      config.hidden_size,
-      dtype=self.dtype,
-      embedding_init=nn.initializers.normal(config.init_std),
-      name="embed",
-    )(tokens)
-    if config.position == "learned":
-      x += nn.Embed(
-        config.max_length,
-        config.hidden_size,
-        dtype=self.dtype,
-        embedding_init=nn.initializers.normal(config.init_std),
-        name="position_embed",
-      )(positions)
-    if not config.tie_embeddings:
-      self.param(
-        "head",
-        nn.initializers.normal(config.init_std),
-        (config.vocab_size, config.hidden_size),
-      )
-    x = nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
-    x, cache = self._layers(x, segment_ids, positions, cache)
-    return _Norm(config, self.dtype, name="norm")(x), cache
+    # Initialising makes all parameters, whatever part is asked for.
+    if hidden is None or self.is_initializing():
+      x = self._embed(tokens, positions, mix)
+    else:
+      x = hidden.astype(self.dtype)
+    x, cache = self._layers(x, segment_ids, positions, cache, start, stop)
+    if stop < total and not self.is_initializing():
+      return x, cache
+    return _Norm(self.config, self.dtype, name="norm")(x), cache
 
-  def _layers(self, x, segment_ids, positions, cache):
-    """Scans the stacked layers; those below the lowest adapted one first."""
+  @nn.nowrap
+  def _check(self, cache, mix, hidden, start, stop):
+    """Raises a ValueError for a part of a pass that cannot be had."""
     total = self.config.num_layers
-    adapted = self.adapter.num_layers(total) if self.adapter else 0
+    if not 0 <= start <= stop <= total:
+      raise ValueError(f"layers {start} to {stop} of {total} are none")
+    if hidden is None and start:
+      raise ValueError(f"start={start} needs the hidden states that enter that layer")
+    if hidden is not None and mix is not None:
+      raise ValueError("mix is of embeddings, which hidden takes the place of")
+    if cache is not None and (hidden is not None or stop < total):
+      raise ValueError("a part of the layers cannot be combined with a cache")
+    if self._has("prompt") and (start or stop < total):
+      raise ValueError("a prompt's virtual tokens must pass through all layers at once")
+
+  @nn.nowrap
+  def _has(self, kind: str) -> bool:
+    return self.adapter is not None and self.adapter.kind == kind
+
+  def _embed(self, tokens, positions, mix):
+    """Input vectors of tokens at positions; declares the head beside them."""
+    config = self.config
+    init = nn.initializers.normal(config.init_std)
+    make = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=init)
+    embed = make(config.vocab_size, config.hidden_size, name="embed")
+    x = embed(tokens)
+    if mix is not None:
+      share = mix.share.astype(self.dtype)[..., None]
+      x = share * x + (1 - share) * embed(mix.tokens)
+    if config.position == "learned":
+      places = make(config.max_length, config.hidden_size, name="position_embed")
+      x += places(positions)
+    if not config.tie_embeddings:
+      self.param("head", init, (config.vocab_size, config.hidden_size))
+    return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
+
+  def _layers(self, x, segment_ids, positions, cache, start, stop):
+    """Scans the layers from `start` to `stop`; plain and adapted ones apart."""
+    if cache is not None:
+      cache = extend(cache, segment_ids)
+    virtual, virtual_inputs = self._virtual()
+    common = _Common(
+      inputs=attention_inputs(self.config, segment_ids, positions, cache),
+      virtual_inputs=virtual_inputs,
+      length=None if cache is None else cache.length,
+      dropout=self.make_rng("dropout") if self.dropout else None,
+    )
+    carry = (x, virtual, None if cache is None else (cache.key, cache.value))
+    for block, first, last, weights, modules in self._stacks(start, stop):
+      step = functools.partial(_step, block, common)
+      step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
+      xs = (jnp.arange(first, last), weights, modules)
+      carry, _ = jax.lax.scan(step, carry, xs)
+    x, _, stores = carry
+    if cache is None:
+      return x, None
+    return x, Cache(*stores, cache.segment_ids, cache.length + segment_ids.shape[1])
+
+  def _virtual(self):
+    """Virtual tokens' vectors [1, m, D] and attention inputs; None where none are.
+
+    They stand at -m … -1, so that the real ones keep their positions, and have no
+    learned position: what that would add, their vectors can learn.
+    """
+    if not self._has("prompt"):
+      return None, None
+    x = adapters.prompt(self, self.adapter, self.config.hidden_size, self.dtype)
+    index = jnp.arange(x.shape[1])[None]
+    ones = jnp.ones_like(index)
+    return x, attention_inputs(self.config, ones, index - x.shape[1])
+
+  def _stacks(self, start, stop):
+    """(block, first layer, last, params, modules): the runs of equal layers to scan."""
+    total = self.config.num_layers
+    stacked = self.adapter is not None and not self._has("prompt")
+    adapted = self.adapter.num_layers(total) if stacked else 0
+    low = total - adapted
     plain, block = (
       Block(self.config, module, self.dtype, self.dropout, parent=None)
       for module in (None, self.adapter)
     )
     params = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
-    adapter = {}
-    if adapted:
-      adapter = self.variable(
+    modules = {}
+    # A pass that stops below the modules can do without them.
+    if adapted and (stop > low or self.is_initializing()):
+      modules = self.variable(
         "adapter",
         "layers",
         lambda: _init_stack(block, "adapter", self.make_rng("params"), adapted),
       ).value
-    dropout = self.make_rng("dropout") if self.dropout else None
-    if cache is not None:
-      cache = _extend(cache, segment_ids)
-    inputs = _attention_inputs(self.config, segment_ids, positions, cache)
+    middle = min(max(start, low), stop)
+    for layer, first, last in ((plain, start, middle), (block, middle, stop)):
+      if first < last:
+        weights, own = _cut(params, first, last), {}
+        if layer is block:
+          own = _cut(modules, first - low, last - low)
+        yield layer, first, last, weights, own
 
-    def body(layer, carry, xs):
-      h, keys, values = carry
-      index, weights, modules = xs
-      rngs = {"dropout": jax.random.fold_in(dropout, index)} if self.dropout else {}
-      slots = None if keys is None else (keys, values, index, cache.length)
-      h, written = layer.apply(
-        {"params": weights, "adapter": modules}, h, inputs, slots, rngs=rngs
-      )
-      return (h, *written), None
 
-    carry = (x, None, None) if cache is None else (x, cache.key, cache.value)
-    low = total - adapted
-    for layer, start, stop, modules in (
-      (plain, 0, low, {}),
-      (block, low, total, adapter),
-    ):
-      if start < stop:
-        step = functools.partial(body, layer)
-        step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-        weights = jax.tree.map(lambda w: w[start:stop], params)  # noqa: B023
-        carry, _ = jax.lax.scan(
-          step, carry, (jnp.arange(start, stop), weights, modules)
-        )
-    if cache is None:
-      return carry[0], None
-    x, keys, values = carry
-    length = cache.length + segment_ids.shape[1]
-    return x, Cache(keys, values, cache.segment_ids, length)
+class _Common(NamedTuple):
+  """What is the same in all layers of one pass."""
+
+  inputs: Inputs
+  virtual_inputs: Inputs | None
+  length: Int[Array, ""] | int | None
+  dropout: Array | None
+
+
+def _step(block, common: _Common, carry, xs):
+  """One layer of the scan: the virtual tokens, where there are any, go first."""
+  x, virtual, stores = carry
+  index, weights, modules = xs
+  rngs = {}
+  if common.dropout is not None:
+    rngs["dropout"] = jax.random.fold_in(common.dropout, index)
+  variables = {"params": weights, "adapter": modules}
+  apply = functools.partial(block.apply, variables, rngs=rngs)
+  prefix, slots = None, None
+  if virtual is not None:
+    virtual, prefix = apply(virtual, common.virtual_inputs)
+  if stores is not None:
+    slots = Slots(*stores, index, common.length)
+  x, written = apply(x, common.inputs, prefix, slots)
+  return (x, virtual, None if stores is None else written), None
+
+
+def _cut(tree, first: int, last: int):
+  return jax.tree.map(lambda x: x[first:last], tree)
 
 
 class Block(nn.Module):
@@ -177,41 +262,39 @@ class Block(nn.Module):
   dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x, inputs, slots):
+  def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
     drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
     common = (self.config, self.adapter, self.dtype)
     h = _Norm(self.config, self.dtype, name="attention_norm")(x)
-    h, written = Attention(*common, name="attention")(h, inputs, slots)
+    h, written = Attention(*common, name="attention")(h, inputs, prefix, slots)
     x += drop(h)
     h = _Norm(self.config, self.dtype, name="mlp_norm")(x)
     return x + drop(MLP(*common, name="mlp")(h)), written
 
 
 class Attention(nn.Module):
-  """Grouped-query attention; scores and softmax in float32."""
+  """Projections around `attend`, and the learned prefix where the adapter is one."""
 
   config: ModelConfig
   adapter: AdapterConfig | None
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x, inputs, slots):
+  def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
     c = self.config
-    rotation, mask = inputs
     project = functools.partial(_Projection, c, self.adapter, self.dtype)
-    query_BLHD = _heads(
-      project(c.num_heads * c.head_dim, c.qkv_bias, name="query")(x), c.num_heads
-    )
-    width = c.num_kv_heads * c.head_dim
-    key_BLKD = _heads(project(width, c.qkv_bias, name="key")(x), c.num_kv_heads)
-    value_BLKD = _heads(project(width, c.qkv_bias, name="value")(x), c.num_kv_heads)
-    if rotation is not None:
-      query_BLHD = rotate(query_BLHD, *rotation)
-      key_BLKD = rotate(key_BLKD, *rotation)
-    written = (None, None)
-    if slots is not None:
-      key_BLKD, value_BLKD, written = _write(slots, key_BLKD, value_BLKD)
-    out = jax.nn.dot_product_attention(query_BLHD, key_BLKD, value_BLKD, mask=mask)
+
+    def heads(name, count):
+      y = project(count * c.head_dim, c.qkv_bias, name=name)(x)
+      return y.reshape(*x.shape[:2], count, c.head_dim)
+
+    query_BLHD = heads("query", c.num_heads)
+    key_BLKD = heads("key", c.num_kv_heads)
+    value_BLKD = heads("value", c.num_kv_heads)
+    if self.adapter and self.adapter.kind == "prefix":
+      size = (c.num_kv_heads, c.head_dim)
+      prefix = adapters.prefix(self, self.adapter, *size, self.dtype)
+    out, written = attend(query_BLHD, key_BLKD, value_BLKD, inputs, prefix, slots)
     out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
     return project(c.hidden_size, c.out_bias, name="out")(out), written
 
@@ -253,8 +336,8 @@ class _Projection(nn.Module):
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y += bias.astype(self.dtype)[None, None]
-    if self.adapter and self.name in self.adapter.targets:
-      y += lora_delta(self, self.adapter, x, self.features)
+    if self.adapter and self.adapter.adapts(self.name):
+      y += adapters.lora_delta(self, self.adapter, x, self.features)
     return y
 
 
@@ -281,109 +364,11 @@ def _init_stack(block: Block, collection: str, key, count: int):
   """`count` independent draws of one collection of `block`, stacked on axis 0."""
   x = jnp.zeros((1, 1, block.config.hidden_size), block.dtype)
   segment_ids = jnp.ones((1, 1), jnp.int32)
-  inputs = _attention_inputs(block.config, segment_ids, segment_ids * 0, None)
+  inputs = attention_inputs(block.config, segment_ids, segment_ids * 0)
   layer = block.clone(dropout=0.0)
-  return jax.vmap(lambda k: layer.init({"params": k}, x, inputs, None)[collection])(
+  return jax.vmap(lambda k: layer.init({"params": k}, x, inputs)[collection])(
     jax.random.split(key, count)
   )
-
-
-def positions_from_segments(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
-  """0, 1, 2, … from the first token of each segment; padding counts on harmlessly."""
-  index = jnp.arange(segment_ids.shape[1])[None]
-  previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
-  starts = jnp.where(segment_ids != previous, index, 0)
-  return index - jax.lax.cummax(starts, axis=1)
-
-
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-  """Angular frequency of each pair of head channels, in radians per position.
-
-  RoFormer, Su et al. 2021, arXiv 2104.09864; LLaMA-3's stretch where the config
-  asks for it.
-  """
-  half = config.head_dim // 2
-  exponents = jnp.arange(half, dtype=jnp.float32) / half
-  frequencies = 1.0 / config.rope_theta**exponents
-  scaling = config.rope_scaling
-  return _scale_frequencies(frequencies, scaling) if scaling else frequencies
-
-
-def _scale_frequencies(frequencies, scaling: RopeScaling):
-  if scaling.kind == "linear":
-    return frequencies / scaling.factor
-  turns = scaling.original_max_length * frequencies / (2 * jnp.pi)
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotate(
-  x_BLHD: Float[Array, "B L H D"],
-  cos: Float[Array, "B L half"],
-  sin: Float[Array, "B L half"],
-) -> Float[Array, "B L H D"]:
-  """Turns channel i against channel i + D/2 by the position's angle (HF layout)."""
-  first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  turned = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x_BLHD.dtype)
-
-
-def _attention_inputs(config, segment_ids, positions, cache):
-  """(rotation, mask): what is the same in all layers, computed once."""
-  rotation = None
-  if config.position == "rope":
-    frequencies = rope_frequencies(config)[None, None]
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    rotation = (jnp.cos(angles), jnp.sin(angles))
-  index = jnp.arange(segment_ids.shape[1])
-  seen_ids, offset = segment_ids, 0
-  if cache is not None:
-    seen_ids, offset = cache.segment_ids, cache.length
-    seen_ids = seen_ids[:, : _visible(offset, *index.shape, seen_ids.shape[1])]
-  return rotation, _causal_mask(index + offset, segment_ids, seen_ids)
-
-
-def _causal_mask(index, segment_ids, seen_ids) -> Bool[Array, "B 1 L S"]:
-  seen = jnp.arange(seen_ids.shape[1])
-  causal = seen[None, None, :] <= index[None, :, None]
-  same = segment_ids[:, :, None] == seen_ids[:, None, :]
-  real = seen_ids[:, None, :] != 0
-  # A padding query sees itself alone: a row without any key would be all NaN.
-  itself = seen[None, None, :] == index[None, :, None]
-  return ((causal & same & real) | itself)[:, None]
-
-
-def _extend(cache: Cache, segment_ids) -> Cache:
-  start = (jnp.zeros((), jnp.int32), cache.length)
-  ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
-  return cache._replace(segment_ids=ids)
-
-
-def _write(slots, key_BLKD, value_BLKD):
-  """Puts this layer's new keys and values into the cache and returns all of them."""
-  *stores, layer, length = slots
-  zero = jnp.zeros((), jnp.int32)
-  start = (layer, zero, zero, zero, length)
-  seen = _visible(length, key_BLKD.shape[1], stores[0].shape[-1])
-  read, written = [], []
-  for store_NBKDS, new_BLKD in zip(stores, (key_BLKD, value_BLKD), strict=True):
-    new = new_BLKD.transpose(0, 2, 3, 1)[None].astype(store_NBKDS.dtype)
-    store_NBKDS = jax.lax.dynamic_update_slice(store_NBKDS, new, start)
-    all_BKDS = store_NBKDS[layer, ..., :seen].astype(new_BLKD.dtype)
-    read.append(all_BKDS.transpose(0, 3, 1, 2))
-    written.append(store_NBKDS)
-  return *read, tuple(written)
-
-
-def _visible(length, new: int, slots: int) -> int:
-  """How many slots can hold anything after `new` more tokens."""
-  return length + new if isinstance(length, int) else slots
-
-
-def _heads(x, heads: int):
-  return x.reshape(*x.shape[:2], heads, -1)
 
 
 def head_kernel(params, config: ModelConfig) -> Float[Array, "V D"]:
@@ -391,17 +376,20 @@ def head_kernel(params, config: ModelConfig) -> Float[Array, "V D"]:
   return params["embed"]["embedding"] if config.tie_embeddings else params["head"]
 
 
-def output(decoder: Decoder, variables, batch, key=None) -> Output:
+def output(decoder: Decoder, variables, batch, key=None, **kwargs) -> Output:
   """A decoder's hidden states on a batch, and the head that makes logits of them.
 
   variables: {'params': …} or, for an adapted teacher, also {'adapter': …}.
   batch: 'tokens' and 'segment_ids', both [B, L].
   key: of dropout, where the decoder has any.
+  kwargs: mix, hidden, start, stop, for the decoder. With `stop` the hidden states are
+    those that enter that layer, on which the head makes no sense.
   """
   hidden, _ = decoder.apply(
     variables,
     batch["tokens"],
     batch["segment_ids"],
     rngs={"dropout": key} if decoder.dropout else {},
+    **kwargs,
   )
   return Output(hidden, head_kernel(variables["params"], decoder.config))

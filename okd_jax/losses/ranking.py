@@ -1,0 +1,66 @@
+"""A loss on the order of the likeliest tokens, not on their probabilities."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from okd_jax.losses.divergences import at_least_zero
+
+# Stands for a logit of -inf: finite, so that no difference of two is NaN.
+_LOWEST = -1e30
+# Below this a centred rank vector counts as constant; its correlation is then 0.
+_SMALLEST_NORM = 1e-6
+
+
+def rank_correlation(
+  teacher_logits: Float[Array, "*B V"],
+  student_logits: Float[Array, "*B V"],
+  k: int = 5,
+  temperature: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "*B"]:
+  """1 - rho: rho is Spearman's correlation of both models' soft ranks, in [-1, 1].
+
+  RLKD, Zhang et al. 2024, arXiv 2409.12545. Ranks are taken among the union of both
+  models' top k, on logits, so adding a constant changes nothing:
+  rank_i = sum_j sigmoid((z_i - z_j) / temperature). Towards temperature 0 they are
+  the true ranks. Which tokens are ranked is a constant of the gradient, which flows
+  to both sides through the ranks. Where one side ranks nothing (all logits equal) the
+  loss is 1; where the two are identical it is 0.
+
+  Unlike the authors' code, an id in both top k counts once. Shapes are fixed: always
+  2k slots, masked where they repeat.
+  """
+  k = min(k, teacher_logits.shape[-1])
+  ids, valid = _union(teacher_logits, student_logits, k)
+  ranks = [
+    _soft_ranks(jnp.take_along_axis(logits, ids, axis=-1), valid, temperature)
+    for logits in (teacher_logits, student_logits)
+  ]
+  return at_least_zero(1 - jnp.sum(ranks[0] * ranks[1], axis=-1))
+
+
+def _union(
+  teacher_logits, student_logits, k: int
+) -> tuple[Int[Array, "*B 2k"], Bool[Array, "*B 2k"]]:
+  """Ids of both top k side by side, and which of them appear for the first time."""
+  teacher, student = (
+    jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
+    for logits in (teacher_logits, student_logits)
+  )
+  repeated = jnp.any(student[..., :, None] == teacher[..., None, :], axis=-1)
+  valid = jnp.concatenate([jnp.ones_like(repeated), ~repeated], axis=-1)
+  return jnp.concatenate([teacher, student], axis=-1), valid
+
+
+def _soft_ranks(logits, valid, temperature) -> Float[Array, "*B S"]:
+  """Soft ranks among the valid slots, centred and of length 1; 0 elsewhere."""
+  logits = jnp.maximum(logits.astype(jnp.float32), _LOWEST)
+  gaps = (logits[..., :, None] - logits[..., None, :]) / temperature
+  ranks = jnp.sum(jnp.where(valid[..., None, :], jax.nn.sigmoid(gaps), 0), axis=-1)
+  count = jnp.sum(valid, axis=-1, keepdims=True)
+  mean = jnp.sum(jnp.where(valid, ranks, 0), axis=-1, keepdims=True) / count
+  centred = jnp.where(valid, ranks - mean, 0)
+  square = jnp.sum(jnp.square(centred), axis=-1, keepdims=True)
+  # Two steps, so that the square root's infinite slope at 0 is never taken.
+  flat = square < _SMALLEST_NORM**2
+  return jnp.where(flat, 0, centred / jnp.sqrt(jnp.where(flat, 1, square)))

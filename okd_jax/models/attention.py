@@ -1,0 +1,204 @@
+"""Attention on given queries, keys and values: positions, masks and the cache.
+
+Notable features:
+  one mask rule for padding on either side and for packed rows: a token sees earlier
+    tokens of its own segment, segment 0 is padding;
+  a prefix of keys and values that belongs to no token is visible to every position
+    of every segment, and never enters the cache;
+  the key-value cache is an argument and a result, written in place by XLA.
+
+Plain functions: the modules that own the parameters are in `transformer.py`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from okd_jax.models.config import ModelConfig, RopeScaling
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens seen so far: the first `length` of S slots.
+
+  `segment_ids` marks which slots hold real tokens, so that left padding stays
+  invisible. `length` is a plain number as long as it is known while tracing: the
+  first pass then attends to the slots it fills and not to all S. Slots come last
+  because that is how the attention's products read them; any other order makes XLA
+  transpose a layer's whole cache for every token (4 times slower on a CPU).
+  """
+
+  key: Float[Array, "N B K D S"]
+  value: Float[Array, "N B K D S"]
+  segment_ids: Int[Array, "B S"]
+  length: Int[Array, ""] | int
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+  """An empty cache for `batch` rows of at most `slots` tokens each."""
+  shape = (config.num_layers, batch, config.num_kv_heads, config.head_dim, slots)
+  return Cache(
+    key=jnp.zeros(shape, dtype),
+    value=jnp.zeros(shape, dtype),
+    segment_ids=jnp.zeros((batch, slots), jnp.int32),
+    length=0,
+  )
+
+
+class Inputs(NamedTuple):
+  """What is the same in all layers, computed once: see `attention_inputs`.
+
+  rotation: cosine and sine of each token's angles, None without rotary positions.
+  mask: which keys a query sees.
+  """
+
+  rotation: tuple[Float[Array, "B L half"], Float[Array, "B L half"]] | None
+  mask: Bool[Array, "B 1 L S"]
+
+
+class Slots(NamedTuple):
+  """Where a layer finds its part of the cache: all layers' stores and its index."""
+
+  key: Float[Array, "N B K D S"]
+  value: Float[Array, "N B K D S"]
+  layer: Int[Array, ""]
+  length: Int[Array, ""] | int
+
+
+def attend(
+  query_BLHD: Float[Array, "B L H D"],
+  key_BLKD: Float[Array, "B L K D"],
+  value_BLKD: Float[Array, "B L K D"],
+  inputs: Inputs,
+  prefix: tuple[Float[Array, "#B m K D"], Float[Array, "#B m K D"]] | None = None,
+  slots: Slots | None = None,
+):
+  """Grouped-query attention; scores and softmax in float32.
+
+  prefix: keys and values before all others. Keys are taken as they are: turned for
+    their positions, if they have any.
+
+  Returns:
+    (out [B, L, H, D], (keys, values)): the latter as the new tokens have them, turned,
+    or with `slots` all layers' stores with these written into them.
+  """
+  rotation, mask = inputs
+  if rotation is not None:
+    query_BLHD = rotate(query_BLHD, *rotation)
+    key_BLKD = rotate(key_BLKD, *rotation)
+  written = (key_BLKD, value_BLKD)
+  if slots is not None:
+    key_BLKD, value_BLKD, written = _write(slots, key_BLKD, value_BLKD)
+  if prefix is not None:
+    key_BLKD, value_BLKD = map(_prepend, prefix, (key_BLKD, value_BLKD))
+    width = ((0, 0), (0, 0), (0, 0), (prefix[0].shape[1], 0))
+    mask = jnp.pad(mask, width, constant_values=True)
+  out = jax.nn.dot_product_attention(query_BLHD, key_BLKD, value_BLKD, mask=mask)
+  return out, written
+
+
+def _prepend(prefix, keys_BSKD):
+  batch, _, *heads = keys_BSKD.shape
+  prefix = jnp.broadcast_to(prefix, (batch, prefix.shape[1], *heads))
+  return jnp.concatenate([prefix.astype(keys_BSKD.dtype), keys_BSKD], axis=1)
+
+
+def positions_from_segments(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+  """0, 1, 2, … from the first token of each segment; padding counts on harmlessly."""
+  index = jnp.arange(segment_ids.shape[1])[None]
+  previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+  starts = jnp.where(segment_ids != previous, index, 0)
+  return index - jax.lax.cummax(starts, axis=1)
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+  """Angular frequency of each pair of head channels, in radians per position.
+
+  RoFormer, Su et al. 2021, arXiv 2104.09864; LLaMA-3's stretch where the config
+  asks for it.
+  """
+  half = config.head_dim // 2
+  exponents = jnp.arange(half, dtype=jnp.float32) / half
+  frequencies = 1.0 / config.rope_theta**exponents
+  scaling = config.rope_scaling
+  return _scale_frequencies(frequencies, scaling) if scaling else frequencies
+
+
+def _scale_frequencies(frequencies, scaling: RopeScaling):
+  if scaling.kind == "linear":
+    return frequencies / scaling.factor
+  turns = scaling.original_max_length * frequencies / (2 * jnp.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+  return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(
+  x_BLHD: Float[Array, "B L H D"],
+  cos: Float[Array, "B L half"],
+  sin: Float[Array, "B L half"],
+) -> Float[Array, "B L H D"]:
+  """Turns channel i against channel i + D/2 by the position's angle (HF layout)."""
+  first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  turned = (first * cos - second * sin, second * cos + first * sin)
+  return jnp.concatenate(turned, axis=-1).astype(x_BLHD.dtype)
+
+
+def attention_inputs(
+  config: ModelConfig,
+  segment_ids: Int[Array, "B L"],
+  positions: Int[Array, "B L"],
+  cache: Cache | None = None,
+) -> Inputs:
+  """Angles and mask of new tokens; with a cache, one that `extend` has marked."""
+  rotation = None
+  if config.position == "rope":
+    frequencies = rope_frequencies(config)[None, None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    rotation = (jnp.cos(angles), jnp.sin(angles))
+  index = jnp.arange(segment_ids.shape[1])
+  seen_ids, offset = segment_ids, 0
+  if cache is not None:
+    seen_ids, offset = cache.segment_ids, cache.length
+    seen_ids = seen_ids[:, : _visible(offset, *index.shape, seen_ids.shape[1])]
+  return Inputs(rotation, _causal_mask(index + offset, segment_ids, seen_ids))
+
+
+def _causal_mask(index, segment_ids, seen_ids) -> Bool[Array, "B 1 L S"]:
+  seen = jnp.arange(seen_ids.shape[1])
+  causal = seen[None, None, :] <= index[None, :, None]
+  same = segment_ids[:, :, None] == seen_ids[:, None, :]
+  real = seen_ids[:, None, :] != 0
+  # A padding query sees itself alone: a row without any key would be all NaN.
+  itself = seen[None, None, :] == index[None, :, None]
+  return ((causal & same & real) | itself)[:, None]
+
+
+def extend(cache: Cache, segment_ids: Int[Array, "B L"]) -> Cache:
+  """Marks the slots that L new tokens will take; `length` grows once they have."""
+  start = (jnp.zeros((), jnp.int32), cache.length)
+  ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
+  return cache._replace(segment_ids=ids)
+
+
+def _write(slots, key_BLKD, value_BLKD):
+  """Puts this layer's new keys and values into the cache and returns all of them."""
+  *stores, layer, length = slots
+  zero = jnp.zeros((), jnp.int32)
+  start = (layer, zero, zero, zero, length)
+  seen = _visible(length, key_BLKD.shape[1], stores[0].shape[-1])
+  read, written = [], []
+  for store_NBKDS, new_BLKD in zip(stores, (key_BLKD, value_BLKD), strict=True):
+    new = new_BLKD.transpose(0, 2, 3, 1)[None].astype(store_NBKDS.dtype)
+    store_NBKDS = jax.lax.dynamic_update_slice(store_NBKDS, new, start)
+    all_BKDS = store_NBKDS[layer, ..., :seen].astype(new_BLKD.dtype)
+    read.append(all_BKDS.transpose(0, 3, 1, 2))
+    written.append(store_NBKDS)
+  return *read, tuple(written)
+
+
+def _visible(length, new: int, slots: int) -> int:
+  """How many slots can hold anything after `new` more tokens."""
+  return length + new if isinstance(length, int) else slots
