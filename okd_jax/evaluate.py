@@ -31,6 +31,7 @@ from okd_jax.losses import (
   cross_entropy,
   forward_kl,
   reverse_kl,
+  top1_agreement,
   unembed,
   weighted_sums,
 )
@@ -60,11 +61,10 @@ def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
   metrics = {"loss": cross_entropy(student, labels)}
   if "teacher" in logits:
     teacher = logits["teacher"]
-    agree = jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)
     metrics |= {
       "forward_kl": forward_kl(teacher, student),
       "reverse_kl": reverse_kl(teacher, student),
-      "top1_agreement": 100.0 * agree,
+      "top1_agreement": 100 * top1_agreement(teacher, student),
       "teacher_loss": cross_entropy(teacher, labels),
     }
   if "adapted" in logits:

@@ -83,6 +83,7 @@ def test_padding_with_eos_and_id_0():
 @pytest.mark.parametrize("template", ["default", "alpaca", "Q {instruction} {input} A"])
 @given(instruction=st.text(min_size=1), extra=st.text(), response=st.text(min_size=1))
 def test_any_record_under_any_template(template, instruction, extra, response):
+  """Guards B7: the wrong span masked (TRL#2169)."""
   record = Record(
     "instruction", "f:1", prompt=instruction, input=extra, references=(response,)
   )

@@ -40,6 +40,7 @@ def test_a_prompt_of_one_token_trains_everything_after_it():
 
 
 def test_padding_with_eos_keeps_eos_trained():
+  """Guards B3: a mask made of ids erases EOS (maxtext)."""
   eos = 9
   row = pad_row(example([5, 6, eos], prompt_length=1), 5, pad_id=eos)
   assert row["labels"].tolist() == [6, eos, eos, eos, eos]

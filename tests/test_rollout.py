@@ -223,6 +223,7 @@ class TestDraw:
     [Sampling(), Sampling(0.7), Sampling(1.6, top_k=4), Sampling(1.2, top_p=0.8)],
   )
   def test_frequencies_are_those_of_the_distribution(self, sampling):
+    """Guards G2: samples of another distribution."""
     token, _ = self.draw(sampling)
     expected = oracle(np.asarray(self.LOGITS), sampling)
     counts = np.bincount(token, minlength=6)
@@ -445,6 +446,7 @@ class TestDecoder:
 
   @pytest.mark.parametrize("padding", [0, 1, 13])
   def test_cached_decoding_gives_teacher_forced_logits(self, case, padding):
+    """Guards G1: position bugs that short prompts hide."""
     source, width = source_of(case.decoder), 18
     [row] = random_prompts(case.decoder.config, [WIDTH - padding])
     step = jax.jit(source.apply)
@@ -485,6 +487,7 @@ class TestDecoder:
 
   @pytest.mark.parametrize("case", ["gpt2"], indirect=True)
   def test_greedy_text_does_not_depend_on_batch_or_padding(self, case):
+    """Guards G2: text that changes with its neighbours."""
     prompts = random_prompts(case.decoder.config, self.LENGTHS)
     together = self.run(case, prompts, sampling=GREEDY)
     alone = self.run(case, prompts, sampling=GREEDY, batch_size=1)
@@ -682,14 +685,17 @@ def _printed(processes):
 
 
 def test_eight_devices_give_the_text_of_one():
-  """Model and batch are split; the script compares both runs itself."""
+  """Guards G3. Model and batch are split; the script compares both runs itself."""
   [text] = _printed([_spawn(1, 0, 0)])
   assert "True" in text and "False" in text  # some rows met an EOS, some did not
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_text_of_one():
-  """Their rows end at different lengths, and neither waits for the other for ever."""
+  """Guards G3, G4: ZeRO-3 waits for ever (DeepSpeed#8262).
+
+  Their rows end at different lengths, and neither waits for the other.
+  """
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]

@@ -252,6 +252,7 @@ BAD_TALKS = [
 
 @pytest.mark.parametrize("line, message", BAD_LINES)
 def test_a_bad_line_is_named(tmp_path, line, message):
+  """Guards G5: lists cut to the shorter one in silence (LMOps)."""
   path = tmp_path / "train.jsonl"
   good = json.dumps(ROW).encode()
   path.write_bytes(good + b"\n\n" + line + b"\n" + good + b"\n")

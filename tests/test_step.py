@@ -76,6 +76,18 @@ def test_padding_makes_no_difference():
     chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_packed_rows_equal_rows_of_their_own():
+  """Guards B6: two texts in one row train as they do in two."""
+  batch = make_batch(rows=8, length=12)
+  want, metrics = grads_and_loss(Setup("okd"), batch)
+  packed = {k: v.reshape(4, 24) for k, v in batch.items()}
+  second = jnp.arange(24)[None] >= 12
+  packed["segment_ids"] += second & (packed["segment_ids"] == 1)
+  got, same = grads_and_loss(Setup("okd"), packed)
+  np.testing.assert_allclose(same["loss"], metrics["loss"], rtol=1e-5)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_copy_of_the_batch_changes_no_mean():
   """Guards C3: a denominator that is not the number of valid tokens."""
   batch = make_batch()

@@ -45,6 +45,7 @@ def logits(name):
 
 @pytest.mark.parametrize("name", sorted(families.CONFIGS))
 def test_logits_are_those_of_transformers(name):
+  """Guards H4."""
   tokens = families.tokens(families.CONFIGS[name], 1)
   logits = _logits_of(name)(_model(name).params, tokens)[0]
   golden = np.load(families.GOLDEN)[name]
@@ -125,6 +126,7 @@ def test_padding_has_a_finite_gradient(model, logits):
 
 
 def test_packed_documents_do_not_see_each_other(model, logits):
+  """Guards B6: maxtext attended across documents."""
   lengths = (17, 30, 17)
   parts = [families.tokens(model.config, 1, n, seed=n) for n in lengths]
   segments = np.concatenate([np.full((1, n), i + 1) for i, n in enumerate(lengths)], 1)

@@ -12,6 +12,7 @@ from okd_jax.losses.divergences import (
   reverse_kl,
   skew_forward_kl,
   skew_reverse_kl,
+  top1_agreement,
   total_variation,
   weighted_kl,
 )
@@ -43,6 +44,7 @@ __all__ = [
   "skew_forward_kl",
   "skew_reverse_kl",
   "token_weights",
+  "top1_agreement",
   "top_k",
   "topk_forward_kl",
   "topk_reverse_kl",

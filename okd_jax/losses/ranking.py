@@ -32,10 +32,10 @@ def rank_correlation(
   """
   k = min(k, teacher_logits.shape[-1])
   ids, valid = _union(teacher_logits, student_logits, k)
-  ranks = [
-    _soft_ranks(jnp.take_along_axis(logits, ids, axis=-1), valid, temperature)
-    for logits in (teacher_logits, student_logits)
-  ]
+  slots = [jnp.take_along_axis(x, ids, -1) for x in (teacher_logits, student_logits)]
+  # Padded vocabulary, -inf on both sides, is there only to make up the number.
+  valid &= (slots[0] > -jnp.inf) | (slots[1] > -jnp.inf)
+  ranks = [_soft_ranks(logits, valid, temperature) for logits in slots]
   return at_least_zero(1 - jnp.sum(ranks[0] * ranks[1], axis=-1))
 
 

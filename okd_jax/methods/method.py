@@ -16,6 +16,7 @@ from okd_jax.losses import (
   entropy,
   forward_kl,
   reverse_kl,
+  top1_agreement,
   weighted_sums,
 )
 from okd_jax.methods.knobs import Knob, Linear
@@ -129,7 +130,6 @@ def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
   is above the student's explains a student that distillation makes worse.
   """
   student, teacher = stop_gradient(logits["student"]), stop_gradient(logits["teacher"])
-  agree = jnp.argmax(student, axis=-1) == jnp.argmax(teacher, axis=-1)
   return {
     "student_nll": cross_entropy(student, labels),
     "teacher_nll": cross_entropy(teacher, labels),
@@ -137,7 +137,7 @@ def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
     "teacher_entropy": entropy(teacher),
     "forward_kl": forward_kl(teacher, student),
     "reverse_kl": reverse_kl(teacher, student),
-    "top1_agreement": agree.astype(jnp.float32),
+    "top1_agreement": top1_agreement(teacher, student),
   }
 
 
