@@ -2,6 +2,7 @@
 #   make demo            a teacher, an SFT start and an OKD student in a few minutes
 #   make test            the quick tests; PARITY=1 adds the comparisons with torch
 #   make test-slow       the long ones
+#   make mutants         plants known bugs and shows that the tests catch each
 #   make lint            ruff check and format
 # PYTHON=… names the interpreter; by default python3 if it is 3.11 or newer, else the
 # newest one on the PATH.
@@ -21,7 +22,7 @@ PARITY ?=
 # glibc with huge pages: a third less time for small models on CPU (BUILD_NOTES.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow mutants lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m okd_jax.main --config=configs/quickstart.py --workdir=$(RUN)
@@ -31,6 +32,9 @@ test: $(VENV)/.test$(if $(PARITY),-parity)
 
 test-slow: $(VENV)/.test$(if $(PARITY),-parity)
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutate.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -154,9 +154,10 @@ def _quality(history: History) -> list[Chart]:
   ]
   distance = [
     _line("teacher ‖ student", "student", "strong", evals, "forward_kl"),
-    _line("in training", "student", "faint", train, "divergence"),
+    _line("in training", "student", "faint", train, "forward_kl"),
     _line("adapted ‖ student", "adapted", "strong", evals, "adapted_forward_kl"),
     _line("teacher ‖ adapted", "drift", "dashed", evals, "adapted_drift"),
+    _line("in training", "drift", "faint", train, "drift"),
   ]
   rouge = [
     _line("student", "student", "strong", evals, "rougeL"),
@@ -180,11 +181,16 @@ def _training(history: History) -> list[Chart]:
     _line("student", "student", "faint", train, "student_grad_norm"),
     _line("module", "adapted", "faint", train, "adapter_grad_norm"),
   ]
+  entropy = [
+    _line("student", "student", "faint", train, "student_entropy"),
+    _line("its teacher", "teacher", "faint", train, "teacher_entropy"),
+  ]
   rate = [_line("student", "student", "plain", train, "lr")]
   speed = [_line("training", "student", "faint", train, "tokens_per_s")]
   return [
     Chart("Training objective", "what the optimiser minimises", objective, zero=False),
     Chart("Gradient norm", "before clipping", gradient, small=True),
+    Chart("Entropy", "on training rows, nats per token", entropy, small=True),
     Chart("Learning rate", "", rate, small=True),
     Chart("Speed", "tokens per second", speed, small=True),
   ]

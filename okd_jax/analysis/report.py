@@ -193,7 +193,8 @@ def _module(end: Figures) -> Iterator[str]:
   )
   if drift > _DRIFT_WARNING or worse > 0.01:
     text = f"⚠ {text} A module that drifts far, or predicts the data worse, follows "
-    text += "the student instead of leading it: lower method.teacher_kl_weight."
+    text += "the student instead of leading it: lower method.teacher_kl_weight or "
+    text += "raise method.anchor_weight."
   yield text
 
 

@@ -1,0 +1,350 @@
+"""Plants known bugs one at a time and shows that the tests catch each of them.
+
+    python tests/mutate.py            # all of them, about 15 minutes on 2 cores
+    python tests/mutate.py anchor     # those with 'anchor' in their description
+
+Works on a copy of the repository in a temporary folder. For each bug the tests named
+beside it run, a part of the quick suite; they must pass without any bug, and fail with
+it. Prints the table that BUILD_NOTES.md quotes; exit status 1 if a bug survived.
+"""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LOSSES, METHODS = "okd_jax/losses", "okd_jax/methods"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+  """One replacement in one file, who shipped it, and the tests that must see it."""
+
+  what: str
+  seen_in: str
+  file: str
+  old: str
+  new: str
+  tests: str  # arguments of pytest
+
+
+BUGS = (
+  Bug(
+    "forward and reverse KL swapped",
+    "EasyDeL",
+    f"{LOSSES}/divergences.py",
+    "return temperature**2 * _kl(log_p, log_q)",
+    "return temperature**2 * _kl(log_q, log_p)",
+    "tests/test_divergences.py -k golden",
+  ),
+  Bug(
+    "no T^2",
+    "KDFlow",
+    f"{LOSSES}/divergences.py",
+    "return temperature**2 * _kl(log_p, log_q)",
+    "return _kl(log_p, log_q)",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "a cross-entropy in place of the KL",
+    "torchtune, LMOps, DLM",
+    f"{LOSSES}/divergences.py",
+    "jnp.exp(log_p) * (log_p - log_q)",
+    "jnp.exp(log_p) * -log_q",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "JSD weighs the wrong side",
+    "TRL",
+    f"{LOSSES}/divergences.py",
+    "log_m = _log_mix(log_p, log_q, beta)",
+    "log_m = _log_mix(log_q, log_p, beta)",
+    "tests/test_divergences.py -k golden",
+  ),
+  Bug(
+    "mixtures of log-probabilities",
+    "TRL",
+    f"{LOSSES}/divergences.py",
+    "return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))",
+    "return share * log_p + (1 - share) * log_q",
+    "tests/test_divergences.py -k golden",
+  ),
+  Bug(
+    "softmax in the dtype of the input",
+    "EasyDeL, Liger",
+    f"{LOSSES}/divergences.py",
+    "logits.astype(jnp.float32) / temperature",
+    "logits / temperature",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "log 0 is -inf",
+    "DLM",
+    f"{LOSSES}/divergences.py",
+    "return jnp.maximum(log_q, _LOG_ZERO)",
+    "return log_q",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "negative values reported",
+    "Liger",
+    f"{LOSSES}/divergences.py",
+    "jax.lax.stop_gradient(jnp.maximum(value, 0) - value)",
+    "jax.lax.stop_gradient(0 * value)",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "AKL divides 0 by 0 at identity",
+    "KDFlow, DSKD",
+    f"{LOSSES}/divergences.py",
+    "in_head / jnp.where(total > 0, total, 1), 0.5)",
+    "in_head / total, in_head / total)",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "AKL's weights carry gradient",
+    "ours, as DistiLLM-2's alpha",
+    f"{LOSSES}/divergences.py",
+    "p, q = jax.lax.stop_gradient((jnp.exp(log_p), jnp.exp(log_q)))",
+    "p, q = jnp.exp(log_p), jnp.exp(log_q)",
+    "tests/test_divergences.py",
+  ),
+  Bug(
+    "top-k renormalised, no tail",
+    "tunix, maxtext, swift, NeMo",
+    f"{LOSSES}/sparse.py",
+    "rest = _log_rest(log_q, top.ids)",
+    "kept, rest = jax.nn.log_softmax(kept), jnp.full(kept.shape[:-1], -1e30)",
+    "tests/test_sparse.py",
+  ),
+  Bug(
+    "ids in both top k rank twice",
+    "RLKD",
+    f"{LOSSES}/ranking.py",
+    "[jnp.ones_like(repeated), ~repeated]",
+    "[jnp.ones_like(repeated), jnp.ones_like(repeated)]",
+    "tests/test_ranking.py",
+  ),
+  Bug(
+    "labels not shifted",
+    "EasyDeL",
+    "okd_jax/data/pack.py",
+    '"labels": _padded(example.tokens[1:], length, pad_id)',
+    '"labels": _padded(example.tokens[:-1], length, pad_id)',
+    "tests/test_pack.py",
+  ),
+  Bug(
+    "the first response token is not trained",
+    "DLM, RLKD, SKD",
+    "okd_jax/data/pack.py",
+    "(position >= prompt_length - 1)",
+    "(position >= prompt_length)",
+    "tests/test_pack.py",
+  ),
+  Bug(
+    "EOS is not trained where it is the pad",
+    "maxtext, TRL",
+    "okd_jax/data/pack.py",
+    '"mask": _mask(position, example.prompt_length, count),',
+    '"mask": _mask(position, example.prompt_length, count)'
+    " & (_padded(example.tokens[1:], length, pad_id) != pad_id),",
+    "tests/test_pack.py",
+  ),
+  Bug(
+    "pads counted in the mean",
+    "Liger, TRL",
+    f"{LOSSES}/mean.py",
+    "count = jnp.sum(mask, dtype=jnp.float32)",
+    "count = jnp.float32(mask.size)",
+    "tests/test_methods.py -k formula",
+  ),
+  Bug(
+    "a mean of the micro-batches' means",
+    "TRL, verl, swift, NeMo",
+    "okd_jax/step.py",
+    "return loss(params | moving, frozen, part, part_key)",
+    'part = part | {"weights": token_weights(part["mask"]) / microbatches}\n'
+    "    return loss(params | moving, frozen, part, part_key)",
+    "tests/test_step.py -k 'microbatches and 2'",
+  ),
+  Bug(
+    "masked positions multiplied by 0",
+    "axolotl, DLM",
+    f"{LOSSES}/chunked.py",
+    "jnp.sum(jnp.where(weights != 0, x, 0) * weights)",
+    "jnp.sum(x * weights)",
+    "tests/test_chunked.py",
+  ),
+  Bug(
+    "head gradients added up in bfloat16",
+    "Liger",
+    f"{LOSSES}/chunked.py",
+    "name: jnp.zeros(outputs[name].head.shape, jnp.float32)",
+    "name: jnp.zeros(outputs[name].head.shape, outputs[name].head.dtype)",
+    "tests/test_chunked.py",
+  ),
+  Bug(
+    "the last positions of a row lost to the chunks",
+    "Liger",
+    f"{LOSSES}/chunked.py",
+    "count = -(-length // size)",
+    "count = max(length // size, 1)",
+    "tests/test_chunked.py",
+  ),
+  Bug(
+    "a padded vocabulary keeps its mass",
+    "Liger, swift",
+    f"{METHODS}/method.py",
+    "name: output._replace(head=output.head[:size]) for name, output in",
+    "name: output._replace(head=jnp.pad(output.head, ((0, 16), (0, 0)))"
+    "[: max(o.head.shape[0] for o in outputs.values())]) for name, output in",
+    "tests/test_methods.py -k padded_teacher",
+  ),
+  Bug(
+    "stop_gradient on the wrong side",
+    "ours",
+    f"{METHODS}/okd.py",
+    "student_distance(stop_gradient(teacher), student, **knobs)",
+    "student_distance(teacher, stop_gradient(student), **knobs)",
+    "tests/test_okd.py -k closed_form",
+  ),
+  Bug(
+    "the module also follows the student's loss",
+    "ours",
+    f"{METHODS}/okd.py",
+    "student_distance(stop_gradient(teacher), student, **knobs)",
+    "student_distance(teacher, student, **knobs)",
+    "tests/test_okd.py -k closed_form",
+  ),
+  Bug(
+    "the anchor pulls the other way",
+    "ours",
+    f"{METHODS}/okd.py",
+    'forward_kl(stop_gradient(logits["base"]), teacher)',
+    'forward_kl(teacher, stop_gradient(logits["base"]))',
+    "tests/test_methods.py -k formula",
+  ),
+  Bug(
+    "the temperature is ignored",
+    "KDFlow, verl",
+    f"{METHODS}/knobs.py",
+    "return function(p_logits, q_logits, temperature, **own)",
+    "return function(p_logits, q_logits, 1.0, **own)",
+    "tests/test_methods.py -k 'changes_something and temperature'",
+  ),
+  Bug(
+    "what is logged is not what is trained",
+    "TRL",
+    f"{METHODS}/kd.py",
+    'return loss, {"divergence": d}',
+    'return loss, {"divergence": d / 2}',
+    "tests/test_methods.py -k logged_parts",
+  ),
+  Bug(
+    "the module's learning rate is the student's",
+    "ours",
+    "okd_jax/optim.py",
+    "lambda count: learning_rate(count) * lr_scale",
+    "lambda count: learning_rate(count)",
+    "tests/test_okd.py -k held_module",
+  ),
+  Bug(
+    "attention across packed documents",
+    "maxtext",
+    "okd_jax/models/attention.py",
+    "(causal & same & real)",
+    "(causal & real)",
+    "tests/test_transformer.py -k packed",
+  ),
+  Bug(
+    "positions do not restart in packed rows",
+    "torchtune",
+    "okd_jax/models/attention.py",
+    "return index - jax.lax.cummax(starts, axis=1)",
+    "return index + 0 * starts",
+    "tests/test_transformer.py -k packed",
+  ),
+  Bug(
+    "mixed-up rows: the teacher sees them unmixed",
+    "ours",
+    f"{METHODS}/mixkd.py",
+    '"teacher": models.teacher(frozen, None, mixed, mix)',
+    '"teacher": models.teacher(frozen, None, mixed)',
+    "tests/test_mixkd.py -k swapping",
+  ),
+  Bug(
+    "a step that is not finite is taken",
+    "TRL, Liger, LMOps",
+    "okd_jax/step.py",
+    "keep = functools.partial(jnp.where, finite)",
+    "keep = functools.partial(jnp.where, True)",
+    "tests/test_step.py -k not_finite",
+  ),
+)
+
+
+def main(wanted: str) -> int:
+  """Tries each bug whose description holds `wanted`; the exit status."""
+  bugs = [bug for bug in BUGS if wanted in bug.what]
+  caught = []
+  with tempfile.TemporaryDirectory() as folder:
+    copy = Path(folder) / "okd_jax"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs"))
+    # Reads of ../shared keep working; all else is the copy's own.
+    if (ROOT.parent / "shared").exists():
+      (Path(folder) / "shared").symlink_to((ROOT.parent / "shared").resolve())
+    for tests in dict.fromkeys(bug.tests for bug in bugs):
+      if failed := _run(copy, tests):
+        print(f"without any bug, {tests} fails already: {failed}", file=sys.stderr)
+        return 1
+    print("| planted bug | seen in | caught by | s |\n| --- | --- | --- | ---: |")
+    for bug in bugs:
+      start = time.monotonic()
+      failed = _try(copy, bug)
+      caught.append(failed)
+      print(
+        f"| {bug.what} | {bug.seen_in} | {failed or '**nothing**'} "
+        f"| {time.monotonic() - start:.0f} |",
+        flush=True,
+      )
+  print(f"\n{sum(map(bool, caught))} of {len(bugs)} caught")
+  return int(not all(caught))
+
+
+def _try(copy: Path, bug: Bug) -> str:
+  path = copy / bug.file
+  text = path.read_text(encoding="utf8")
+  path.write_text(plant(text, bug), encoding="utf8")
+  try:
+    return _run(copy, bug.tests)
+  finally:
+    path.write_text(text, encoding="utf8")
+
+
+def plant(text: str, bug: Bug) -> str:
+  """`text` with the bug; an error unless its place is found exactly once."""
+  if text.count(bug.old) != 1:
+    raise ValueError(f"{bug.what}: {bug.old!r} is {text.count(bug.old)} times there")
+  return text.replace(bug.old, bug.new)
+
+
+def _run(copy: Path, tests: str) -> str:
+  """The first test that fails, or ''."""
+  command = f"{sys.executable} -m pytest -x -q -n0 -p no:cacheprovider {tests}"
+  done = subprocess.run(
+    command, shell=True, cwd=copy, capture_output=True, text=True, check=False
+  )
+  if done.returncode == 0:
+    return ""
+  if failed := re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", done.stdout, re.M):
+    return f"`{failed[1]}`"
+  raise RuntimeError(f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+if __name__ == "__main__":
+  sys.exit(main(" ".join(sys.argv[1:])))
