@@ -5,6 +5,7 @@ listed here do not exist, and naming one is an error.
 """
 
 import importlib
+import inspect
 
 from ml_collections import ConfigDict, config_dict
 
@@ -12,8 +13,9 @@ from ml_collections import ConfigDict, config_dict
 def get_config() -> ConfigDict:
   config = ConfigDict()
 
-  # Runs that come first, by name: each maps to the keys in which it differs from
-  # the defaults. 'stage:NAME' as a path below means what stage NAME exported.
+  # Runs that come first, by name: each maps to the keys in which it differs from this
+  # one (whose method.end and adapter.kind are its own). 'stage:NAME' as a path below
+  # means what stage NAME exported.
   config.stages = ConfigDict(sort_keys=False)
 
   config.teacher = ConfigDict()
@@ -34,8 +36,9 @@ def get_config() -> ConfigDict:
   config.method.top_k = 0  # kd, rkd, …: the teacher's top k and a bucket; 0 is all
   # The student's divergence, from its teacher: forward_kl, reverse_kl, jensen_shannon,
   # skew_forward_kl, skew_reverse_kl, total_variation, adaptive_kl, weighted_kl or
-  # alpha_beta. In kd, okd, rlkd and mixkd; the others bring their own.
-  config.method.divergence = "forward_kl"
+  # alpha_beta. '' is the method's own: jensen_shannon for gkd, skew_reverse_kl for
+  # distillm, total_variation for fdistill, else forward_kl.
+  config.method.divergence = ""
   config.method.beta = 0.5  # jensen_shannon: weight of the teacher's side (GKD's beta)
   config.method.normalize = False  # jensen_shannon: divide it by beta (1 - beta)
   config.method.skew = 0.1  # skew KLs: the share of the first argument in the mixture
@@ -47,24 +50,56 @@ def get_config() -> ConfigDict:
   config.method.teacher_kl_weight = 0.25  # okd: alpha, the module's pull to the student
   config.method.student_kl_weight = 1.0  # okd: the rest is CE on gold for the student
   config.method.anchor_weight = 0.0  # okd: the module's pull to the frozen teacher
-  config.method.update = "simultaneous"  # okd: or 'sequential', the module first
+  config.method.update_order = "simultaneous"  # okd: or 'sequential', the module first
   config.method.rank_k = 5  # rlkd: ranks each model's so many likeliest tokens
-  config.method.rank_temperature = 1.0  # rlkd: of the soft ranks; 0 is the true ranks
+  config.method.rank_temperature = (
+    1.0  # rlkd: of the soft ranks; towards 0 the true ones
+  )
   config.method.rank_divisor = 2.0  # rlkd: the divergence is divided by it
   config.method.mix_alpha = 0.4  # mixkd: lambda is drawn from Beta(alpha, alpha)
   config.method.mix_kd_weight = 1.0  # mixkd: of the divergence on mixed rows
   config.method.mix_gold_weight = 1.0  # mixkd: of CE on mixed rows
-  # Knobs that move: the value each reaches, linearly, at the last step. Any number
-  # above but ab_alpha and ab_beta: --config.method.end.temperature=1 and so on.
+  # Text that is sampled for training. What is not set is the method's own.
+  config.method.sampled_share = config_dict.placeholder(float)  # of the steps; gkd 0.5
+  config.method.max_new_tokens = 0  # of an answer; 0: what fits beside the prompt
+  config.method.sample_temperature = config_dict.placeholder(float)  # student's; 1
+  config.method.sample_top_p = config_dict.placeholder(float)  # student's; 1
+  config.method.sample_top_k = 0  # student's; 0 is all
+  config.method.teacher_temperature = 0.2  # skd: of the teacher's tokens
+  config.method.teacher_top_p = 0.5  # skd
+  config.method.accept_top = 25  # skd: the teacher's tokens the student's must be among
+  config.method.replay = False  # gkd: train on rows drawn from those sampled so far
+  config.method.replay_capacity = 1000  # rows kept, the newest
+  config.method.replay_ratio = "decreasing"  # distillm: or 'constant', 'increasing'
+  config.method.loss_eps = 0.1  # distillm: rise of the held-out loss that asks for more
+  config.method.variant = "code"  # minillm: as the authors' code, or the 'paper'
+  config.method.teacher_mix = 0.2  # minillm: the teacher's share of each distribution
+  config.method.ppo_clip = 0.2  # minillm: how far a ratio may leave 1
+  config.method.length_norm = True  # minillm: returns over the steps they sum
+  config.method.single_step = True  # minillm: the exact single-step term
+  config.method.updates_per_sample = 4  # minillm: steps on one sampled batch
+  config.method.exact_mixture = False  # fdistill: jensen_shannon's true mixture
+  config.method.contrast = (
+    1.0  # distillm2: b, of the student's text; 2 - b the teacher's
+  )
+  config.method.pull_weight = 1.0  # promptkd: towards the frozen teacher; falls to 0
+  config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
+  # Knobs that move: the value each reaches, linearly, at the last step. Those of the
+  # above that weigh or shape a loss: --config.method.end.temperature=1 and so on.
+  fixed = {"ab_alpha", "ab_beta", "teacher_mix", "loss_eps"}
+  fixed |= {"teacher_temperature", "teacher_top_p"}
   config.method.end = ConfigDict()
+  config.method.end.sampled_share = config_dict.placeholder(float)
   for knob, value in config.method.items():
-    if isinstance(value, float) and not knob.startswith("ab_"):
+    if isinstance(value, float) and knob not in fixed:
       config.method.end[knob] = config_dict.placeholder(float)
 
   config.adapter = ConfigDict()
   # The online module of methods that adapt the teacher: lora, prefix (keys and values
-  # in each layer) or prompt (input vectors before the text, P-tuning).
-  config.adapter.kind = "lora"
+  # in each layer) or prompt (input vectors before the text, P-tuning). '' is lora for
+  # okd, prompt for promptkd and none for the others, whose teacher is frozen; naming
+  # one lets their teacher learn as okd's does.
+  config.adapter.kind = ""
   config.adapter.rank = 32  # lora
   config.adapter.scale = 1.0  # lora: factor on the module's output
   config.adapter.targets = ("query", "value")  # lora: also key, out, gate, up, down
@@ -151,10 +186,12 @@ def recipe(name: str) -> ConfigDict:
   """The configuration of another file here: 'quickstart', or 'gpt2.medium'."""
   file, _, variant = name.partition(".")
   try:
-    module = importlib.import_module(f"configs.{file}")
-  except ImportError as error:
-    raise ValueError(f"{name}: there is no configs/{file}.py") from error
-  return module.get_config(variant) if variant else module.get_config()
+    get_config = importlib.import_module(f"configs.{file}").get_config
+  except (AttributeError, ImportError) as error:
+    raise ValueError(f"{name}: there is no recipe configs/{file}.py") from error
+  if variant and not inspect.signature(get_config).parameters:
+    raise ValueError(f"{name}: configs/{file}.py has no variants")
+  return get_config(variant) if variant else get_config()
 
 
 def sweep_point(text: str, values) -> tuple[str, ConfigDict]:

@@ -6,11 +6,12 @@
 The student takes the skew reverse KL (skew 0.1), which looks for the teacher's modes,
 and a little cross-entropy on gold (0.15), which keeps it honest; alpha is 0.5, and an
 anchor of 0.3 holds the adapted teacher near the frozen one. In a small study (260K
-parameters, 3 seeds, METHODS 2.11) its samples were better than the paper's settings' by
-a judge's KL (1.119 against 1.263) at a worse loss on gold (2.992 against 2.958); GKD
-with gold text was better still (1.014). rkd_gold.py is its control without a module.
-A step costs about a quarter more than okd_paper.py's: the anchor needs the frozen
-teacher's logits. Under 5 minutes on 2 CPU cores with the default recipe, quickstart.
+parameters, 3 seeds; BUILD_NOTES.md, "A first study") its samples were better than those
+of the paper's settings by a judge's KL (1.119 against 1.263) at a worse loss on gold
+(2.992 against 2.958); GKD with gold text was better still (1.014). rkd_gold.py is its
+control without a module. A step costs more than okd_paper.py's: the anchor needs the
+frozen teacher's logits. Under 5 minutes on 2 CPU cores with the default recipe,
+quickstart.
 """
 
 from configs import default
@@ -28,7 +29,7 @@ def get_config(recipe: str = "quickstart"):
       "student_kl_weight": 1.0,
       "gold_weight": 0.15,
       "anchor_weight": 0.3,
-      "update": "simultaneous",
+      "update_order": "simultaneous",
     }
   )
   config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})

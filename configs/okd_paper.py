@@ -22,7 +22,7 @@ def get_config(recipe: str = "quickstart"):
       "student_kl_weight": 1.0,
       "gold_weight": 0.0,
       "anchor_weight": 0.0,
-      "update": "simultaneous",
+      "update_order": "simultaneous",
     }
   )
   config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})

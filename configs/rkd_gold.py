@@ -4,7 +4,8 @@
     python -m okd_jax.main --config=configs/rkd_gold.py:gpt2.medium --workdir=…
 
 KL(q || p) + 0.25 CE, no online module: what a mode-seeking loss and gold text do by
-themselves (METHODS 2.11). Under 4 minutes on 2 CPU cores with quickstart.
+themselves (BUILD_NOTES.md, "A first study"). Under 4 minutes on 2 CPU cores with the
+default recipe, quickstart.
 """
 
 from configs import default

@@ -187,11 +187,14 @@ def _init_prompt(key, length: int, features: int):
 
 
 def module_norm(adapter) -> Float[Array, ""]:
-  """How large a module is: the Frobenius norm over all that it adds or holds.
+  """How large a module is: the Frobenius norm of what it adds or puts in.
 
-  Of a LoRA pair that is the norm of down @ up, 0 at the start, found without making
-  the product: |down up|^2 = tr(down' down up up').
+  Of a LoRA pair that is the norm of down @ up (before `scale`), 0 at the start, found
+  without making the product: |down up|^2 = tr(down' down up up'). Of a prompt it is
+  that of its vectors, whatever its MLP holds.
   """
+  if "prompt" in adapter:
+    adapter = {"vectors": prompt_vectors(adapter["prompt"])}
   flat = traverse_util.flatten_dict(adapter)
   total = jnp.zeros(())
   for (*path, name), leaf in flat.items():

@@ -61,22 +61,26 @@ class Checkpoints:
       return self.steps()[-1]
     return max(scored, key=lambda checkpoint: self._best(checkpoint.metrics)).step
 
-  def save(self, step: int, state, data, metrics: Mapping[str, float] | None) -> None:
+  def save(
+    self, step: int, state, data, metrics: Mapping[str, float] | None, sampler=None
+  ) -> None:
     """Starts to save; the writing goes on in the background.
 
-    `data` is the loader's iterator, whose position is saved.
+    `data` is the loader's iterator, whose position is saved; `sampler` a tree of
+    arrays, what sampled text needs to go on.
     """
+    parts = {"state": state, "data": data} | ({"sampler": sampler} if sampler else {})
     started = self._checkpointer.save_checkpointables_async(
-      step, {"state": state, "data": data}, overwrite=True, metrics=metrics
+      step, parts, overwrite=True, metrics=metrics
     )
     if started is None:
       raise RuntimeError(f"the checkpoint of step {step} was not written")
 
-  def restore(self, state, data, mesh: Mesh) -> tuple[Any, int]:
-    """(state, step) of the newest checkpoint that can be read; sets `data` to it.
+  def restore(self, state, data, mesh: Mesh, sampler=None) -> tuple[Any, int, Any]:
+    """(state, step, sampler) of the newest readable checkpoint; sets `data` to it.
 
-    `state` is abstract. A damaged checkpoint is reported and the one before it
-    taken.
+    `state` is abstract, `sampler` what `save` got or its like. A damaged checkpoint is
+    reported and the one before it taken.
 
     Raises:
       UserError: if there is none, or none can be read.
@@ -84,7 +88,7 @@ class Checkpoints:
     damaged = []
     for step in reversed(self.steps()):
       try:
-        restored = self.restore_step(step, state, data, mesh)
+        restored = self._load(step, state, data, mesh, sampler)
       except Exception as error:  # Orbax raises many kinds for a damaged file
         damaged.append(step)
         reason = str(error).split("\n")[0][:200]
@@ -95,7 +99,7 @@ class Checkpoints:
         for late in damaged:
           _set_aside(Path(self._checkpointer.directory) / str(late))
         self._checkpointer.reload()
-      return restored, step
+      return restored["state"], step, restored.get("sampler")
     raise UserError(
       f"no checkpoint below {self._checkpointer.directory} can be read; "
       "move the folder away to start the run anew"
@@ -103,6 +107,9 @@ class Checkpoints:
 
   def restore_step(self, step: int, state, data, mesh: Mesh):
     """The state of exactly this step, placed by the sharding rules."""
+    return self._load(step, state, data, mesh, None)["state"]
+
+  def _load(self, step: int, state, data, mesh: Mesh, sampler):
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -111,7 +118,9 @@ class Checkpoints:
       shardings(state, mesh),
     )
     wanted = {"state": abstract} | ({} if data is None else {"data": data})
-    return self._checkpointer.load_checkpointables(step, wanted)["state"]
+    if sampler:
+      wanted["sampler"] = sampler
+    return self._checkpointer.load_checkpointables(step, wanted)
 
   def wait(self) -> None:
     """Returns when everything is on disk."""

@@ -25,6 +25,7 @@ class Progress:
     self._every = parts.config.train.log_every
     self._tokens, self._since, self._total = 0.0, time.monotonic(), 0.0
     self._first, self._begin = step, time.monotonic()
+    self._sampled: dict[str, list[float]] = {}
     self._bar = tqdm(
       total=parts.steps,
       initial=step,
@@ -40,8 +41,8 @@ class Progress:
   def __exit__(self, *_):
     self._bar.close()
 
-  def read(self, step: int, rows: np.ndarray, values) -> None:
-    """Waits for one step's metrics.
+  def read(self, step: int, rows: np.ndarray, values, sampled) -> None:
+    """Waits for one step's metrics; `sampled` are the sampler's figures of it.
 
     Raises:
       UserError: if the loss or a gradient is not finite, naming the batch's rows; the
@@ -56,14 +57,23 @@ class Progress:
         "sound: look at these rows, or lower optim.lr"
       )
     self._tokens += values["tokens"]
+    for name, value in sampled.items():
+      self._sampled.setdefault(name, []).append(value)
     self._bar.update(1)
     if step % self._every == 0 or step == self._parts.steps or step == self._first + 1:
       now = time.monotonic()
       values["tokens_per_s"] = self._tokens / (now - self._since)
+      values |= self._about_sampling(now - self._since)
       values["lr"] = float(self._parts.learning_rate(step - 1))
-      self._tokens, self._since = 0.0, now
+      self._tokens, self._since, self._sampled = 0.0, now, {}
       self._writer.write(step, "train", values)
       self._show(step, values)
+
+  def _about_sampling(self, elapsed: float) -> dict[str, float]:
+    """Means since the last row of those steps that have them, and the time's share."""
+    seconds = sum(self._sampled.pop("sampling_s", []))
+    means = {name: sum(v) / len(v) for name, v in self._sampled.items()}
+    return means | ({"sampling_time_share": seconds / elapsed} if seconds else {})
 
   def show_scores(self, scores) -> None:
     shown = {name: scores[name] for name in COLUMNS if name in scores}

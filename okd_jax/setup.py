@@ -70,7 +70,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   Raises:
     UserError: for whatever is wrong with the configuration, a model or the data.
   """
-  method = methods.build(config.method.name, config.method)
+  method = methods.build(config.method.name, config.method, config.adapter.kind)
   _check(config, method)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
@@ -81,9 +81,12 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   if config.teacher.model.hidden_size:
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out = _examples(config, tokenizer, records)
+  _check_sequences(config, method, train)
   _check_best(config, held_out, teacher)
   student_config = _student_config(config, teacher, start, tokenizer)
-  adapter = _adapter_config(config) if method.teacher == "adapted" else None
+  adapter = None
+  if method.teacher == "adapted":
+    adapter = _adapter_config(config, config.adapter.kind or method.module)
   decoders = _decoders(config, student_config, teacher, adapter)
   _check_lengths(config, decoders)
   check_vocabulary({role: d.config for role, d in decoders.items()}, train + held_out)
@@ -268,6 +271,27 @@ def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]
   return train, held_out
 
 
+def _check_sequences(config, method: Method, train) -> None:
+  """Whether there is something to answer and room for the answers."""
+  plan = method.sequences
+  if not plan.sampled and not plan.beforehand:
+    return
+  for example in train:
+    if not example.prompt_length:
+      raise UserError(
+        f"{example.where}: {config.method.name} trains on answers to prompts, but this "
+        "row is text without one"
+      )
+  data = config.data
+  space = data.max_length - data.max_prompt_length
+  if space < 1 or plan.max_new_tokens > space:
+    raise UserError(
+      f"method.max_new_tokens={plan.max_new_tokens} does not fit: data.max_length="
+      f"{data.max_length} leaves {space} tokens beside data.max_prompt_length="
+      f"{data.max_prompt_length}"
+    )
+
+
 def _check_best(config, held_out, teacher) -> None:
   """Whether evaluation will yield the metric that is to choose the best checkpoint."""
   names = ["loss", "perplexity"]
@@ -306,9 +330,9 @@ def _random_config(dimensions, vocab_size: int, tokenizer) -> ModelConfig:
   )
 
 
-def _adapter_config(config) -> AdapterConfig:
+def _adapter_config(config, kind: str) -> AdapterConfig:
   fields = {key: config.adapter[key] for key in config.adapter if key != "lr_scale"}
-  return AdapterConfig(**fields)
+  return AdapterConfig(**fields | {"kind": kind})
 
 
 def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:

@@ -5,7 +5,6 @@ same rules, since an optimiser moment's path ends in its parameter's path.
 """
 
 import re
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -82,13 +81,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch as global arrays."""
+def put_batch(batch, mesh: Mesh):
+  """This process's rows of a batch, any tree of arrays, as global arrays."""
   sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, rows)
-    for name, rows in batch.items()
-  }
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+  )
 
 
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:

@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from okd_jax.adapters import module_norm
-from okd_jax.losses import token_weights
 from okd_jax.methods import Method, Models
 from okd_jax.sharding import batch_sharding, shardings
 
@@ -56,7 +55,7 @@ def train_step(
   has no gradient buffers. If a loss, gradient or update is not finite, the state comes
   back unchanged and the metric 'finite' is 0.
   """
-  batch = batch | {"weights": token_weights(batch["mask"])}
+  batch = _weighted(batch, method.weights)
   key = jax.random.fold_in(state.key, state.step)
   knobs = method.knobs_at(jnp.clip(state.step / max(steps - 1, 1), 0, 1))
   loss_fn = functools.partial(method.loss, models, knobs=knobs)
@@ -66,7 +65,9 @@ def train_step(
     loss, metrics, grads = _accumulate(
       loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
     )
-    logged |= metrics | {"loss": loss}
+    # Of passes in sequence, the module's figures are those of the one that moved it.
+    later = {k for k in metrics if k in logged and k.startswith("module")}
+    logged |= {k: v for k, v in metrics.items() if k not in later} | {"loss": loss}
     for name in names:
       updates, opt_state[name] = optimizers[name].update(
         grads[name], opt_state[name], params[name]
@@ -87,6 +88,12 @@ def train_step(
   logged["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
   logged["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
   return new, logged
+
+
+def _weighted(batch, weights: Callable):
+  """The batch, and the batches beside it (such as 'gold'), with their weights."""
+  beside = {k: _weighted(v, weights) for k, v in batch.items() if isinstance(v, dict)}
+  return batch | beside | {"weights": weights(batch["mask"])}
 
 
 def _accumulate(loss, moving, params, frozen, batch, key, microbatches):

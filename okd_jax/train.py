@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from okd_jax import checkpoint, metrics, setup, sharding
 from okd_jax.analysis import report
-from okd_jax.data import eval_batches, train_loader
+from okd_jax.data import Example, eval_batches, train_loader
 from okd_jax.errors import UserError
 from okd_jax.evaluate import (
   COLUMNS,
@@ -24,6 +24,7 @@ from okd_jax.evaluate import (
 from okd_jax.export import export_run
 from okd_jax.files import write_text
 from okd_jax.progress import Progress
+from okd_jax.sampler import Sampler, answers_beforehand
 from okd_jax.score import score
 from okd_jax.setup import Run
 from okd_jax.step import TrainState, compile_step
@@ -58,7 +59,12 @@ def stages(config: ConfigDict, workdir: Path):
   parts = {name: config.stages[name].to_dict() for name in config.stages}
   base.stages = ConfigDict()
   for name, changes in parts.items():
-    part = ConfigDict(base.to_dict()).lock()
+    part = base.to_dict()
+    if "name" in changes.get("method", {}):
+      # What was meant for the run's own method is not meant for this one.
+      part["method"]["end"] = dict.fromkeys(part["method"]["end"])
+      part["adapter"]["kind"] = ""
+    part = ConfigDict(part).lock()
     try:
       part.update(changes)
     except (AttributeError, KeyError, TypeError) as error:
@@ -98,13 +104,14 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
   ):
     fresh = not checkpoints.steps()
-    state, step, loader = _start(parts, checkpoints)
+    sampler = Sampler(parts, _answers(parts, workdir), PAD_ID)
+    state, step, loader = _start(parts, checkpoints, sampler)
     writer = metrics.Writer(
       workdir, -1 if fresh else step, config.train.tensorboard, config.train.wandb
     )
     evaluated = {r["step"] for r in metrics.read(workdir) if r["kind"] == "eval"}
     state = _loop(
-      parts, checkpoints, writer, state, step, loader, terminated, evaluated
+      parts, checkpoints, writer, state, step, loader, sampler, terminated, evaluated
     )
     terminated.check()
     chosen = checkpoints.best_step()
@@ -159,8 +166,8 @@ def _differences(a, b, prefix=""):
       yield path, left, right
 
 
-def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
-  """(state, step, loader): of the newest checkpoint, or of step 0."""
+def _start(parts: Run, checkpoints, sampler) -> tuple[TrainState, int, Iterator]:
+  """(state, step, loader) of the newest checkpoint, the sampler set to it; or of 0."""
   config = parts.config
   loader = train_loader(
     parts.train,
@@ -173,13 +180,17 @@ def _start(parts: Run, checkpoints) -> tuple[TrainState, int, Iterator]:
   )
   if not checkpoints.steps():
     return parts.init(), 0, loader
-  state, step = checkpoints.restore(parts.abstract, loader, parts.mesh)
+  state, step, sampled = checkpoints.restore(
+    parts.abstract, loader, parts.mesh, sampler.state()
+  )
+  if sampled:
+    sampler.restore(sampled)
   _log.info("resuming at step %d of %d", step, parts.steps)
   return state, step, loader
 
 
 def _loop(
-  parts: Run, checkpoints, writer, state, step, loader, terminated, evaluated
+  parts: Run, checkpoints, writer, state, step, loader, sampler, terminated, evaluated
 ) -> TrainState:
   """Trains to the last step; returns the final state, saved and evaluated.
 
@@ -207,22 +218,22 @@ def _loop(
     # The start, or a step whose evaluation a signal cut off.
     scores = evaluator(state.params)
     writer.write(step, "eval", scores)
+    sampler.observe(scores["loss"])
     if step:
-      checkpoints.save(step, state, loader, scores)
+      checkpoints.save(step, state, loader, scores, sampler.state())
   terminated.check()
   progress = Progress(parts, writer, step)
   pending = None
   with progress:
     while step < parts.steps:
       batch = next(loader)
-      rows = batch.pop("row")
-      state, values = train_step(
-        state, parts.frozen, sharding.put_batch(batch, parts.mesh)
-      )
+      rows = batch["row"]
+      batch, figures = sampler.batch(step, state.params, batch)
+      state, values = train_step(state, parts.frozen, batch)
       step += 1
       if pending:
         progress.read(*pending)
-      pending = (step, rows, values)
+      pending = (step, rows, values, figures)
       stop = bool(terminated)
       if stop or due(step) or step % config.checkpoint.every == 0:
         progress.read(*pending)  # never save beyond a step that was not finite
@@ -233,12 +244,21 @@ def _loop(
             scores = evaluator(state.params)
           writer.write(step, "eval", scores)
           progress.show_scores(scores)
-        checkpoints.save(step, state, loader, scores)
+          sampler.observe(scores["loss"])
+        checkpoints.save(step, state, loader, scores, sampler.state())
       if terminated and pending is None:
         checkpoints.wait()
         terminated.check()
   checkpoints.wait()
   return state
+
+
+def _answers(parts: Run, workdir: Path) -> dict[str, list[Example]]:
+  """What the models answered to every prompt before training, sampled or read again."""
+  return {
+    name: answers_beforehand(parts, name, workdir / "samples" / f"{name}.jsonl")
+    for name in parts.method.sequences.beforehand
+  }
 
 
 class Evaluator:

@@ -70,7 +70,7 @@ BUGS = (
     "mixtures of log-probabilities",
     "TRL",
     f"{LOSSES}/divergences.py",
-    "return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))",
+    "return jnp.logaddexp(log_p + numbers.log(share), log_q + numbers.log1p(-share))",
     "return share * log_p + (1 - share) * log_q",
     "tests/test_divergences.py -k golden",
   ),
@@ -200,9 +200,9 @@ BUGS = (
     "a padded vocabulary keeps its mass",
     "Liger, swift",
     f"{METHODS}/method.py",
-    "name: output._replace(head=output.head[:size]) for name, output in",
-    "name: output._replace(head=jnp.pad(output.head, ((0, 16), (0, 0)))"
-    "[: max(o.head.shape[0] for o in outputs.values())]) for name, output in",
+    "return {name: out._replace(head=out.head[:size]) for",
+    "return {name: out._replace(head=jnp.pad(out.head, ((0, 16), (0, 0)))"
+    "[: max(o.head.shape[0] for o in outputs.values())]) for",
     "tests/test_methods.py -k padded_teacher",
   ),
   Bug(

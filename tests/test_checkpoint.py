@@ -36,7 +36,7 @@ def restored(setup, folder, keep=3):
   data, mesh = loader(), sharding.make_mesh(8, 1, 1)
   abstract = jax.eval_shape(lambda: setup.state)
   with checkpoint.opened(folder, keep) as checkpoints:
-    state, step = checkpoints.restore(abstract, data, mesh)
+    state, step, _ = checkpoints.restore(abstract, data, mesh)
   return state.replace(key=jax.random.key_data(state.key)), step, data
 
 
@@ -74,7 +74,7 @@ def test_saves_go_on_after_a_damaged_checkpoint(tmp_path):
       path.write_bytes(b"")
   data, abstract = loader(), jax.eval_shape(lambda: setup.state)
   with checkpoint.opened(tmp_path, 3) as checkpoints:
-    state, step = checkpoints.restore(abstract, data, sharding.make_mesh(8, 1, 1))
+    state, step, _ = checkpoints.restore(abstract, data, sharding.make_mesh(8, 1, 1))
     checkpoints.save(3, state, data, None)
     checkpoints.wait()
     assert step == 2 and checkpoints.steps() == [1, 2, 3]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from test_train import QUICK, call
 
 from configs import default, gpt2, llama, smollm2
-from okd_jax import models, train
+from okd_jax import methods, models, train
 from okd_jax.data import load_records, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def test_every_key_has_a_comment():
     and not line.endswith(("ConfigDict()", "sort_keys=False)"))
   ]
   # What needs no words beside its neighbours.
-  wordless = "rank epochs seed b1 b2 eps max_prompt_length"
+  wordless = "sampled_share rank epochs seed b1 b2 eps max_prompt_length"
   wordless += " warmup_steps batch_size max_new_tokens num_layers num_heads"
   wordless += " tie_embeddings"
   names = {line.split("=")[0].strip().rsplit(".", 1)[-1] for line in bare}
@@ -175,3 +175,36 @@ def test_a_padded_vocabulary_is_aligned(tiny, tmp_path):
     f"--config.teacher.path={tiny / 'llama'}",
     f"--config.student.path={padded}",
   )
+
+
+def test_no_key_is_hidden_behind_a_method():
+  """config_flags reads keys by getattr: one named like a method cannot be set."""
+
+  def keys(config):
+    for key, value in config.items():
+      yield key
+      if isinstance(value, ConfigDict):
+        yield from keys(value)
+
+  assert not {*keys(default.get_config())} & {*dir(ConfigDict)}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart.py", "okd_paper.py:gpt2.base"])
+def test_stages_leave_the_runs_own_method_to_it(recipe, tmp_path):
+  """A schedule or a module of the run must not reach the stages before it."""
+  name, _, variant = recipe.removesuffix(".py").partition(":")
+  module = importlib.import_module(f"configs.{name.removesuffix('.py')}")
+  config = module.get_config(variant) if variant else module.get_config()
+  config.method.end.temperature = 2.0
+  config.adapter.kind = "prefix"
+  for stage, part, _ in train.stages(config, tmp_path):
+    built = methods.build(part.method.name, part.method, part.adapter.kind)
+    assert built.teacher == ("none" if stage else "adapted")
+    moving = [k for k, v in part.method.end.items() if v is not None]
+    assert moving == ([] if stage else ["temperature"])
+
+
+@pytest.mark.parametrize("text", ["nothing", "quickstart.foo", "studies"])
+def test_recipes_that_are_none(text):
+  with pytest.raises(ValueError, match="no recipe|no variants"):
+    default.recipe(text)

@@ -1,5 +1,6 @@
 """Token rows: exactly the response and its end are trained, whatever the template."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,23 @@ def test_chat_brings_its_own_special_tokens():
   tokenizer.chat_template = "<s>" + CHATML
   [example] = encode(LONG_TALK, tokenizer, "chat", **ROOMY)
   assert example.tokens.tolist().count(tokenizer.bos_token_id) == 1
+
+
+def test_a_response_that_was_cut_off_gets_no_end():
+  """Guards B7: the model never said that it ended there. See `okd_jax.sample`."""
+  tokenizer = chat_tokenizer()
+  cut = dataclasses.replace(LONG_TALK, ended=False)
+  [example] = encode(cut, tokenizer, "chat", **ROOMY)
+  assert spans(example)[1] == list(b"hello") and example.record is cut
+  [whole] = encode(LONG_TALK, tokenizer, "chat", **ROOMY)
+  assert spans(whole)[0] == spans(example)[0]
+  [plain] = encode(dataclasses.replace(ask(), ended=False), tokenizer, **ROOMY)
+  assert spans(plain) == (list(b"ab"), list(b"xyz"))
+  text = Record("text", "f:1", text="abc", ended=False)
+  assert encode(text, tokenizer)[0].tokens.tolist() == list(b"abc")
+  silent = dataclasses.replace(ask(response="<|endoftext|>"), ended=False)
+  with pytest.raises(UserError, match="f:1: 'ended' is false, but the response has no"):
+    encode(silent, tokenizer)
 
 
 def test_stop_ids():

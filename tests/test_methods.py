@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trial import (
   KNOBS,
+  SAMPLED,
   STUDENT,
   TEACHER,
   VOCAB,
@@ -23,17 +24,19 @@ from trial import (
   total,
 )
 
+from configs import default
 from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
 from okd_jax.methods.kd import NAMED
-from okd_jax.methods.knobs import DIVERGENCES
+from okd_jax.methods.knobs import DIVERGENCES, SHAPE
 
 # The named ones are kd with its divergence bound (test_named_methods_are_kd).
-CORE = sorted({*methods.METHODS} - {*NAMED})
+CORE = sorted({*methods.METHODS} - {*NAMED} - SAMPLED)
 every = pytest.mark.parametrize("name", CORE)
-# mixkd looks at other rows' positions too: test_mixkd.py.
-every_rowwise = pytest.mark.parametrize("name", sorted({*CORE} - {"mixkd"}))
+# mixkd looks at other rows' positions, minillm at later ones: files of their own.
+every_rowwise = pytest.mark.parametrize("name", sorted({*CORE} - {"mixkd", "minillm"}))
+ADAPTED = {"okd", "promptkd"}
 
 
 def ce(t, s, y, b):
@@ -121,6 +124,37 @@ FORMULAS = [
       + 0.5 * ce(t, s, y, b)
     ),
   ),
+  ("gkd", {}, lambda t, s, y, b: oracle.jensen_shannon(b, s)),
+  (
+    "gkd",
+    {"kd_ratio": 0.7, "gold_weight": 0.2},
+    lambda t, s, y, b: 0.7 * oracle.jensen_shannon(b, s) + 0.5 * ce(t, s, y, b),
+  ),
+  ("imitkd", {}, lambda t, s, y, b: oracle.forward_kl(b, s)),
+  ("skd", {"top_k": 0}, lambda t, s, y, b: oracle.forward_kl(b, s)),
+  ("distillm", {}, lambda t, s, y, b: oracle.skew_reverse_kl(b, s)),
+  ("seqkd", {"gold_weight": 0.5}, lambda t, s, y, b: 1.5 * ce(t, s, y, b)),
+  (
+    "seqkd",
+    {"seqkd_ratio": 0.4},
+    lambda t, s, y, b: 0.4 * oracle.forward_kl(b, s) + 0.6 * ce(t, s, y, b),
+  ),
+  ("fdistill", {}, lambda t, s, y, b: oracle.total_variation(b, s)),
+  (
+    "fdistill",
+    {"divergence": "jensen_shannon", "gold_weight": 0.3},
+    lambda t, s, y, b: oracle.jensen_shannon(b, s) + 0.3 * ce(t, s, y, b),
+  ),
+  (
+    "promptkd",
+    {"gold_weight": 0.3},
+    lambda t, s, y, b: (
+      oracle.reverse_kl(t, s)
+      + oracle.reverse_kl(s, t)
+      + oracle.reverse_kl(b, t)
+      + 0.3 * ce(t, s, y, b)
+    ),
+  ),
   (
     "okd",
     {"teacher_kl_weight": 0.5},
@@ -162,14 +196,23 @@ def test_loss_equals_the_formula(name, knobs, truth):
 
 
 def test_every_method_has_its_formula():
-  assert {name for name, _, _ in FORMULAS} == {*methods.METHODS} - {"mixkd"}
+  others = {"mixkd", "minillm", "distillm2"}
+  assert {name for name, _, _ in FORMULAS} == {*methods.METHODS} - others
 
 
 # What the logged parts must add up to, with the knobs of every method at work.
 PARTS = {
   "sft": lambda m: m["student_nll"],
+  "minillm": lambda m: m["policy_loss"] + m["divergence"] + 0.3 * m["gold_nll"],
+  "fdistill": lambda m: m["divergence"] + 0.3 * m["gold_nll"],
+  "distillm2": lambda m: (
+    m["divergence"] + m["student_divergence"] + 0.3 * m["gold_nll"]
+  ),
+  "promptkd": lambda m: (
+    m["divergence"] + m["module_divergence"] + m["pull"] + 0.3 * m["gold_nll"]
+  ),
   "rlkd": lambda m: m["rank_loss"] + m["divergence"] / 2 + 0.3 * m["student_nll"],
-  "mixkd": lambda m: 1.3 * m["student_nll"] + m["mixed_nll"] + m["divergence"],
+  "mixkd": lambda m: 1.3 * m["student_nll"] + m["mixed_student_nll"] + m["divergence"],
   "okd": lambda m: (
     0.9 * m["divergence"]
     + (0.1 + 0.3) * m["student_nll"]
@@ -195,13 +238,14 @@ def test_logged_parts_make_the_loss(name):
 def test_diagnostics(name):
   """Every distillation logs both entropies, both KLs, both NLLs and the agreement."""
   (student, teacher, base), batch = make_logits(), make_batch()
-  _, metrics = LogitTrial(name)(student, teacher, base, batch)
+  trial = LogitTrial(name)
+  _, metrics = trial(student, teacher, base, batch)
   if name in ("sft", "mixkd"):  # no teacher, or none on the plain rows
     batch = {k: batch[k] for k in ("labels", "mask")}
     want = mean(oracle.cross_entropy(student, np.asarray(batch["labels"])), batch)
     np.testing.assert_allclose(metrics["student_nll"], want, rtol=1e-5)
     return
-  teacher = np.asarray(teacher if name == "okd" else base)
+  teacher = np.asarray(teacher if name in ADAPTED else base)
   student, labels = np.asarray(student), np.asarray(batch["labels"])
 
   def entropy(logits):
@@ -216,9 +260,8 @@ def test_diagnostics(name):
     "reverse_kl": oracle.reverse_kl(teacher, student),
     "top1_agreement": student.argmax(-1) == teacher.argmax(-1),
   }.items():
-    np.testing.assert_allclose(
-      metrics[key], mean(values, batch), rtol=1e-5, err_msg=key
-    )
+    want = (values * np.asarray(trial.method.weights(batch["mask"]))).sum()
+    np.testing.assert_allclose(metrics[key], want, rtol=1e-5, err_msg=key)
 
 
 @every
@@ -228,7 +271,7 @@ def test_who_gets_gradient(name):
   grads = jax.grad(lambda logits: trial(*logits, batch)[0])(make_logits())
   student, teacher, base = (float(jnp.abs(g).sum()) for g in grads)
   assert student > 0
-  assert (teacher > 0) == (trial.method.teacher == "adapted") == (name == "okd")
+  assert (teacher > 0) == (trial.method.teacher == "adapted") == (name in ADAPTED)
   assert base == 0
 
 
@@ -315,9 +358,37 @@ OTHER = {
   "mix_alpha": (2.0, {}),
   "mix_kd_weight": (0.3, {}),
   "mix_gold_weight": (0.3, {}),
-  "update": ("sequential", {}),
+  "update_order": ("sequential", {}),
+  "variant": ("paper", {}),
+  "teacher_mix": (0.5, {}),
+  "ppo_clip": (0.01, {}),
+  "length_norm": (False, {}),
+  "single_step": (False, {}),
+  "updates_per_sample": (2, {}),
+  "exact_mixture": (True, {"divergence": "jensen_shannon"}),
+  "contrast": (0.5, {}),
+  "pull_weight": (0.2, {}),
+  "seqkd_ratio": (0.5, {}),
+  "replay": (True, {}),
+  "replay_capacity": (10, {"replay": True}),
+  "replay_ratio": ("constant", {}),
+  "loss_eps": (0.2, {}),
+  "accept_top": (3, {}),
+  "teacher_temperature": (1.0, {}),
+  "teacher_top_p": (0.9, {}),
+  "sampled_share": (0.3, {}),
+  "max_new_tokens": (7, {}),
+  "sample_temperature": (0.7, {}),
+  "sample_top_p": (0.6, {}),
+  "sample_top_k": (3, {}),
 }
-USED = [(n, k) for n in CORE for k in methods.used_knobs(n)]
+# A divergence's own knobs are kd's affair: all methods hand them on by one function.
+USED = [
+  (n, k)
+  for n in sorted({*CORE, *SAMPLED})
+  for k in methods.used_knobs(n)
+  if n == "kd" or k not in (SHAPE if n in CORE else methods.used_knobs("kd"))
+]
 
 
 @pytest.mark.parametrize("name, knob", USED)
@@ -329,25 +400,29 @@ def test_every_knob_changes_something(name, knob):
   batch = make_batch()
   losses = [float(t(*make_logits(), batch)[0]) for t in (before, after)]
   changed = abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
-  assert changed or before.method.updates != after.method.updates
+  one, other = before.method, after.method
+  plans = [dataclasses.replace(m.sequences, prepare=None) for m in (one, other)]
+  assert changed or one.updates != other.updates or plans[0] != plans[1]
 
 
 @pytest.mark.parametrize(
-  "name, knob", [(n, k) for n, k in USED if k in KNOBS and type(KNOBS[k]) is float]
+  "name, knob", [(n, k) for n, k in USED if type(KNOBS[k]) is float]
 )
 def test_a_knob_moves_linearly(name, knob):
   """Halfway through a schedule the loss is the one of the value halfway."""
   value, base = OTHER[knob]
-  if knob in ("ab_alpha", "ab_beta"):
-    with pytest.raises(UserError, match=f"method.{knob}=.* cannot move"):
-      methods.build(name, KNOBS | base | {"end": {knob: value}})
-    return
+  if knob not in default.get_config().method.end:
+    return  # the configuration has no such key
   logits, batch = make_logits(), make_batch()
-  moving = LogitTrial(name, end={knob: value}, **base)
+  # What moves by itself is held.
+  held = {"pull_weight": 1.0} if name == "promptkd" and knob != "pull_weight" else {}
+  moving = LogitTrial(name, end=held | {knob: value}, **base)
   for progress in (0.5, 1.0):
     now = KNOBS[knob] + progress * (value - KNOBS[knob])
-    want = LogitTrial(name, **base | {knob: now})(*logits, batch)[0]
-    got = moving(*logits, batch, progress=jnp.float32(progress))[0]
+    at = {"progress": jnp.float32(progress)}
+    still = {knob: now} if knob == "pull_weight" else held
+    want = LogitTrial(name, **base | {knob: now}, end=still)(*logits, batch, **at)[0]
+    got = moving(*logits, batch, **at)[0]
     np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
@@ -378,7 +453,7 @@ def test_a_moving_knob_in_a_training_step(microbatches):
 @pytest.mark.parametrize(
   "name, knobs, message",
   [
-    ("okdd", {}, "method.name='okdd' is unknown; use one of akl, jsd, kd, mixkd, okd"),
+    ("okdd", {}, "method.name='okdd' is unknown; use one of akl, distillm, "),
     ("kd", {"kd_ratio": 1.5}, "method.kd_ratio=1.5 must lie between 0 and 1"),
     ("kd", {"gold_weight": -1.0}, "method.gold_weight=-1.0 must be at least 0"),
     ("kd", {"top_k": -1}, "method.top_k=-1 must be at least 0"),
@@ -387,7 +462,7 @@ def test_a_moving_knob_in_a_training_step(microbatches):
     ("okd", {"teacher_kl_weight": -1.0}, "method.teacher_kl_weight=-1.0"),
     ("okd", {"anchor_weight": -1.0}, "method.anchor_weight=-1.0 must be at least 0"),
     ("okd", {"divergence": "kld"}, "method.divergence='kld' is no divergence"),
-    ("okd", {"update": "both"}, "method.update='both' must be one of"),
+    ("okd", {"update_order": "both"}, "method.update_order='both' must be one of"),
     ("jsd", {"beta": 2.0}, "method.beta=2.0"),
     ("jsd", {"end": {"beta": 1.0}}, "method.beta=0.5 moving to 1.0: the Jensen"),
     ("skl", {"skew": 1.0}, "method.skew=1.0 must be at least 0 and below 1"),
@@ -396,7 +471,12 @@ def test_a_moving_knob_in_a_training_step(microbatches):
     ("rlkd", {"rank_divisor": 0.0}, "method.rank_divisor=0.0 must be above 0"),
     ("mixkd", {"mix_alpha": 0.0}, "method.mix_alpha=0.0 must be above 0"),
     ("kd", {"end": {"temperature": -1.0}}, "method.temperature=1.0 moving to -1.0"),
-    ("kd", {"end": {"rank_divisor": 1.0}}, "method.end.rank_divisor: kd has no such"),
+    ("kd", {"end": {"beta": 0.9}}, "method.end.beta: here kd reads no such"),
+    (
+      "kd",
+      {"end": {"rank_divisor": 1.0}},
+      "method.end.rank_divisor: here kd reads no such",
+    ),
   ],
 )
 def test_bad_knobs(name, knobs, message):

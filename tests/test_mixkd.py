@@ -36,7 +36,7 @@ def test_swapping_the_rows_and_lambda_changes_nothing(monkeypatch):
   _, first = setup.loss(setup.params, batch)
   fixed(monkeypatch, 0.7, back)
   _, second = setup.loss(setup.params, batch)
-  for name in ("divergence", "mixed_nll", "teacher_nll"):
+  for name in ("divergence", "mixed_student_nll", "mixed_teacher_nll"):
     np.testing.assert_allclose(first[name], second[name], rtol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_loss_equals_the_formula(monkeypatch):
   other = oracle.cross_entropy(student, labels[order])
   nll = (share * weights * own + (1 - share) * weights[order] * other).sum()
   d = (mixed * oracle.forward_kl(base, student)).sum()
-  np.testing.assert_allclose(metrics["mixed_nll"], nll, rtol=1e-5)
+  np.testing.assert_allclose(metrics["mixed_student_nll"], nll, rtol=1e-5)
   np.testing.assert_allclose(metrics["divergence"], d, rtol=1e-5)
   want = 1.1 * (weights * own).sum() + 0.5 * nll + 2 * d
   np.testing.assert_allclose(loss, want, rtol=1e-5)

@@ -61,7 +61,7 @@ def test_okd_module_ignores_the_student_at_alpha_zero():
 @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
 def test_okd_with_a_held_module_is_forward_kd(update):
   """METHODS 2.5 (c): module learning rate 0 makes the whole run forward KD's."""
-  okd, _ = Setup("okd", lr_scale=0.0, update=update).train(5)
+  okd, _ = Setup("okd", lr_scale=0.0, update_order=update).train(5)
   kd, _ = Setup("kd").train(5)
   chex.assert_trees_all_equal(okd.params["student"], kd.params["student"])
 
@@ -99,7 +99,7 @@ def test_okd_rests_where_student_and_teacher_agree():
 
 def test_sequential_update_shows_the_student_the_moved_module():
   """The module's step comes first; the student's target is the updated teacher."""
-  setup = Setup("okd", update="sequential")
+  setup = Setup("okd", update_order="sequential")
   together = Setup("okd")
   batch = make_batch()
   moved, _ = setup.step(setup.state, setup.frozen, batch)

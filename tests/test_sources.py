@@ -80,6 +80,14 @@ def test_dolly_by_its_own_names():
   assert (record.prompt, record.input, record.references) == ("i", "c", ("r",))
 
 
+def test_a_response_may_say_that_it_was_cut_off(tmp_path):
+  ends = [{}, {"ended": None}, {"ended": True}, {"ended": False}]
+  forms = [ROW, {"prompt": "a", "completion": "b"}, {"messages": TALK}, {"text": "a"}]
+  for form in forms:
+    path = write(tmp_path / "a.jsonl", *(form | end for end in ends))
+    assert [record.ended for record in load_records(path)] == [True, True, True, False]
+
+
 # Kinds of sources
 
 
@@ -233,6 +241,8 @@ BAD_LINES = [
   (b'{"instruction": "a", "input": 1, "output": "b"}', "'input' is a number"),
   (b'{"prompt": "a", "completion": ""}', "'completion' is empty"),
   (b'{"prompt": "", "completion": "a"}', "'prompt' is empty"),
+  (b'{"text": "a", "ended": 0}', "'ended' is a number, not true or false"),
+  (b'{"text": "a", "ended": "no"}', "'ended' is a string, not true or false"),
   (b'{"text": ""}', "'text' is empty"),
   (b'{"text": true}', "'text' is true or false, not a string"),
   (b'{"text": "a\\ud800b"}', "half a surrogate pair at character 2"),

@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from okd_jax import METHODS
-from okd_jax.methods.kd import NAMED
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -199,11 +198,14 @@ def test_another_configuration_is_refused(finished):
   assert "Traceback" not in done.stderr
 
 
+QUICKLY = {"sft", "mixkd", "gkd", "minillm", "fdistill", "promptkd"}
+
+
 @pytest.mark.parametrize(
   "name",
-  # The named ones are kd with another divergence: quick in-process tests tell.
+  # All of them in the slow tests; these differ most in what surrounds the loss.
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in NAMED))
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICKLY))
     for name in sorted({*METHODS} - {"okd"})
   ],
 )
@@ -211,8 +213,10 @@ def test_every_method_runs(name, tmp_path):
   """Guards H2: shipped commands that do not run."""
   train(tmp_path / name, f"--config.method.name={name}")
   values = losses(tmp_path / name)
-  assert values[6] < values[1]
-  assert not (tmp_path / name / "adapter").exists()
+  if name in ("sft", "kd", "rlkd", "mixkd"):  # the others' text changes as they learn
+    assert values[6] < values[1]
+  assert np.isfinite(list(values.values())).all()
+  assert (tmp_path / name / "adapter").exists() == (name == "promptkd")
 
 
 def test_eight_devices_give_the_losses_of_one(finished, tmp_path):

@@ -20,6 +20,8 @@ STUDENT = ModelConfig(vocab_size=VOCAB, hidden_size=8, num_layers=2, num_heads=2
 KNOBS = {
   k: v for k, v in default.get_config().method.items() if k not in ("name", "end")
 }
+# kd on other text than the data's.
+SAMPLED = {"distillm", "gkd", "imitkd", "seqkd", "skd"}
 OPTIM = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
 
 
@@ -81,7 +83,9 @@ class Setup:
     """(final state, losses) after so many steps, each on a batch of its own."""
     state, losses = self.state, []
     for i in range(steps):
-      state, metrics = self.step(state, self.frozen, make_batch(seed + i))
+      batch = make_batch(seed + i)
+      batch = with_others(self, state.params, self.frozen, batch)
+      state, metrics = self.step(state, self.frozen, batch)
       losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -93,8 +97,9 @@ class LogitTrial:
   [B, L, V]. A plain method sees `base` as its teacher, unless `base` is None.
   """
 
-  def __init__(self, name, *, chunk=5, end=None, **knobs):
-    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}})
+  def __init__(self, name, *, chunk=5, end=None, module="", gold=True, **knobs):
+    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}}, module)
+    self.gold = gold  # whether gold rows lie beside sampled ones that want them
 
     def teacher(frozen, adapter, batch, mix=None):
       return _as_output(frozen if adapter is None else adapter)
@@ -112,7 +117,26 @@ class LogitTrial:
     frozen = teacher if base is None else base
     key = jax.random.key(0) if key is None else key
     knobs = self.method.knobs_at(progress)
-    return self.method.loss(self.models, params, frozen, weighted(batch), key, knobs)
+    batch = self.beside(params, frozen, batch)
+    return self.method.loss(self.models, params, frozen, batch, key, knobs)
+
+  def beside(self, params, frozen, batch):
+    """The batch with its weights, and the same rows wherever others belong."""
+    batch = {k: batch[k] for k in ("labels", "mask", "segment_ids", "tokens")}
+    batch["weights"] = self.method.weights(batch["mask"])
+    return with_others(self, params, frozen, batch, self.gold)
+
+
+def with_others(trial, params, frozen, batch, gold=True):
+  """The batch, what it must know of its writers, and itself as every other batch."""
+  plan = trial.method.sequences
+  others = {name: batch for name in plan.beforehand}
+  if plan.gold and gold:
+    others["gold"] = batch
+  if plan.prepare:
+    params, frozen = jax.lax.stop_gradient((params, frozen))
+    batch = plan.prepare(trial.models, params, frozen, batch)
+  return batch | others
 
 
 def _as_output(logits):

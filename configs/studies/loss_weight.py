@@ -23,6 +23,5 @@ def get_config(point: str = "okd-1"):
   method, weight = value.split("-")
   config.method.name = method
   # One and the same quantity, under the name that each method has for it.
-  config.method.student_kl_weight = float(weight)
-  config.method.kd_ratio = float(weight)
+  config.method["student_kl_weight" if method == "okd" else "kd_ratio"] = float(weight)
   return config

@@ -1,10 +1,11 @@
 """Turns rendered records into token rows, and decides what to do with long ones.
 
-The rule (METHODS 1.3): tokenise the prompt, and prompt and response together. If the
+The rule: tokenise the prompt, and prompt and response together. If the
 second begins with the first, the rest is the response; otherwise a token straddles
 the seam, and the response is tokenised alone, so that a row always starts with the
 very tokens that generation will be given. One end token follows, unless the row is
-cut. What is trained on follows from lengths alone, never from ids.
+cut or says that its response was (`"ended": false`). What is trained on follows from
+lengths alone, never from ids.
 """
 
 import collections
@@ -29,13 +30,14 @@ class Example:
   """One row: the first `prompt_length` tokens are given, the rest is trained on.
 
   `prompt_length` is 0 for plain text. `references` are the acceptable responses
-  (none for plain text), `where` is the file and line.
+  (none for plain text), `where` is the file and line, `record` what it was made of.
   """
 
   tokens: Int32[np.ndarray, " L"]
   prompt_length: int
   references: tuple[str, ...]
   where: str
+  record: Record | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _encode(
   for start in range(0, len(records), _BATCH):
     batch = [_clean(r, tokenizer) for r in records[start : start + _BATCH]]
     texts = [render(record) for record in batch]
-    for record, (prompt, response) in zip(batch, _split(texts, tokenizer), strict=True):
+    rows = _split(texts, [record.ended for record in batch], tokenizer)
+    for record, (prompt, response) in zip(batch, rows, strict=True):
       if record.kind == "text":
         examples += _windows(record, response, limits, tally)
       else:
@@ -188,9 +191,11 @@ def _clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
 
 
 def _split(
-  texts: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+  texts: Sequence[Rendered],
+  ended: Sequence[bool],
+  tokenizer: PreTrainedTokenizerBase,
 ) -> Iterable[tuple[list[int], list[int]]]:
-  """(prompt, response with its end) of each text, in tokens."""
+  """(prompt, response with its end if it has one) of each text, in tokens."""
   front, special = _front_ids(tokenizer), _special_ids(tokenizer)
   prompts = _tokens([text.prompt for text in texts], tokenizer)
   fulls = _tokens([text.full for text in texts], tokenizer)
@@ -202,13 +207,17 @@ def _split(
   alone = _tokens([texts[i].response for i in astray], tokenizer)
   for i, response in zip(astray, alone, strict=True):
     responses[i] = response
-  for text, prompt, response in zip(texts, prompts, responses, strict=True):
+  for text, whole, prompt, response in zip(
+    texts, ended, prompts, responses, strict=True
+  ):
+    if whole and text.chat:
+      response = _through_end_of_turn(response, tokenizer, special)
+    elif whole:
+      response = _ended(response, tokenizer)
     if text.chat:
-      yield prompt, _through_end_of_turn(response, tokenizer, special)
-    elif text.prompt:
-      yield front + prompt, _ended(response, tokenizer)
+      yield prompt, response
     else:
-      yield [], front + _ended(response, tokenizer)
+      yield (front + prompt, response) if text.prompt else ([], front + response)
 
 
 def _ended(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -241,6 +250,11 @@ def _fit(
   """The row, cut to the limits; nothing if it has to be dropped."""
   if not prompt:
     raise UserError(f"{record.where}: the prompt has no tokens; give it some text")
+  if not response:
+    raise UserError(
+      f"{record.where}: 'ended' is false, but the response has no tokens; give it some "
+      "text, or remove the record"
+    )
   if len(prompt) > limits.max_prompt_length:
     if limits.overlong_prompt == "drop":
       tally["dropped_prompts"] += 1
@@ -253,7 +267,7 @@ def _fit(
       return []
     tally["truncated_rows"] += 1
   tokens = np.array((prompt + response)[: limits.max_length], np.int32)
-  return [Example(tokens, len(prompt), record.references, record.where)]
+  return [Example(tokens, len(prompt), record.references, record.where, record)]
 
 
 def _last_tokens(
@@ -279,7 +293,7 @@ def _windows(
   if len(tokens) > size:
     tally["windows"] += len(pieces)
   return [
-    Example(np.array(piece, np.int32), 0, record.references, record.where)
+    Example(np.array(piece, np.int32), 0, record.references, record.where, record)
     for piece in pieces
   ]
 

@@ -1,5 +1,8 @@
 """Turns records into text: prompt templates, and what of the text is the response.
 
+And back: what a model has said becomes text (`decode_response`) and a row of data
+(`answered_row`).
+
 A template only ever decides what the model reads before it answers. `render` gives
 the prompt, and prompt and response as one text, because a tokenizer may merge what
 stands left and right of the seam (see `encode.py`).
@@ -8,11 +11,13 @@ stands left and right of the seam (see `encode.py`).
 import os
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
+import numpy as np
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax.data.sources import Record
@@ -216,6 +221,9 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
     messages = _as_messages(record)
     answer = {"role": "assistant", "content": record.references[0]}
     prompt = write(messages, record.where, prompt=True)
+    if not record.ended:  # the template would write the end of the turn
+      text = answer["content"]
+      return Rendered(prompt, prompt + text, text, chat=True)
     full = write([*messages, answer], record.where, prompt=False)
     if full.startswith(prompt):
       return Rendered(prompt, full, full[len(prompt) :], chat=True)
@@ -230,3 +238,48 @@ def _as_messages(record: Record) -> list[Mapping[str, str]]:
   if record.kind == "messages":
     return list(record.messages)
   return [{"role": "user", "content": _joined(record.prompt, record.input)}]
+
+
+# From a model's tokens to a row
+
+
+def decode_response(
+  tokenizer: PreTrainedTokenizerBase,
+  prompt: Int[np.ndarray, " P"],
+  response: Int[np.ndarray, " R"],
+  ended: bool,
+) -> str:
+  """What a model said after a prompt, such that both together are one text again.
+
+  Encoding it may yield other tokens that spell the same, if the model's were not what
+  the tokenizer would have chosen.
+
+  response: without the token that ended it; `ended` False says that there was none.
+  """
+
+  def decode(tokens, skip=True):
+    return tokenizer.decode(
+      tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False
+    )
+
+  # Behind its prompt, since some tokenizers drop the space that a text begins with.
+  before, whole = decode(prompt), decode(np.concatenate([prompt, response]))
+  text = whole[len(before) :] if whole.startswith(before) else decode(response)
+  if not ended:
+    text = text.rstrip("\ufffd")  # a character that the cut has split
+    text = text or decode(response, skip=False)
+  # Silence is a response, but no row may be blank: there the end is written out.
+  return text if text.strip() else text + tokenizer.eos_token
+
+
+def answered_row(record: Record, response: str, ended: bool = True) -> dict[str, Any]:
+  """The record as a row to be written, with another response than its own."""
+  if record.kind == "messages":
+    final = {"role": "assistant", "content": response}
+    row = {"messages": [*record.messages, final]}
+  elif record.kind == "completion":
+    row = {"prompt": record.prompt, "completion": response}
+  else:
+    extra = {"input": record.input} if record.input else {}
+    row = {"instruction": record.prompt, **extra, "output": response}
+  return row if ended else row | {"ended": False}

@@ -46,7 +46,9 @@ def train_loader(
     )
   share = batch_size // process_count
   mine = slice(process_index * share, (process_index + 1) * share)
-  order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+  # As good as endless; grain's own endless repetition overflows in batches of one row.
+  epochs = 2**40 // len(examples) + 1
+  order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(epochs)
   batches = order.batch(batch_size).map(
     lambda rows: _batch(examples, rows[mine], length, pad_id)
   )

@@ -46,6 +46,7 @@ class Record:
       `text` is trained on, and there is no prompt.
     where: file and line, for messages.
     references: acceptable responses; the first is trained on. None for `text`.
+    ended: False where the response was cut off, so that no end is trained after it.
   """
 
   kind: str
@@ -55,6 +56,7 @@ class Record:
   messages: tuple[Mapping[str, str], ...] = ()
   text: str = ""
   references: tuple[str, ...] = ()
+  ended: bool = True
 
 
 def load_records(spec: str | Sequence[str]) -> list[Record]:
@@ -94,19 +96,17 @@ def read_rows(spec: str | Sequence[str]) -> list[Row]:
 
 def parse_record(row: Any, where: str) -> Record:
   """Checks one raw row and turns it into a `Record`."""
-  row = _known_names(_mapping(row, where))
-  kind = _kind(row, where)
+  row = _known_names(row, where)
+  kind, ended = _kind(row, where), _ended(row, where)
   if kind == "text":
-    return Record(kind, where, text=_text(row, "text", where))
-  references = _references_of(row, where)
+    return Record(kind, where, text=_text(row, "text", where), ended=ended)
+  fields = {"references": _references_of(row, where), "ended": ended}
   if kind == "messages":
-    messages = tuple(_messages(row, where)[:-1])
-    return Record(kind, where, messages=messages, references=references)
-  prompt = _text(row, FORMS[kind][0], where)
-  extra = ""
+    return Record(kind, where, messages=tuple(_messages(row, where)[:-1]), **fields)
+  fields["prompt"] = _text(row, FORMS[kind][0], where)
   if kind == "instruction" and row.get("input") is not None:
-    extra = _text(row, "input", where, blank=True)
-  return Record(kind, where, prompt=prompt, input=extra, references=references)
+    fields["input"] = _text(row, "input", where, blank=True)
+  return Record(kind, where, **fields)
 
 
 def _read_source(source: str) -> Iterable[Row]:
@@ -244,7 +244,9 @@ def _read_hub(source: str) -> Iterable[Row]:
   """Rows of a dataset on the hub, `id`, `id:split` or `id@config:split`."""
   base, _, split = source.partition(":")
   name, _, config = base.partition("@")
-  if _looks_like_path(base) or not _HUB_ID.fullmatch(name):
+  # Some can only have been meant as a path, and the hub is not asked for them.
+  is_path = base.startswith((".", "/", "~")) or base.endswith((*_SUFFIXES, ".gz"))
+  if is_path or not _HUB_ID.fullmatch(name):
     raise UserError(f"{source}: no such file or folder")
   import datasets
   import huggingface_hub
@@ -261,11 +263,6 @@ def _read_hub(source: str) -> Iterable[Row]:
       f"hub ({_hub_cause(error)})"
     ) from error
   return _dataset_rows(data, f"{base}:{split or 'train'}")
-
-
-def _looks_like_path(base: str) -> bool:
-  """Whether a missing source can only have been meant as a path."""
-  return base.startswith((".", "/", "~")) or base.endswith((*_SUFFIXES, ".gz"))
 
 
 def _dataset_rows(data: Iterable[Any], name: str) -> Iterator[Row]:
@@ -288,20 +285,13 @@ def _cause(error: BaseException) -> str:
 # Rows
 
 
-def _mapping(row: Any, where: str) -> Mapping[str, Any]:
+def _known_names(row: Any, where: str) -> Mapping[str, Any]:
+  """The row if it is one, Dolly's own names for input and output turned into ours."""
   if not isinstance(row, Mapping):
     raise UserError(f"{where}: is {_type(row)}, not an object; {_FORMS_HELP}")
-  return row
-
-
-def _known_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Dolly's own names for input and output, turned into ours."""
   if "response" not in row or "output" in row:
     return row
-  return {
-    _DOLLY_NAMES[key] if key in _DOLLY_NAMES else key: value
-    for key, value in row.items()
-  }
+  return {_DOLLY_NAMES.get(key, key): value for key, value in row.items()}
 
 
 def _kind(row: Mapping[str, Any], where: str) -> str:
@@ -319,9 +309,17 @@ def _kind(row: Mapping[str, Any], where: str) -> str:
   raise UserError(f"{where}: no usable keys (found: {found}); {_FORMS_HELP}")
 
 
+def _ended(row: Mapping[str, Any], where: str) -> bool:
+  """The key 'ended', which says whether the response is whole; by default it is."""
+  ended = row.get("ended")
+  if not isinstance(ended, bool | None):
+    raise UserError(f"{where}: 'ended' is {_type(ended)}, not true or false")
+  return ended is not False
+
+
 def _references_of(row: Any, where: str) -> tuple[str, ...]:
   """Acceptable responses of a raw row, from whichever key holds them."""
-  row = _known_names(_mapping(row, where))
+  row = _known_names(row, where)
   for key in ("output", "completion"):
     if row.get(key) is not None:
       return _strings(row, key, where)

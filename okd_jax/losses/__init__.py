@@ -1,6 +1,6 @@
 """Token-level losses. They know arrays only."""
 
-from okd_jax.losses.chunked import Output, TokenLoss, unembed, weighted_sums
+from okd_jax.losses.chunked import Output, TokenLoss, per_token, unembed, weighted_sums
 from okd_jax.losses.divergences import (
   adaptive_kl,
   alpha_beta,
@@ -39,6 +39,7 @@ __all__ = [
   "forward_kl",
   "jensen_shannon",
   "log_probs",
+  "per_token",
   "rank_correlation",
   "reverse_kl",
   "skew_forward_kl",

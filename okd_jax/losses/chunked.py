@@ -164,7 +164,11 @@ def _split(outputs, labels, weights, chunk: int):
     x = jnp.pad(x, pad).reshape(x.shape[0], count, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  hidden = {name: output.hidden for name, output in outputs.items()}
+  # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
+  hidden = {
+    name: jnp.where(weights[..., None] != 0, output.hidden, 0)
+    for name, output in outputs.items()
+  }
   return jax.tree.map(split, (hidden, labels, weights))
 
 
@@ -187,3 +191,26 @@ def _zeros(token_loss, outputs, chunks):
 
 def _is_primal(leaf) -> bool:
   return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def per_token(
+  function: Callable,
+  outputs: Mapping[str, Output],
+  labels: Labels,
+  chunk: int,
+):
+  """A function of the logits at every position, chunk by chunk; not differentiated.
+
+  function: (logits by model [B, C, V], labels [B, C]) -> any tree of [B, C].
+  """
+  length = jax.tree.leaves(labels)[0].shape[1]
+  everywhere = jnp.ones(jax.tree.leaves(labels)[0].shape[:2])
+  outputs = jax.lax.stop_gradient(dict(outputs))
+
+  def body(_, inputs):
+    hidden, labels, _ = inputs
+    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+    return None, function(logits, labels)
+
+  _, values = jax.lax.scan(body, None, _split(outputs, labels, everywhere, chunk))
+  return jax.tree.map(lambda x: _join(x, length), values)

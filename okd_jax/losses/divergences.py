@@ -9,11 +9,15 @@ everything that is quadratic near p = q; total variation is not.
 
 All are 0 at p = q and never negative. A logit of -inf is a token of probability 0;
 where only one side has it, a KL that would be infinite is about 1e30 instead, and its
-gradient stays finite. Knobs may be traced scalars; their range is then the caller's.
+gradient stays finite (at temperatures up to 1000). Knobs may be traced scalars; their
+range is then the caller's affair.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # Stands for log 0. Finite, so that 0 * log 0 is 0 and no gradient turns into NaN.
@@ -28,8 +32,7 @@ def forward_kl(
   teacher_logits: Logits, student_logits: Logits, temperature: Knob = 1.0
 ) -> PerToken:
   """KL(p || q) * T^2; its gradient in the student's logits is (q - p) * T."""
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   return temperature**2 * _kl(log_p, log_q)
 
 
@@ -54,8 +57,7 @@ def weighted_kl(
     ValueError: if weight lies outside [0, 1].
   """
   _check("weighted_kl: weight", weight, 0, 1)
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   both = weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
   return temperature**2 * both
 
@@ -79,11 +81,10 @@ def jensen_shannon(
     ValueError: if beta lies outside [0, 1].
   """
   _check("jensen_shannon: beta", beta, 0, 1)
-  if isinstance(beta, int | float) and beta in (0, 1):
+  if _is_number(beta) and beta in (0, 1):
     end = reverse_kl if beta else forward_kl
     return end(teacher_logits, student_logits, temperature)
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   log_m = _log_mix(log_p, log_q, beta)
   value = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
   return temperature**2 * (value / (beta * (1 - beta)) if normalize else value)
@@ -103,10 +104,9 @@ def skew_forward_kl(
     ValueError: if alpha lies outside [0, 1).
   """
   _check_skew("skew_forward_kl", alpha)
-  if isinstance(alpha, int | float) and alpha == 0:
+  if _is_number(alpha) and alpha == 0:
     return forward_kl(teacher_logits, student_logits, temperature)
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   return temperature**2 * _kl(log_p, _log_mix(log_p, log_q, alpha))
 
 
@@ -134,9 +134,9 @@ def total_variation(
 
   Not quadratic near p = q: unlike the others' its gradient grows about like T.
   """
-  p = jnp.exp(log_probs(teacher_logits, temperature))
-  q = jnp.exp(log_probs(student_logits, temperature))
-  return temperature**2 * 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
+  gap = jnp.abs(jnp.exp(log_p) - jnp.exp(log_q))
+  return temperature**2 * 0.5 * jnp.sum(gap, axis=-1)
 
 
 def adaptive_kl(
@@ -152,9 +152,12 @@ def adaptive_kl(
   likeliest tokens as long as their mass is at most `head_mass`, the first one always;
   e sums |p - q| over head or tail. The weights are constants, 1/2 each where p = q
   (the authors' 0/0 there is NaN).
+
+  Raises:
+    ValueError: if head_mass lies outside [0, 1].
   """
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  _check("adaptive_kl: head_mass", head_mass, 0, 1)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   p, q = jax.lax.stop_gradient((jnp.exp(log_p), jnp.exp(log_q)))
   error = jnp.abs(p - q)
   total = jnp.sum(error, axis=-1)
@@ -185,8 +188,7 @@ def alpha_beta(
     raise ValueError(
       f"alpha_beta: alpha={alpha} and beta={beta} must be at least 0, and one above 0"
     )
-  log_p = log_probs(teacher_logits, temperature)
-  log_q = log_probs(student_logits, temperature)
+  log_p, log_q = _both(teacher_logits, student_logits, temperature)
   if beta == 0:
     terms = _half_power(log_p, log_q, alpha)
   elif alpha == 0:
@@ -236,13 +238,28 @@ def at_least_zero(value: PerToken) -> PerToken:
   return value + jax.lax.stop_gradient(jnp.maximum(value, 0) - value)
 
 
+def _both(teacher_logits: Logits, student_logits: Logits, temperature: Knob):
+  """log p and log q; a ValueError if the vocabularies differ, lest they broadcast."""
+  sizes = teacher_logits.shape[-1], student_logits.shape[-1]
+  if sizes[0] != sizes[1]:
+    raise ValueError(f"the vocabularies differ: {sizes[0]} and {sizes[1]} tokens")
+  return log_probs(teacher_logits, temperature), log_probs(student_logits, temperature)
+
+
+def _is_number(value) -> bool:
+  """Whether a knob is known now, and not traced."""
+  return isinstance(value, int | float | np.generic)
+
+
 def _kl(log_p: Logits, log_q: Logits) -> PerToken:
   return at_least_zero(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def _log_mix(log_p: Logits, log_q: Logits, share: Knob) -> Logits:
   """log(share p + (1 - share) q)."""
-  return jnp.logaddexp(log_p + jnp.log(share), log_q + jnp.log1p(-share))
+  # In double precision where that is possible: 1 - share may be tiny.
+  numbers = math if _is_number(share) else jnp
+  return jnp.logaddexp(log_p + numbers.log(share), log_q + numbers.log1p(-share))
 
 
 def _half_power(log_a: Logits, log_b: Logits, power: float) -> Logits:
@@ -279,10 +296,10 @@ def _head(p: Logits, mass: Knob) -> Bool[Array, "*B V"]:
 
 
 def _check(what: str, value: Knob, low: float, high: float) -> None:
-  if isinstance(value, int | float) and not low <= value <= high:
+  if _is_number(value) and not low <= value <= high:
     raise ValueError(f"{what}={value} must lie between {low} and {high}")
 
 
 def _check_skew(name: str, alpha: Knob) -> None:
-  if isinstance(alpha, int | float) and not 0 <= alpha < 1:
+  if _is_number(alpha) and not 0 <= alpha < 1:
     raise ValueError(f"{name}: alpha={alpha} must be at least 0 and below 1")

@@ -25,7 +25,7 @@ def rank_correlation(
   rank_i = sum_j sigmoid((z_i - z_j) / temperature). Towards temperature 0 they are
   the true ranks. Which tokens are ranked is a constant of the gradient, which flows
   to both sides through the ranks. Where one side ranks nothing (all logits equal) the
-  loss is 1; where the two are identical it is 0.
+  loss is 1; where neither does, or both agree, it is 0.
 
   Unlike the authors' code, an id in both top k counts once. Shapes are fixed: always
   2k slots, masked where they repeat.
@@ -36,7 +36,9 @@ def rank_correlation(
   # Padded vocabulary, -inf on both sides, is there only to make up the number.
   valid &= (slots[0] > -jnp.inf) | (slots[1] > -jnp.inf)
   ranks = [_soft_ranks(logits, valid, temperature) for logits in slots]
-  return at_least_zero(1 - jnp.sum(ranks[0] * ranks[1], axis=-1))
+  rho = jnp.sum(ranks[0] * ranks[1], axis=-1)
+  nothing = [jnp.all(rank == 0, axis=-1) for rank in ranks]
+  return jnp.where(nothing[0] & nothing[1], 0.0, at_least_zero(1 - rho))
 
 
 def _union(

@@ -4,6 +4,8 @@ Distilling the Knowledge in a Neural Network, Hinton et al. 2015, arXiv 1503.025
 `kd` takes the divergence as a knob; the others are names that papers use.
 """
 
+import jax
+
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy
 from okd_jax.methods.knobs import (
@@ -13,11 +15,13 @@ from okd_jax.methods.knobs import (
   check_share,
   check_weight,
   find_divergence,
+  own_shape,
 )
 from okd_jax.methods.method import (
   Method,
   combine,
   diagnostics,
+  gold_nll,
   stop_gradient,
   token_sums,
 )
@@ -35,7 +39,8 @@ def build(
   """loss = r D(p, q) + (1 - r + g) CE(y; q), the token mean.
 
   Args:
-    divergence: D, a key of `knobs.DIVERGENCES`; its own knobs are in `shape`.
+    divergence: D, a key of `knobs.DIVERGENCES`; its own knobs are in `shape`. '' is
+      the forward KL.
     kd_ratio: r, the share of the divergence.
     temperature: T of the divergence, which is multiplied by T^2.
     gold_weight: g, cross-entropy on gold on top of that share.
@@ -47,6 +52,7 @@ def build(
   check_weight("method.gold_weight", gold_weight)
   if top_k < 0:
     raise UserError(f"method.top_k={top_k} must be at least 0")
+  divergence = divergence or "forward_kl"
   distance = find_divergence("method.divergence", divergence, shape)
   if top_k:
     distance = among_top_k(distance, top_k)
@@ -63,10 +69,18 @@ def build(
       "student": models.student(params["student"], batch, key),
       "teacher": models.teacher(frozen, None, batch),
     }
-    return token_sums(models, token_loss, outputs, batch, knobs)
+    if "gold" not in batch:
+      return token_sums(models, token_loss, outputs, batch, knobs)
+    # Sampled rows, and beside them what their prompts' answers should have been: no
+    # cross-entropy on the former.
+    no_gold = knobs | {"gold_weight": knobs["kd_ratio"] - 1}
+    value, metrics = token_sums(models, token_loss, outputs, batch, no_gold)
+    nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
+    weight = 1 - knobs["kd_ratio"] + knobs["gold_weight"]
+    return value + weight * nll, metrics | {"gold_nll": nll}
 
   knobs = {"kd_ratio": kd_ratio, "temperature": temperature, "gold_weight": gold_weight}
-  return Method(loss=loss, teacher="frozen", knobs=knobs | shape)
+  return Method(loss=loss, teacher="frozen", knobs=knobs | own_shape(shape, divergence))
 
 
 # KD by one divergence, under the name it has in the literature.

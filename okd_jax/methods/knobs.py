@@ -80,6 +80,12 @@ def find_divergence(key: str, name: str, shape: Mapping[str, Any]) -> Callable:
   return distance
 
 
+def own_shape(shape: Mapping[str, Any], *names: str) -> dict[str, Any]:
+  """Those of the knobs in `shape` that one of these divergences reads."""
+  used = {knob for name in names for knob in DIVERGENCES[name][1].values()}
+  return {knob: shape[knob] for knob in shape if knob in used}
+
+
 def among_top_k(distance: Callable, k: int) -> Callable:
   """`distance` between the teacher's k likeliest tokens and one bucket for the rest.
 

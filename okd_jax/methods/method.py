@@ -16,10 +16,12 @@ from okd_jax.losses import (
   entropy,
   forward_kl,
   reverse_kl,
+  token_weights,
   top1_agreement,
   weighted_sums,
 )
 from okd_jax.methods.knobs import Knob, Linear
+from okd_jax.methods.sequences import Sequences
 from okd_jax.models import Decoder, output
 
 Params = dict[str, Any]
@@ -90,12 +92,19 @@ class Method:
   teacher: 'none', 'frozen' or 'adapted'.
   knobs: every number in the loss, by its configuration key.
   updates: the trees that move, in order; trees in one group move simultaneously.
+  sequences: where the text comes from. What it puts beside the sampled rows, such as
+    batch['gold'], is a batch of its own with weights of its own.
+  weights: mask [B, L] of a whole batch to the weight of each position.
+  module: the kind of online module where adapter.kind leaves it open.
   """
 
   loss: Callable[[Models, Params, Any, Batch, Array, Mapping[str, Any]], Loss]
   teacher: str
   knobs: Mapping[str, Knob] = dataclasses.field(default_factory=dict)
   updates: tuple[tuple[str, ...], ...] = (("student",),)
+  sequences: Sequences = Sequences()
+  weights: Callable[[Array], Array] = token_weights
+  module: str = "lora"
 
   def knobs_at(self, progress) -> dict[str, Any]:
     """The value of each knob at a share of the run, 0 at the first step, 1 at the last.
@@ -141,6 +150,17 @@ def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
   }
 
 
+def gold_nll(models: Models, params: Params, batch: Batch, key) -> Array:
+  """The student's cross-entropy on the gold rows that lie beside sampled ones."""
+
+  def token_loss(logits, labels):
+    return cross_entropy(logits["student"], labels), {}
+
+  gold = batch["gold"]
+  outputs = {"student": models.student(params["student"], gold, key)}
+  return token_sums(models, token_loss, outputs, gold, {})[0]
+
+
 def token_sums(
   models: Models,
   token_loss: TokenLoss,
@@ -151,21 +171,26 @@ def token_sums(
 ) -> Loss:
   """Sums of a token loss over the batch, chunk by chunk (`losses.weighted_sums`).
 
-  Every head is cut to the smallest vocabulary, since the rows beyond are unused
-  padding: that the tokenizers agree was checked when the models were loaded. Padded
-  ids thus have probability 0 on both sides instead of a share of somebody's mass.
+  labels: what the loss gets in place of the batch's labels.
   """
-  size = min(output.head.shape[0] for output in outputs.values())
-  outputs = {
-    name: output._replace(head=output.head[:size]) for name, output in outputs.items()
-  }
   moving = {k: v for k, v in knobs.items() if isinstance(v, jax.Array)}
   constant = {k: v for k, v in knobs.items() if k not in moving}
   return weighted_sums(
     functools.partial(token_loss, **constant),
-    outputs,
+    cut_heads(outputs),
     batch["labels"] if labels is None else labels,
     batch["weights"],
     models.chunk,
     moving,
   )
+
+
+def cut_heads(outputs: Mapping[str, Output]) -> dict[str, Output]:
+  """Every head cut to the smallest vocabulary.
+
+  The rows beyond are unused padding: that the tokenizers agree was checked when the
+  models were loaded. Padded ids thus have probability 0 on both sides instead of a
+  share of somebody's mass.
+  """
+  size = min(output.head.shape[0] for output in outputs.values())
+  return {name: out._replace(head=out.head[:size]) for name, out in outputs.items()}

@@ -16,12 +16,13 @@ and padding never leaks into a text.
 import jax
 import jax.numpy as jnp
 
-from okd_jax.losses import cross_entropy
+from okd_jax.losses import cross_entropy, entropy
 from okd_jax.methods.knobs import (
   Knob,
   check_positive,
   check_weight,
   find_divergence,
+  own_shape,
 )
 from okd_jax.methods.method import (
   Method,
@@ -62,24 +63,26 @@ def build(
     ("gold_weight", gold_weight),
   ):
     check_weight(f"method.{key}", knob)
+  divergence = divergence or "forward_kl"
   distance = find_divergence("method.divergence", divergence, shape)
 
   def gold_loss(logits, labels, *, gold_weight):
     ce = cross_entropy(logits["student"], labels)
-    return (1 + gold_weight) * ce, {"student_nll": ce}
+    metrics = {"student_nll": ce, "student_entropy": entropy(logits["student"])}
+    return (1 + gold_weight) * ce, metrics
 
   def mixed_loss(logits, labels, *, mix_kd_weight, mix_gold_weight, **knobs):
     student, teacher = logits["student"], stop_gradient(logits["teacher"])
     d = distance(teacher, student, **knobs)
     ce = _mixed_nll(student, labels)
     loss = combine((mix_kd_weight, d), (mix_gold_weight, ce))
-    metrics = diagnostics(logits, labels["own"]) | {
-      "divergence": d,
-      "mixed_nll": ce,
+    # Of mixed rows: not to be mistaken for the plain ones' figures.
+    figures = diagnostics(logits, labels["own"]) | {
+      "student_nll": ce,
       "teacher_nll": _mixed_nll(teacher, labels),
     }
-    del metrics["student_nll"]  # the plain rows' is the one that compares
-    return loss, metrics
+    metrics = {f"mixed_{name}": value for name, value in figures.items()}
+    return loss, metrics | {"divergence": d}
 
   def loss(models, params, frozen, batch, key, knobs):
     knobs = dict(knobs)
@@ -104,7 +107,7 @@ def build(
     "temperature": temperature,
     "gold_weight": gold_weight,
   }
-  return Method(loss=loss, teacher="frozen", knobs=knobs | shape)
+  return Method(loss=loss, teacher="frozen", knobs=knobs | own_shape(shape, divergence))
 
 
 def mix_rows(batch, order, share):

@@ -27,6 +27,7 @@ from okd_jax.methods.knobs import (
   check_weight,
   ends,
   find_divergence,
+  own_shape,
 )
 from okd_jax.methods.method import (
   Method,
@@ -35,6 +36,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
+from okd_jax.methods.sequences import never
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def build(
   anchor_weight: Knob,
   gold_weight: Knob,
   temperature: Knob,
-  update: str,
+  update_order: str,
   **shape: Knob,
 ) -> Method:
   """The sum of both losses; one gradient of it is both separate gradients.
@@ -73,67 +75,100 @@ def build(
     anchor_weight: gamma; above 0 it needs the frozen teacher's logits as well.
     gold_weight: g, cross-entropy on gold for the student, on top of 1 - w.
     temperature: of both divergences, each times T^2; the anchor's is 1.
-    update: 'simultaneous' or 'sequential'.
+    update_order: 'simultaneous' or 'sequential'.
     shape: the knobs of either divergence.
   """
-  check_share("method.teacher_kl_weight", teacher_kl_weight)
   check_share("method.student_kl_weight", student_kl_weight)
-  check_weight("method.anchor_weight", anchor_weight)
   check_weight("method.gold_weight", gold_weight)
-  check_positive("method.temperature", temperature)
-  if update not in UPDATES:
-    raise UserError(f"method.update={update!r} must be one of {', '.join(UPDATES)}")
+  if update_order not in UPDATES:
+    raise UserError(
+      f"method.update_order={update_order!r} must be one of {', '.join(UPDATES)}"
+    )
+  divergence = divergence or "forward_kl"
   student_distance = find_divergence("method.divergence", divergence, shape)
-  module_distance = find_divergence(
-    "method.teacher_divergence", teacher_divergence, shape
+  module_loss, module_knobs = build_module_loss(
+    teacher_divergence=teacher_divergence,
+    teacher_kl_weight=teacher_kl_weight,
+    anchor_weight=anchor_weight,
+    temperature=temperature,
+    **shape,
   )
-  anchored = max(ends(anchor_weight)) > 0
-  if max(ends(teacher_kl_weight)) > _UNSAFE_ALPHA and not anchored:
+
+  def token_loss(logits, labels, *, student_kl_weight, gold_weight, **knobs):
+    student, teacher = logits["student"], logits["teacher"]
+    d = student_distance(stop_gradient(teacher), student, **knobs)
+    loss = combine(
+      (student_kl_weight, d),
+      (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
+    )
+    module, metrics = module_loss(logits, labels, **knobs)
+    metrics |= {"divergence": d, "student_loss": loss}
+    return loss + module, metrics | diagnostics(logits, labels)
+
+  def loss(models, params, frozen, batch, key, knobs):
+    outputs = {"student": models.student(params["student"], batch, key)}
+    outputs |= teacher_outputs(models, params, frozen, batch, anchor_weight)
+    return token_sums(models, token_loss, outputs, batch, knobs)
+
+  knobs = {"student_kl_weight": student_kl_weight, "gold_weight": gold_weight}
+  knobs |= module_knobs | own_shape(shape, divergence)
+  return Method(loss, "adapted", knobs, UPDATES[update_order])
+
+
+def build_module_loss(
+  *,
+  teacher_divergence: str,
+  teacher_kl_weight: Knob,
+  anchor_weight: Knob,
+  temperature: Knob,
+  **shape: Knob,
+):
+  """(L_t, its knobs): what moves the module, whatever the student's own loss is.
+
+  L_t reads logits 'student', 'teacher' (adapted) and, with an anchor, 'base'.
+  """
+  check_share("method.teacher_kl_weight", teacher_kl_weight)
+  check_weight("method.anchor_weight", anchor_weight)
+  check_positive("method.temperature", temperature)
+  distance = find_divergence("method.teacher_divergence", teacher_divergence, shape)
+  anchored = not never(anchor_weight)
+  unsafe = [
+    alpha > _UNSAFE_ALPHA and not anchor
+    for alpha, anchor in zip(ends(teacher_kl_weight), ends(anchor_weight), strict=True)
+  ]
+  if any(unsafe):
     _log.warning(
       "method.teacher_kl_weight above %s lets the adapted teacher collapse onto the "
       "student; set method.anchor_weight (0.3 is a good start)",
       _UNSAFE_ALPHA,
     )
 
-  def token_loss(
-    logits, labels, *, teacher_kl_weight, student_kl_weight, gold_weight, **knobs
-  ):
-    student, teacher = logits["student"], logits["teacher"]
-    anchor_weight = knobs.pop("anchor_weight")
-    student_d = student_distance(stop_gradient(teacher), student, **knobs)
-    module_d = module_distance(stop_gradient(student), teacher, **knobs)
-    student_loss = combine(
-      (student_kl_weight, student_d),
-      (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
-    )
-    module_terms = [
-      (teacher_kl_weight, module_d),
+  def module_loss(logits, labels, *, teacher_kl_weight, anchor_weight, **knobs):
+    teacher = logits["teacher"]
+    d = distance(stop_gradient(logits["student"]), teacher, **knobs)
+    terms = [
+      (teacher_kl_weight, d),
       (1 - teacher_kl_weight, cross_entropy(teacher, labels)),
     ]
-    metrics = {"divergence": student_d, "module_divergence": module_d}
+    metrics = {"module_divergence": d}
     if anchored:
-      drift = forward_kl(stop_gradient(logits["base"]), teacher)
-      module_terms.append((anchor_weight, drift))
-      metrics["drift"] = drift
-    module_loss = combine(*module_terms)
-    metrics |= {"student_loss": student_loss, "module_loss": module_loss}
-    return student_loss + module_loss, metrics | diagnostics(logits, labels)
-
-  def loss(models, params, frozen, batch, key, knobs):
-    outputs = {"student": models.student(params["student"], batch, key)}
-    adapter = params["adapter"]
-    if anchored:
-      both = models.teachers(frozen, adapter, batch)
-      outputs["teacher"], outputs["base"] = both
-    else:
-      outputs["teacher"] = models.teacher(frozen, adapter, batch)
-    return token_sums(models, token_loss, outputs, batch, knobs)
+      metrics["drift"] = forward_kl(stop_gradient(logits["base"]), teacher)
+      terms.append((anchor_weight, metrics["drift"]))
+    loss = combine(*terms)
+    return loss, metrics | {"module_loss": loss}
 
   knobs = {
     "teacher_kl_weight": teacher_kl_weight,
-    "student_kl_weight": student_kl_weight,
     "anchor_weight": anchor_weight,
-    "gold_weight": gold_weight,
     "temperature": temperature,
   }
-  return Method(loss, "adapted", knobs | shape, UPDATES[update])
+  return module_loss, knobs | own_shape(shape, teacher_divergence)
+
+
+def teacher_outputs(models, params, frozen, batch, anchor_weight: Knob):
+  """{'teacher': the adapted one's, with an anchor also 'base': the frozen one's}."""
+  adapter = params["adapter"]
+  if never(anchor_weight):
+    return {"teacher": models.teacher(frozen, adapter, batch)}
+  adapted, base = models.teachers(frozen, adapter, batch)
+  return {"teacher": adapted, "base": base}

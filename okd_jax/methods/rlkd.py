@@ -10,6 +10,7 @@ from okd_jax.methods.knobs import (
   check_positive,
   check_weight,
   find_divergence,
+  own_shape,
 )
 from okd_jax.methods.method import (
   Method,
@@ -51,6 +52,7 @@ def build(
   ):
     check_positive(f"method.{key}", knob)
   check_weight("method.gold_weight", gold_weight)
+  divergence = divergence or "forward_kl"
   distance = find_divergence("method.divergence", divergence, shape)
 
   def token_loss(
@@ -80,4 +82,4 @@ def build(
     "temperature": temperature,
     "gold_weight": gold_weight,
   }
-  return Method(loss=loss, teacher="frozen", knobs=knobs | shape)
+  return Method(loss=loss, teacher="frozen", knobs=knobs | own_shape(shape, divergence))

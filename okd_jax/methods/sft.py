@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the gold response, no teacher."""
 
-from okd_jax.losses import cross_entropy
+from okd_jax.losses import cross_entropy, entropy
 from okd_jax.methods.method import Method, token_sums
 
 
@@ -9,7 +9,7 @@ def build() -> Method:
 
   def token_loss(logits, labels):
     ce = cross_entropy(logits["student"], labels)
-    return ce, {"student_nll": ce}
+    return ce, {"student_nll": ce, "student_entropy": entropy(logits["student"])}
 
   def loss(models, params, frozen, batch, key, knobs):
     del frozen
