@@ -275,10 +275,10 @@ def _fit(args, model: Model, teacher: Model | None) -> None:
       f"{args.max_new_tokens}"
     )
   if args.template is None:
-    args.template = _template_of(args.model)
+    args.template = template_of(args.model)
 
 
-def _template_of(path: str) -> str:
+def template_of(path: str) -> str:
   """The template that a run's student was trained with, else 'default'."""
   config = Path(path) / "config.json"
   if (Path(path) / "student").is_dir() and config.is_file():

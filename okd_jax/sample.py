@@ -365,7 +365,7 @@ def main(arguments: list[str]) -> None:
     records,
     model.tokenizer,
     args.output,
-    template=args.template or evaluate._template_of(args.model),
+    template=args.template or evaluate.template_of(args.model),
     max_new_tokens=args.max_new_tokens,
     max_prompt_length=args.max_prompt_length,
     sampling=Sampling(args.temperature, args.top_k, args.top_p),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,31 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
   assert same_folder(whole / "student", workdir / "student")
   assert same_folder(whole / "adapter", workdir / "adapter")
   assert losses(whole) == losses(workdir)
+
+
+@pytest.mark.parametrize(
+  "knobs",
+  [
+    # Step 5 trains on the batch that was sampled for steps 4 to 6.
+    ["name=minillm", "updates_per_sample=3"],
+    pytest.param(
+      ["name=gkd", "replay=True", "sampled_share=1.0"], marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
+  """Guards H3: held batches and replayed rows come back with the checkpoint."""
+  knobs = [f"--config.method.{knob}" for knob in knobs]
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  train(whole, *knobs)
+  shutil.copytree(whole, cut)
+  for name in ("checkpoints/6", "student"):
+    shutil.rmtree(cut / name)
+  (cut / "report.html").unlink()
+  done = train(cut, *knobs)
+  assert "resuming at step 4" in done.stderr
+  assert same_folder(whole / "student", cut / "student")
+  assert losses(whole) == losses(cut)
 
 
 def test_sigterm_saves_and_exits_143(finished, tmp_path):
@@ -395,5 +421,5 @@ def test_all_rows_too_long(tmp_path):
 def test_help_names_every_key():
   done = call("main", "--help")
   assert "--config.optim.lr" in done.stdout and "teacher_kl_weight" in done.stdout
-  for module in ("evaluate", "export", "generate", "score"):
+  for module in ("evaluate", "export", "generate", "sample", "score"):
     assert "--help" in call(module, "--help").stdout
