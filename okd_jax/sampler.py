@@ -59,7 +59,10 @@ class Sampler:
     replay = self.plan.replay
     self._buffer = Buffer(replay.capacity, self._length) if replay else None
     self._share = Share(replay) if replay and replay.adaptive else None
-    self._prepare = jax.jit(self._prepared) if self.plan.prepare else None
+    self._prepare = None
+    if self.plan.prepare:
+      where = sharding.batch_sharding(run.mesh)
+      self._prepare = jax.jit(self._prepared, out_shardings=where)
     self._held = None  # a sampled batch that several steps train on
 
   def batch(

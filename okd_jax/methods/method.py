@@ -35,7 +35,8 @@ stop_gradient = jax.lax.stop_gradient
 class Models:
   """The apply functions a method may call, and how to chunk their logits.
 
-  student(params, batch, key, mix=None) -> Output: the student's.
+  student(params, batch, key, mix=None) -> Output: the student's, without dropout
+    where the key is None.
   teacher(frozen, adapter, batch, mix=None) -> Output: the plain teacher's where
     adapter is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
   teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
@@ -55,7 +56,10 @@ def apply_functions(decoders: Mapping[str, Decoder], chunk: int = 64) -> Models:
   """
 
   def student(params, batch, key, mix=None):
-    return output(decoders["student"], {"params": params}, batch, key, mix=mix)
+    decoder = decoders["student"]
+    if key is None:
+      decoder = decoder.clone(dropout=0.0)
+    return output(decoder, {"params": params}, batch, key, mix=mix)
 
   def teacher(frozen, adapter, batch, mix=None):
     if adapter is None:

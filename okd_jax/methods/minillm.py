@@ -14,7 +14,8 @@ Per token, with rho = w q_new / q_old:
                                                   over the steps left, whitened
     s             w                               1
 
-Rewards, weights and advantages are constants, found once for a sampled batch.
+Rewards, weights and advantages are constants, found once for a sampled batch and
+without dropout; the authors train without it, too (train.dropout 0).
 """
 
 import jax
@@ -123,7 +124,7 @@ def build(
 def _logprobs(models, params, frozen, batch):
   """{'student', 'teacher'}: log-probability of each label [B, L], as of now."""
   outputs = {
-    "student": models.student(params["student"], batch, jax.random.key(0)),
+    "student": models.student(params["student"], batch, None),
     "teacher": models.teacher(frozen, None, batch),
   }
 
