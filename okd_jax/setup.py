@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from okd_jax import methods, models, optim, sharding
+from okd_jax import checks, methods, models, optim, sharding
 from okd_jax.adapters import AdapterConfig
 from okd_jax.data import (
   Example,
@@ -24,7 +24,7 @@ from okd_jax.data import (
   show_example,
 )
 from okd_jax.errors import UserError
-from okd_jax.evaluate import answerable, check_vocabulary
+from okd_jax.evaluate import check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
@@ -32,7 +32,6 @@ from okd_jax.step import TrainState, init_state
 
 _log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "bfloat16", "float16")
 STAGE = "stage:"  # prefix of a path that means what an earlier stage exported
 
 
@@ -71,7 +70,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     UserError: for whatever is wrong with the configuration, a model or the data.
   """
   method = methods.build(config.method.name, config.method, config.adapter.kind)
-  _check(config, method)
+  checks.check_settings(config, method)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
   start = _load_start(config)
@@ -81,14 +80,14 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   if config.teacher.model.hidden_size:
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out = _examples(config, tokenizer, records)
-  _check_sequences(config, method, train)
-  _check_best(config, held_out, teacher)
+  checks.check_sequences(config, method, train)
+  checks.check_best(config, held_out, teacher)
   student_config = _student_config(config, teacher, start, tokenizer)
   adapter = None
   if method.teacher == "adapted":
     adapter = _adapter_config(config, config.adapter.kind or method.module)
   decoders = _decoders(config, student_config, teacher, adapter)
-  _check_lengths(config, decoders)
+  checks.check_lengths(config, decoders)
   check_vocabulary({role: d.config for role, d in decoders.items()}, train + held_out)
   steps = _steps(config, len(train))
   learning_rate = optim.schedule(
@@ -117,68 +116,6 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     init=lambda: _first_state(config, mesh, decoders, teacher, optimizers, abstract),
     abstract=abstract,
   )
-
-
-def _check(config: ConfigDict, method: Method) -> None:
-  """Everything that can be told without loading anything, all at once."""
-  problems = []
-  for key, value in (
-    ("train.dtype", config.train.dtype),
-    ("teacher.dtype", config.teacher.dtype or config.train.dtype),
-    ("export.dtype", config.export.dtype),
-  ):
-    if value not in DTYPES:
-      problems.append(f"{key}={value!r} must be one of {', '.join(DTYPES)}")
-  for key, value, least in (
-    ("train.steps", config.train.steps, 0),
-    ("train.batch_size", config.train.batch_size, 1),
-    ("train.loss_chunk", config.train.loss_chunk, 1),
-    ("train.log_every", config.train.log_every, 1),
-    ("checkpoint.every", config.checkpoint.every, 1),
-    ("checkpoint.keep", config.checkpoint.keep, 1),
-    ("eval.every", config.eval.every, 0),
-    ("eval.batch_size", config.eval.batch_size, 1),
-    ("data.max_length", config.data.max_length, 2),
-    ("train.seed", config.train.seed, 0),
-    ("optim.lr", config.optim.lr, 0),
-    ("optim.clip", config.optim.clip, 0),
-    ("optim.weight_decay", config.optim.weight_decay, 0),
-    ("adapter.lr_scale", config.adapter.lr_scale, 0),
-    ("eval.limit", config.eval.limit, 0),
-    ("eval.generate_limit", config.eval.generate_limit, 0),
-    ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
-    ("eval.temperature", config.eval.temperature, 0),
-  ):
-    if not value >= least:  # so that NaN is caught, too
-      problems.append(f"{key}={value} must be at least {least}")
-  if not config.train.steps and config.train.epochs <= 0:
-    problems.append("set train.steps or train.epochs above 0")
-  if not 0 <= config.train.dropout < 1:
-    problems.append(f"train.dropout={config.train.dropout} must lie in [0, 1)")
-  student = config.student
-  given = [
-    key
-    for key, wanted in (
-      ("student.path", student.path),
-      ("student.layers", student.layers),
-      ("student.model.hidden_size", student.model.hidden_size),
-    )
-    if wanted
-  ]
-  if len(given) != 1:
-    problems.append(
-      "say where the student starts by exactly one of student.path, student.layers "
-      f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
-    )
-  if config.teacher.path and config.teacher.model.hidden_size:
-    problems.append("set teacher.path or teacher.model.hidden_size, not both")
-  if not config.teacher.path and not config.teacher.model.hidden_size:
-    if student.layers:
-      problems.append("student.layers needs teacher.path")
-    if method.teacher != "none":
-      problems.append(f"method {config.method.name} needs teacher.path")
-  if problems:
-    raise UserError("; ".join(problems))
 
 
 def _load_teacher(config, mesh) -> models.Model:
@@ -271,41 +208,6 @@ def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]
   return train, held_out
 
 
-def _check_sequences(config, method: Method, train) -> None:
-  """Whether there is something to answer and room for the answers."""
-  plan = method.sequences
-  if not plan.sampled and not plan.beforehand:
-    return
-  for example in train:
-    if not example.prompt_length:
-      raise UserError(
-        f"{example.where}: {config.method.name} trains on answers to prompts, but this "
-        "row is text without one"
-      )
-  data = config.data
-  space = data.max_length - data.max_prompt_length
-  if space < 1 or plan.max_new_tokens > space:
-    raise UserError(
-      f"method.max_new_tokens={plan.max_new_tokens} does not fit: data.max_length="
-      f"{data.max_length} leaves {space} tokens beside data.max_prompt_length="
-      f"{data.max_prompt_length}"
-    )
-
-
-def _check_best(config, held_out, teacher) -> None:
-  """Whether evaluation will yield the metric that is to choose the best checkpoint."""
-  names = ["loss", "perplexity"]
-  if teacher is not None:
-    names += ["forward_kl", "reverse_kl", "top1_agreement"]
-  if config.eval.generate and answerable(held_out):
-    names += ["rougeL", "exact_match"]
-  if config.eval.best and config.eval.best not in names:
-    raise UserError(
-      f"eval.best={config.eval.best!r} is not measured in this run; use one of "
-      f"{', '.join(names)}"
-    )
-
-
 def _student_config(config, teacher, start, tokenizer) -> ModelConfig:
   if start is not None:
     return start.config
@@ -344,20 +246,6 @@ def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
     adapter.check(teacher.config.num_layers, teacher.config.gated_mlp)
     decoders["adapted"] = Decoder(teacher.config, adapter, **common)
   return decoders
-
-
-def _check_lengths(config, decoders) -> None:
-  longest = config.data.max_length
-  if config.eval.generate:
-    longest = max(longest, config.data.max_prompt_length + config.eval.max_new_tokens)
-  for role, decoder in decoders.items():
-    if decoder.config.max_length < longest:
-      raise UserError(
-        f"the {role} takes {decoder.config.max_length} tokens, but the run needs "
-        f"{longest}; lower data.max_length={config.data.max_length}, "
-        f"data.max_prompt_length={config.data.max_prompt_length} or "
-        f"eval.max_new_tokens={config.eval.max_new_tokens}"
-      )
 
 
 def _apply_functions(decoders, config) -> methods.Models:

@@ -1,0 +1,121 @@
+"""What can be wrong with a configuration, told before anything is trained."""
+
+from ml_collections import ConfigDict
+
+from okd_jax.errors import UserError
+from okd_jax.evaluate import answerable
+from okd_jax.methods import Method
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_settings(config: ConfigDict, method: Method) -> None:
+  """Raises a UserError that names all that is wrong before anything is loaded."""
+  problems = []
+  for key, value in (
+    ("train.dtype", config.train.dtype),
+    ("teacher.dtype", config.teacher.dtype or config.train.dtype),
+    ("export.dtype", config.export.dtype),
+  ):
+    if value not in DTYPES:
+      problems.append(f"{key}={value!r} must be one of {', '.join(DTYPES)}")
+  for key, value, least in (
+    ("train.steps", config.train.steps, 0),
+    ("train.batch_size", config.train.batch_size, 1),
+    ("train.loss_chunk", config.train.loss_chunk, 1),
+    ("train.log_every", config.train.log_every, 1),
+    ("checkpoint.every", config.checkpoint.every, 1),
+    ("checkpoint.keep", config.checkpoint.keep, 1),
+    ("eval.every", config.eval.every, 0),
+    ("eval.batch_size", config.eval.batch_size, 1),
+    ("data.max_length", config.data.max_length, 2),
+    ("train.seed", config.train.seed, 0),
+    ("optim.lr", config.optim.lr, 0),
+    ("optim.clip", config.optim.clip, 0),
+    ("optim.weight_decay", config.optim.weight_decay, 0),
+    ("adapter.lr_scale", config.adapter.lr_scale, 0),
+    ("eval.limit", config.eval.limit, 0),
+    ("eval.generate_limit", config.eval.generate_limit, 0),
+    ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
+    ("eval.temperature", config.eval.temperature, 0),
+  ):
+    if not value >= least:  # so that NaN is caught, too
+      problems.append(f"{key}={value} must be at least {least}")
+  if not config.train.steps and config.train.epochs <= 0:
+    problems.append("set train.steps or train.epochs above 0")
+  if not 0 <= config.train.dropout < 1:
+    problems.append(f"train.dropout={config.train.dropout} must lie in [0, 1)")
+  student = config.student
+  given = [
+    key
+    for key, wanted in (
+      ("student.path", student.path),
+      ("student.layers", student.layers),
+      ("student.model.hidden_size", student.model.hidden_size),
+    )
+    if wanted
+  ]
+  if len(given) != 1:
+    problems.append(
+      "say where the student starts by exactly one of student.path, student.layers "
+      f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
+    )
+  if config.teacher.path and config.teacher.model.hidden_size:
+    problems.append("set teacher.path or teacher.model.hidden_size, not both")
+  if not config.teacher.path and not config.teacher.model.hidden_size:
+    if student.layers:
+      problems.append("student.layers needs teacher.path")
+    if method.teacher != "none":
+      problems.append(f"method {config.method.name} needs teacher.path")
+  if problems:
+    raise UserError("; ".join(problems))
+
+
+def check_sequences(config, method: Method, train) -> None:
+  """Raises a UserError unless there are prompts to answer, and room for answers."""
+  plan = method.sequences
+  if not plan.sampled and not plan.beforehand:
+    return
+  for example in train:
+    if not example.prompt_length:
+      raise UserError(
+        f"{example.where}: {config.method.name} trains on answers to prompts, but this "
+        "row is text without one"
+      )
+  data = config.data
+  space = data.max_length - data.max_prompt_length
+  if space < 1 or plan.max_new_tokens > space:
+    raise UserError(
+      f"method.max_new_tokens={plan.max_new_tokens} does not fit: data.max_length="
+      f"{data.max_length} leaves {space} tokens beside data.max_prompt_length="
+      f"{data.max_prompt_length}"
+    )
+
+
+def check_best(config, held_out, teacher) -> None:
+  """Raises a UserError unless evaluation measures what is to choose the best step."""
+  names = ["loss", "perplexity"]
+  if teacher is not None:
+    names += ["forward_kl", "reverse_kl", "top1_agreement"]
+  if config.eval.generate and answerable(held_out):
+    names += ["rougeL", "exact_match"]
+  if config.eval.best and config.eval.best not in names:
+    raise UserError(
+      f"eval.best={config.eval.best!r} is not measured in this run; use one of "
+      f"{', '.join(names)}"
+    )
+
+
+def check_lengths(config, decoders) -> None:
+  """Raises a UserError unless every model takes the longest row."""
+  longest = config.data.max_length
+  if config.eval.generate:
+    longest = max(longest, config.data.max_prompt_length + config.eval.max_new_tokens)
+  for role, decoder in decoders.items():
+    if decoder.config.max_length < longest:
+      raise UserError(
+        f"the {role} takes {decoder.config.max_length} tokens, but the run needs "
+        f"{longest}; lower data.max_length={config.data.max_length}, "
+        f"data.max_prompt_length={config.data.max_prompt_length} or "
+        f"eval.max_new_tokens={config.eval.max_new_tokens}"
+      )
