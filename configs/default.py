@@ -52,9 +52,7 @@ def get_config() -> ConfigDict:
   config.method.anchor_weight = 0.0  # okd: the module's pull to the frozen teacher
   config.method.update_order = "simultaneous"  # okd: or 'sequential', the module first
   config.method.rank_k = 5  # rlkd: ranks each model's so many likeliest tokens
-  config.method.rank_temperature = (
-    1.0  # rlkd: of the soft ranks; towards 0 the true ones
-  )
+  config.method.rank_temperature = 1.0  # rlkd: of soft ranks; towards 0 the true ones
   config.method.rank_divisor = 2.0  # rlkd: the divergence is divided by it
   config.method.mix_alpha = 0.4  # mixkd: lambda is drawn from Beta(alpha, alpha)
   config.method.mix_kd_weight = 1.0  # mixkd: of the divergence on mixed rows
@@ -79,9 +77,7 @@ def get_config() -> ConfigDict:
   config.method.single_step = True  # minillm: the exact single-step term
   config.method.updates_per_sample = 4  # minillm: steps on one sampled batch
   config.method.exact_mixture = False  # fdistill: jensen_shannon's true mixture
-  config.method.contrast = (
-    1.0  # distillm2: b, of the student's text; 2 - b the teacher's
-  )
+  config.method.contrast = 1.0  # distillm2: b of the student's text, 2 - b the other
   config.method.pull_weight = 1.0  # promptkd: towards the frozen teacher; falls to 0
   config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
   # Knobs that move: the value each reaches, linearly, at the last step. Those of the

@@ -137,7 +137,9 @@ def build_seqkd(*, divergence: str, seqkd_ratio: Knob, **on_policy) -> Method:
   def loss(models, params, frozen, batch, key, knobs):
     batch, knobs = dict(batch), dict(knobs)
     beside, weight = batch.pop("gold", None), knobs.pop("gold_weight")
-    knobs = {} if never(seqkd_ratio) else knobs | {"gold_weight": 0.0}
+    ratio = knobs.pop("seqkd_ratio")
+    knobs = knobs | {"kd_ratio": ratio, "gold_weight": 0.0}
+    knobs = {} if never(seqkd_ratio) else knobs
     value, metrics = inner(models, params, frozen, batch, key, knobs)
     if beside is None:
       return value, metrics
@@ -145,12 +147,9 @@ def build_seqkd(*, divergence: str, seqkd_ratio: Knob, **on_policy) -> Method:
     return value + weight * nll, metrics | {"gold_nll": nll}
 
   sequences = dataclasses.replace(method.sequences, gold=not never(gold_weight))
-  return dataclasses.replace(
-    method,
-    loss=loss,
-    sequences=sequences,
-    knobs=dict(method.knobs) | {"gold_weight": gold_weight},
-  )
+  own = {k: v for k, v in method.knobs.items() if k != "kd_ratio"}
+  own |= {"seqkd_ratio": seqkd_ratio, "gold_weight": gold_weight}
+  return dataclasses.replace(method, loss=loss, sequences=sequences, knobs=own)
 
 
 def _build(source: str, divergence: str, defaults, knobs, **more) -> Method:

@@ -1,0 +1,116 @@
+"""The benchmarks' commands: what they write, and how they refuse. No speeds."""
+
+import json
+
+import families
+import pytest
+
+from okd_jax import bench
+from okd_jax.errors import UserError
+
+NAME = "llama_gqa"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  path = tmp_path_factory.mktemp("bench") / "model"
+  families.save(NAME, path)
+  return path
+
+
+def test_generate_prints_a_table_and_writes_json(folder, tmp_path, capsys):
+  output = tmp_path / "deep" / "result.json"
+  shape = {"batch_size": 2, "prompt_tokens": 3, "max_new_tokens": 4, "repeats": 3}
+  bench.main(
+    [
+      "generate",
+      f"--model={folder}",
+      f"--output={output}",
+      *(f"--{name}={value}" for name, value in shape.items()),
+    ]
+  )
+  printed = capsys.readouterr().out
+  for title in ("machine", "model", "tokens/s", "ms per token", "compile", "memory"):
+    assert f"\n{title} " in "\n" + printed
+  result = json.loads(output.read_text())
+  keys = "benchmark date machine versions model parameters settings tokens_per_s"
+  keys += " ms_per_token compile_s memory_bytes"
+  assert list(result) == keys.split()
+  assert result["model"] == "model" and result["benchmark"] == "generate"
+  more = {"warmup": 1, "temperature": 0.0, "dtype": "float32"}
+  assert result["settings"] == shape | more
+  speed = result["tokens_per_s"]
+  assert 0 < speed["min"] <= speed["median"] <= speed["max"]
+  # Two rows of four tokens each: the median run took so long.
+  milliseconds = 1e3 * 2 * 4 / speed["median"]
+  assert result["ms_per_token"] == pytest.approx(milliseconds / 4)
+  assert result["compile_s"] > 0
+  parameters = sum(leaf.size for leaf in _leaves(families.params(_config())))
+  assert result["parameters"] == parameters
+  assert result["memory_bytes"]["arguments"] >= 4 * parameters
+
+
+def test_every_row_runs_to_the_limit_whatever_the_settings(folder, monkeypatch):
+  """An EOS would make some runs shorter, and their speed a fiction."""
+  seen = []
+
+  def seconds(call):
+    seen.append(call())
+    return 1.0
+
+  monkeypatch.setattr(bench, "seconds", seconds)
+  flags = ["--batch_size=16", "--prompt_tokens=5", "--max_new_tokens=40", "--repeats=2"]
+  flags += ["--temperature=9", "--dtype=bfloat16", "--warmup=0"]
+  bench.main(["generate", f"--model={folder}", *flags])
+  assert len(seen) == 2
+  for rollout in seen:
+    assert rollout.lengths.tolist() == [40] * 16
+    assert (rollout.tokens == _config().eos_ids[0]).any()
+
+
+def test_the_model_must_have_room(folder):
+  with pytest.raises(UserError, match="are 129 tokens, but the model takes 128"):
+    bench.main(["generate", f"--model={folder}", "--max_new_tokens=97"])
+
+
+@pytest.mark.parametrize(
+  "flag",
+  [
+    "--batch_size=0",
+    "--prompt_tokens=0",
+    "--max_new_tokens=2.5",
+    "--repeats=0",
+    "--warmup=-1",
+    "--temperature=-0.1",
+    "--temperature=nan",
+    "--temperature=inf",
+    "--dtype=int8",
+    "--unknown=1",
+  ],
+)
+def test_bad_flags_are_one_line_and_status_2(flag, capsys):
+  _refused(["generate", "--model=nowhere", flag], flag.partition("=")[0], capsys)
+
+
+def test_a_benchmark_must_be_named(capsys):
+  _refused([], "BENCHMARK", capsys)
+  _refused(["nothing", "--model=nowhere"], "nothing", capsys)
+  _refused(["generate"], "--model", capsys)
+
+
+def _refused(arguments, named, capsys):
+  with pytest.raises(SystemExit) as exit:
+    bench.main(arguments)
+  assert exit.value.code == 2
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.count("\n") == 1 and named in err
+
+
+def _config():
+  return families.CONFIGS[NAME]
+
+
+def _leaves(tree):
+  for value in tree.values():
+    yield from _leaves(value) if isinstance(value, dict) else [value]
