@@ -126,6 +126,7 @@ def test_the_papers_runs_in_two_steps(name, family, tiny, tmp_path):
   assert (workdir / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_smollm2_in_two_steps(tiny, tmp_path):
   call(
     "main",

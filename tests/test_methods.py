@@ -417,16 +417,16 @@ def test_a_knob_moves_linearly(name, knob):
   # What moves by itself is held.
   held = {"pull_weight": 1.0} if name == "promptkd" and knob != "pull_weight" else {}
   moving = LogitTrial(name, end=held | {knob: value}, **base)
-  for progress in (0.5, 1.0):
-    now = KNOBS[knob] + progress * (value - KNOBS[knob])
-    at = {"progress": jnp.float32(progress)}
-    still = {knob: now} if knob == "pull_weight" else held
-    want = LogitTrial(name, **base | {knob: now}, end=still)(*logits, batch, **at)[0]
-    got = moving(*logits, batch, **at)[0]
-    np.testing.assert_allclose(got, want, rtol=2e-5)
+  progress = 0.5
+  now = KNOBS[knob] + progress * (value - KNOBS[knob])
+  at = {"progress": jnp.float32(progress)}
+  still = {knob: now} if knob == "pull_weight" else held
+  want = LogitTrial(name, **base | {knob: now}, end=still)(*logits, batch, **at)[0]
+  got = moving(*logits, batch, **at)[0]
+  np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_moving_knob_in_a_training_step(microbatches):
   """The step hands the knob on, differentiates through it and logs its value."""
   setup = Setup(

@@ -126,9 +126,9 @@ def test_sequential_update_shows_the_student_the_moved_module():
 @pytest.mark.parametrize(
   "adapter",
   [
-    AdapterConfig(rank=4),
+    pytest.param(AdapterConfig(rank=4), marks=pytest.mark.slow),
     AdapterConfig(rank=4, layers=1),
-    AdapterConfig("prefix", length=3, layers=2),
+    pytest.param(AdapterConfig("prefix", length=3, layers=2), marks=pytest.mark.slow),
     AdapterConfig("prompt", length=3),
   ],
   ids=["lora", "lora-top", "prefix-top", "prompt"],
