@@ -1,0 +1,237 @@
+"""Time per training step of every method, all measured in one run, in turn.
+
+    python -m configs.stories                    # once: the data
+    python benchmarks/methods.py --config=configs/stories.py
+    python benchmarks/methods.py --config=configs/debug.py --names=kd,okd,gkd
+
+Every method trains the same student on the same rows. A round is a few steps of each
+method, so that whatever else the machine does hits all of them alike; the ratio to the
+first method is taken round by round. Each step is waited for, sampling included. Prints
+a section of BENCHMARKS.md; keys of the configuration are set as for okd_jax.main.
+"""
+
+import dataclasses
+import logging
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from okd_jax import METHODS, bench, cli, setup
+from okd_jax.data import train_loader
+from okd_jax.errors import UserError
+from okd_jax.sampler import Sampler, answers_beforehand
+from okd_jax.step import compile_step
+from okd_jax.train import PAD_ID
+
+
+@dataclasses.dataclass
+class Step:
+  """Seconds of one step, of which so many went into its batch, and what that was.
+
+  sampled: whether text was written for this very step.
+  """
+
+  total: float
+  batch: float
+  tokens: float
+  sampled: bool
+
+
+class Racer:
+  """One method, ready to make steps."""
+
+  def __init__(self, run: setup.Run, batches: Sequence, folder: Path):
+    self.run = run
+    self._batches, self._step = batches, 0
+    start = time.perf_counter()
+    answers = {
+      name: answers_beforehand(run, name, folder / f"{name}.jsonl")
+      for name in run.method.sequences.beforehand
+    }
+    self.beforehand = time.perf_counter() - start
+    self._sampler = Sampler(run, answers, PAD_ID)
+    self._state = run.init()
+    self._train_step = compile_step(
+      run.method,
+      run.models,
+      run.optimizers,
+      run.config.train.microbatches,
+      run.steps,
+      run.abstract,
+      run.mesh,
+    )
+
+  def step(self) -> Step:
+    """One step of the training loop, each of its two parts waited for."""
+    gold = self._batches[self._step % len(self._batches)]
+    start = time.perf_counter()
+    batch, figures = self._sampler.batch(self._step, self._state.params, gold)
+    jax.block_until_ready(batch)
+    middle = time.perf_counter()
+    self._state, values = self._train_step(self._state, self.run.frozen, batch)
+    jax.block_until_ready((self._state.params, values))
+    end = time.perf_counter()
+    self._step += 1
+    if not values["finite"]:
+      raise UserError(f"{self.run.config.method.name}: a step was not finite")
+    tokens, sampled = float(values["tokens"]), "sampled_length" in figures
+    return Step(end - start, middle - start, tokens, sampled)
+
+
+def main(arguments: list[str]) -> None:
+  """Prints the comparison that the arguments ask for."""
+  args, rest = _parser().parse_known_args(arguments)
+  logging.getLogger("okd_jax").setLevel(logging.WARNING)
+  cli.use_compilation_cache()
+  config = _config(rest)
+  unknown = sorted(set(args.names) - set(METHODS))
+  if unknown:
+    raise UserError(
+      f"--names={unknown[0]} is unknown; use {', '.join(sorted(METHODS))}"
+    )
+  with tempfile.TemporaryDirectory() as folder:
+    runs = {name: _build(args, config, name, Path(folder)) for name in args.names}
+    first = runs[args.names[0]]
+    with jax.set_mesh(first.mesh):
+      batches = _batches(args, first)
+      racers = {k: Racer(run, batches, Path(folder) / k) for k, run in runs.items()}
+      rounds = _race(args, racers)
+  print(_section(args, first, racers, rounds), flush=True)
+
+
+def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
+  config = config.copy_and_resolve_references()
+  config.method.name = name
+  run = setup.build(config, folder)
+  # Few enough that what is answered beforehand does not take longer than the rest.
+  return dataclasses.replace(run, train=run.train[: args.rows])
+
+
+def _batches(args, run: setup.Run) -> list[dict[str, Any]]:
+  """The rows of a round's steps; every round and every method has the same."""
+  loader = train_loader(
+    run.train,
+    batch_size=run.config.train.batch_size,
+    length=run.config.data.max_length,
+    pad_id=PAD_ID,
+    seed=run.config.train.seed,
+    process_index=0,
+    process_count=1,
+  )
+  return [next(loader) for _ in range(args.steps)]
+
+
+def _race(args, racers: dict[str, Racer]) -> dict[str, list[list[Step]]]:
+  """The measured rounds of each method: its steps."""
+  rounds = {name: [] for name in racers}
+  for i in range(args.warmup + args.rounds):
+    begin = time.perf_counter()
+    for name, racer in racers.items():
+      steps = [racer.step() for _ in range(args.steps)]
+      if i >= args.warmup:
+        rounds[name].append(steps)
+    elapsed = time.perf_counter() - begin
+    print(f"round {i + 1 - args.warmup}: {elapsed:.1f} s", file=sys.stderr)
+  return rounds
+
+
+def _section(args, run: setup.Run, racers, rounds) -> str:
+  config, base = run.config, args.names[0]
+  lines = [
+    f"### Methods: {Path(config.teacher.path).name or 'a random teacher'}, student of "
+    f"{run.decoders['student'].config.num_layers} layers, "
+    f"{config.train.batch_size} rows of {config.data.max_length} tokens",
+    "",
+    bench.describe(bench.environment()),
+    "",
+    f"{args.rounds} rounds of {args.steps} steps of each method, after "
+    f"{args.warmup} more for compilation. Times are medians of the rounds' means.",
+    "",
+    f"| method | ms a step | least | greatest | to {base} | tokens/s "
+    "| time in sampling | steps that sample | before training |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for name, steps in rounds.items():
+    cells = [name, *_cells(steps, rounds[base]), _before(racers[name])]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def _cells(rounds: list[list[Step]], base: list[list[Step]]) -> list[str]:
+  times = [_seconds(steps) for steps in rounds]
+  ms = bench.spread([1e3 * t / len(rounds[0]) for t in times])
+  pairs = zip(times, map(_seconds, base), strict=True)
+  every = [step for steps in rounds for step in steps]
+  speeds = [sum(s.tokens for s in steps) / _seconds(steps) for steps in rounds]
+  share = sum(step.batch for step in every) / _seconds(every)
+  sampled = statistics.fmean(step.sampled for step in every)
+  return [
+    *(f"{ms[key]:.0f}" for key in ("median", "min", "max")),
+    f"{statistics.median(t / b for t, b in pairs):.2f}",
+    f"{statistics.median(speeds):.0f}",
+    f"{100 * share:.0f} %" if sampled else "–",
+    f"{100 * sampled:.0f} %" if sampled else "–",
+  ]
+
+
+def _seconds(steps: list[Step]) -> float:
+  return sum(step.total for step in steps)
+
+
+def _before(racer: Racer) -> str:
+  """Who answered the prompts before training, and how long that took."""
+  who = racer.run.method.sequences.beforehand
+  return f"{' and '.join(who)}, {racer.beforehand:.1f} s" if who else "–"
+
+
+def _config(arguments: list[str]) -> ConfigDict:
+  """The configuration that --config=FILE and --config.key=value describe."""
+  # A configuration file may import its neighbours, wherever the command runs.
+  sys.path.insert(0, os.getcwd())
+  if any(not argument.startswith("--config") for argument in arguments):
+    raise UserError(f"unknown flags in {' '.join(arguments)} (see --help)")
+  values = absl_flags.FlagValues()
+  if not any(argument.startswith("--config=") for argument in arguments):
+    arguments = ["--config=configs/stories.py", *arguments]
+  try:
+    holder = config_flags.DEFINE_config_file(
+      "config", flag_values=values, sys_argv=["", *arguments]
+    )
+    values(["", *arguments])
+  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    raise UserError(str(error).strip().splitlines()[-1]) from error
+  return holder.value
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser(
+    prog="python benchmarks/methods.py",
+    description="Compares the time of a training step between methods. Also takes "
+    "--config=FILE (by default configs/stories.py) and --config.key=value.",
+  )
+  add, whole = parser.add_argument, bench.at_least(1)
+  names = ["kd", *sorted(set(METHODS) - {"kd"})]
+  add(
+    "--names",
+    type=lambda text: text.split(","),
+    default=",".join(names),
+    help="methods by commas; ratios are to the first",
+  )
+  add("--rounds", type=whole, default=5, help="measured rounds")
+  add("--steps", type=whole, default=4, help="steps of a method in a round")
+  add("--warmup", type=whole, default=1, help="rounds before these")
+  add("--rows", type=whole, default=128, help="first rows of the data, to train on")
+  return parser
+
+
+if __name__ == "__main__":
+  cli.run(main)
