@@ -103,7 +103,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize(
   "name, family",
   [
-    ("gpt2.py:base", "gpt2"),
+    pytest.param("gpt2.py:base", "gpt2", marks=pytest.mark.slow),
     pytest.param("llama.py:7b", "llama", marks=pytest.mark.slow),
   ],
 )

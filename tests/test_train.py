@@ -224,7 +224,7 @@ def test_another_configuration_is_refused(finished):
   assert "Traceback" not in done.stderr
 
 
-QUICKLY = {"gkd", "fdistill", "promptkd"}
+QUICKLY = {"gkd", "promptkd"}
 
 
 @pytest.mark.parametrize(
