@@ -10,8 +10,8 @@ parameters, 3 seeds; BUILD_NOTES.md, "A first study") its samples were better th
 of the paper's settings by a judge's KL (1.119 against 1.263) at a worse loss on gold
 (2.992 against 2.958); GKD with gold text was better still (1.014). rkd_gold.py is its
 control without a module. A step costs more than okd_paper.py's: the anchor needs the
-frozen teacher's logits. Under 5 minutes on 2 CPU cores with the default recipe,
-quickstart.
+frozen teacher's logits. Time and result with
+the default recipe, quickstart: not measured.
 """
 
 from configs import default

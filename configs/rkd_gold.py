@@ -4,8 +4,8 @@
     python -m okd_jax.main --config=configs/rkd_gold.py:gpt2.medium --workdir=…
 
 KL(q || p) + 0.25 CE, no online module: what a mode-seeking loss and gold text do by
-themselves (BUILD_NOTES.md, "A first study"). Under 4 minutes on 2 CPU cores with the
-default recipe, quickstart.
+themselves (BUILD_NOTES.md, "A first study"). Time and result with
+the default recipe, quickstart: not measured.
 """
 
 from configs import default
