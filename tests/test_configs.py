@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from commands import QUICK, call
 from ml_collections import ConfigDict
-from test_train import QUICK, call
 
 from configs import default, gpt2, llama, smollm2
 from okd_jax import methods, models, train

@@ -1,85 +1,26 @@
 """Whole runs through the command line, as a user starts, stops and resumes them."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import (
+  QUICK,
+  ROOT,
+  call,
+  command,
+  environment,
+  losses,
+  rows,
+  same_folder,
+  train,
+)
 from safetensors.numpy import load_file
 
 from okd_jax import METHODS
-
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".pytest_cache" / "xla"
-QUICK = [
-  "--config.train.steps=6",
-  "--config.checkpoint.every=2",
-  "--config.eval.every=3",
-  "--config.eval.limit=8",
-  "--config.eval.generate_limit=2",
-  "--config.eval.max_new_tokens=4",
-  "--config.data.max_length=48",
-  "--config.data.max_prompt_length=40",
-  "--config.data.overlong_prompt=truncate",
-  "--config.train.log_every=1",
-]
-
-
-def environment(devices=1):
-  """A user's own: one device unless asked for, programs cached between runs."""
-  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  if devices > 1:
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-  return env | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}
-
-
-def command(module, *arguments):
-  return [sys.executable, "-m", f"okd_jax.{module}", *map(str, arguments)]
-
-
-def call(module, *arguments, devices=1, status=0):
-  done = subprocess.run(
-    command(module, *arguments),
-    cwd=ROOT,
-    env=environment(devices),
-    capture_output=True,
-    text=True,
-    timeout=300,
-  )
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
-
-
-def train(workdir, *changes, **options):
-  return call(
-    "main",
-    "--config=configs/debug.py",
-    f"--workdir={workdir}",
-    *QUICK,
-    *changes,
-    **options,
-  )
-
-
-def rows(workdir, kind):
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-def losses(workdir):
-  return {row["step"]: row["loss"] for row in rows(workdir, "train")}
-
-
-def same_folder(one, two):
-  names = sorted(p.name for p in one.iterdir())
-  assert names == sorted(p.name for p in two.iterdir())
-  return all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
 
 
 @pytest.fixture(scope="module")
@@ -129,31 +70,6 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
   assert same_folder(whole / "student", workdir / "student")
   assert same_folder(whole / "adapter", workdir / "adapter")
   assert losses(whole) == losses(workdir)
-
-
-@pytest.mark.parametrize(
-  "knobs",
-  [
-    # Step 5 trains on the batch that was sampled for steps 4 to 6.
-    ["name=minillm", "updates_per_sample=3"],
-    pytest.param(
-      ["name=gkd", "replay=True", "sampled_share=1.0"], marks=pytest.mark.slow
-    ),
-  ],
-)
-def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
-  """Guards H3: held batches and replayed rows come back with the checkpoint."""
-  knobs = [f"--config.method.{knob}" for knob in knobs]
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  train(whole, *knobs)
-  shutil.copytree(whole, cut)
-  for name in ("checkpoints/6", "student"):
-    shutil.rmtree(cut / name)
-  (cut / "report.html").unlink()
-  done = train(cut, *knobs)
-  assert "resuming at step 4" in done.stderr
-  assert same_folder(whole / "student", cut / "student")
-  assert losses(whole) == losses(cut)
 
 
 def test_sigterm_saves_and_exits_143(finished, tmp_path):
@@ -224,14 +140,11 @@ def test_another_configuration_is_refused(finished):
   assert "Traceback" not in done.stderr
 
 
-QUICKLY = {"gkd", "promptkd"}
-
-
 @pytest.mark.parametrize(
   "name",
-  # All of them in the slow tests; these differ most in what surrounds the loss.
+  # All of them in the slow tests; this one differs most in what surrounds the loss.
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICKLY))
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "promptkd"))
     for name in sorted({*METHODS} - {"okd"})
   ],
 )

@@ -1,0 +1,77 @@
+"""Commands run as a user runs them, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "xla"
+QUICK = [
+  "--config.train.steps=6",
+  "--config.checkpoint.every=2",
+  "--config.eval.every=3",
+  "--config.eval.limit=8",
+  "--config.eval.generate_limit=2",
+  "--config.eval.max_new_tokens=4",
+  "--config.data.max_length=48",
+  "--config.data.max_prompt_length=40",
+  "--config.data.overlong_prompt=truncate",
+  "--config.train.log_every=1",
+]
+
+
+def environment(devices=1, compiles=False):
+  """A user's own: one device unless asked for, programs cached between runs.
+
+  compiles: name every program that is compiled in stderr.
+  """
+  env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  if devices > 1:
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  env["JAX_LOG_COMPILES"] = str(int(compiles))
+  return env | {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}
+
+
+def command(module, *arguments):
+  return [sys.executable, "-m", f"okd_jax.{module}", *map(str, arguments)]
+
+
+def call(module, *arguments, devices=1, compiles=False, status=0):
+  done = subprocess.run(
+    command(module, *arguments),
+    cwd=ROOT,
+    env=environment(devices, compiles),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == status, done.stderr[-3000:]
+  return done
+
+
+def train(workdir, *changes, **options):
+  return call(
+    "main",
+    "--config=configs/debug.py",
+    f"--workdir={workdir}",
+    *QUICK,
+    *changes,
+    **options,
+  )
+
+
+def rows(workdir, kind):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(workdir):
+  return {row["step"]: row["loss"] for row in rows(workdir, "train")}
+
+
+def same_folder(one, two):
+  names = sorted(p.name for p in one.iterdir())
+  assert names == sorted(p.name for p in two.iterdir())
+  return all((one / n).read_bytes() == (two / n).read_bytes() for n in names)

@@ -1,0 +1,113 @@
+"""Whole runs that sample while they train, through the command line."""
+
+import collections
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from commands import QUICK, ROOT, environment, losses, rows, same_folder, train
+
+
+@pytest.mark.parametrize(
+  "knobs",
+  [
+    # Step 5 trains on the batch that was sampled for steps 4 to 6.
+    ["name=minillm", "updates_per_sample=3"],
+    pytest.param(
+      ["name=gkd", "replay=True", "sampled_share=1.0"], marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
+  """Guards H3: held batches and replayed rows come back with the checkpoint."""
+  knobs = [f"--config.method.{knob}" for knob in knobs]
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  train(whole, *knobs)
+  shutil.copytree(whole, cut)
+  for name in ("checkpoints/6", "student"):
+    shutil.rmtree(cut / name)
+  (cut / "report.html").unlink()
+  done = train(cut, *knobs)
+  assert "resuming at step 4" in done.stderr
+  assert same_folder(whole / "student", cut / "student")
+  assert losses(whole) == losses(cut)
+
+
+def test_a_run_over_mixed_lengths_compiles_once_a_bucket(tmp_path):
+  """One training step, and one sampling loop for each bucket of prompts."""
+  data = tmp_path / "data.jsonl"
+  lengths = [3 * (1 + i * i % 37) for i in range(40)]
+  data.write_text(
+    "".join(
+      json.dumps({"prompt": "ab " * (n // 3), "completion": "yes " * (1 + n % 5)})
+      + "\n"
+      for n in lengths
+    )
+  )
+  done = train(
+    tmp_path / "run",
+    f"--config.data.train={data}",
+    f"--config.data.eval={data}",
+    "--config.data.max_length=160",
+    "--config.data.max_prompt_length=120",
+    "--config.train.batch_size=1",
+    "--config.train.steps=20",
+    "--config.eval.generate=False",
+    "--config.method.name=gkd",
+    "--config.method.sampled_share=1.0",
+    compiles=True,
+  )
+  programs = collections.Counter(re.findall(r"Compiling jit\((\w+)\)", done.stderr))
+  widths = {max(32, 1 << (n - 1).bit_length()) for n in lengths}
+  assert widths == {32, 64, 128} and programs["sample"] == len(widths)
+  assert programs["train_step"] == 1
+  sampled = [row["sampled"] for row in rows(tmp_path / "run", "train")]
+  assert sampled == [1.0] * 20
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_train_as_one(tmp_path):
+  """Guards G3, G4: both write the same text, and neither waits for the other."""
+  changes = [*QUICK, "--config.method.name=gkd", "--config.method.replay=True"]
+  changes += ["--config.method.sampled_share=1.0"]
+  train(tmp_path / "one", *changes)
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  script = f"""
+import runpy, sys
+import jax
+number = int(sys.argv.pop(1))
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:{port}", 2, number)
+runpy.run_module("okd_jax.main", run_name="__main__")
+"""
+  arguments = ["--config=configs/debug.py", f"--workdir={tmp_path / 'two'}", *changes]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", script, str(number), *arguments],
+      cwd=ROOT,
+      env=environment(2),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for process in processes:
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-3000:]
+  for kind, names in {
+    "train": ("loss", "sampled_length", "replay_age"),
+    "eval": ("loss", "forward_kl"),
+  }.items():
+    for one, two in zip(
+      rows(tmp_path / "one", kind), rows(tmp_path / "two", kind), strict=True
+    ):
+      for name in names:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, err_msg=name)
