@@ -100,6 +100,9 @@ def get_config() -> ConfigDict:
   config.adapter.scale = 1.0  # lora: factor on the module's output
   config.adapter.targets = ("query", "value")  # lora: also key, out, gate, up, down
   config.adapter.length = 16  # prefix, prompt: virtual tokens
+  # prompt: start from this text's embeddings, trained as they are; '' starts at random
+  # and trains P-tuning's MLP. PromptKD's is "Suppose you are a student.", length 7.
+  config.adapter.text = ""
   config.adapter.layers = 0  # 0: all layers, k: the top k
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
 

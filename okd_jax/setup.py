@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -98,7 +99,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     config.optim.end_lr,
   )
   optimizers = _optimizers(config, learning_rate, adapter)
-  abstract = jax.eval_shape(lambda: _random_state(config, decoders, optimizers))
+  prompt_ids = _prompt_ids(config, adapter, tokenizer)
+  random = functools.partial(_random_state, config, decoders, optimizers, prompt_ids)
+  abstract = jax.eval_shape(random)
   return Run(
     config=config,
     mesh=mesh,
@@ -113,7 +116,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     optimizers=optimizers,
     learning_rate=learning_rate,
     steps=steps,
-    init=lambda: _first_state(config, mesh, decoders, teacher, optimizers, abstract),
+    init=lambda: _first_state(config, mesh, teacher, random, abstract, prompt_ids),
     abstract=abstract,
   )
 
@@ -233,8 +236,28 @@ def _random_config(dimensions, vocab_size: int, tokenizer) -> ModelConfig:
 
 
 def _adapter_config(config, kind: str) -> AdapterConfig:
-  fields = {key: config.adapter[key] for key in config.adapter if key != "lr_scale"}
+  own = {field.name for field in dataclasses.fields(AdapterConfig)}
+  fields = {key: config.adapter[key] for key in config.adapter if key in own}
   return AdapterConfig(**fields | {"kind": kind})
+
+
+def _prompt_ids(config, adapter, tokenizer) -> np.ndarray | None:
+  """The tokens [m] whose embeddings a prompt starts from, None if there is no text.
+
+  A text of another length is repeated or cut, as PEFT does.
+  """
+  text = config.adapter.text
+  if not (adapter and text):
+    return None
+  if adapter.kind != "prompt":
+    raise UserError(
+      f"adapter.text={text!r} starts a prompt, but the teacher's module is "
+      f"{adapter.kind!r}; set adapter.kind=prompt or leave adapter.text empty"
+    )
+  ids = tokenizer.encode(text, add_special_tokens=False)
+  if not ids:
+    raise UserError(f"adapter.text={text!r} has no token")
+  return np.resize(np.array(ids, np.int32), adapter.length)
 
 
 def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
@@ -273,21 +296,29 @@ def _optimizers(config, learning_rate, adapter) -> dict[str, Any]:
   return optimizers
 
 
-def _random_state(config, decoders, optimizers) -> TrainState:
-  """The state of step 0 with a student drawn at random."""
+def _random_state(config, decoders, optimizers, prompt_ids) -> TrainState:
+  """The state of step 0 with a student drawn at random, a prompt of `prompt_ids` 0."""
   student_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = {"student": decoders["student"].init(student_key, tokens)["params"]}
   if "adapted" in decoders:
     params["adapter"] = decoders["adapted"].init(adapter_key, tokens)["adapter"]
+  if prompt_ids is not None:
+    size = decoders["adapted"].config.hidden_size
+    vectors = jnp.zeros((len(prompt_ids), size))
+    params["adapter"] = {"prompt": {"vectors": vectors}}  # no MLP: a text is a start
   return init_state(params, optimizers, key)
 
 
-def _first_state(config, mesh, decoders, teacher, optimizers, abstract) -> TrainState:
+def _first_state(config, mesh, teacher, random, abstract, prompt_ids) -> TrainState:
   """The state of step 0; no array is ever whole on one device."""
   where = sharding.shardings(abstract, mesh)
-  make = functools.partial(_random_state, config, decoders, optimizers)
-  state = jax.jit(make, out_shardings=where)()
+  state = jax.jit(random, out_shardings=where)()
+  if prompt_ids is not None:
+    vectors = teacher.params["embed"]["embedding"][prompt_ids].astype(jnp.float32)
+    prompt = {"prompt": {"vectors": vectors}}
+    prompt = jax.device_put(prompt, where.params["adapter"])
+    state = state.replace(params=state.params | {"adapter": prompt})
   if config.student.path:
     put = functools.partial(_put, mesh)
     params = models.load(config.student.path, put=put).params

@@ -18,8 +18,10 @@ from trial import (
   weighted,
 )
 
-from okd_jax import methods
+from configs import debug
+from okd_jax import methods, setup
 from okd_jax.adapters import AdapterConfig
+from okd_jax.errors import UserError
 from okd_jax.methods.online import with_adapter
 from okd_jax.step import init_state, train_step
 
@@ -142,3 +144,29 @@ def test_the_student_sees_the_moved_module(rate):
   followed = np.asarray(student) - 50 * weights * reverse_gradient(student, adapted)
   np.testing.assert_allclose(moved.params["student"], followed, atol=1e-4)
   assert (np.abs(adapted - np.asarray(teacher)).max() > 0.1) == (rate > 0)
+
+
+def test_a_prompt_starts_from_a_texts_embeddings(tmp_path):
+  """METHODS 5.2: the authors' vectors are a sentence's; a short one is repeated."""
+  config = debug.get_config()
+  config.method.name = "promptkd"
+  config.adapter.text = "Hi!"
+  config.adapter.length = 7
+  config.data.train = "embedded:eval"
+  run = setup.build(config, tmp_path)
+  params = run.init().params["adapter"]
+  assert jax.tree.structure(params) == jax.tree.structure(
+    run.abstract.params["adapter"]
+  )
+  ids = [ord(letter) for letter in "Hi!Hi!H"]
+  assert run.tokenizer.encode("Hi!", add_special_tokens=False) == ids[:3]
+  table = run.frozen["embed"]["embedding"]
+  chex.assert_trees_all_equal(params, {"prompt": {"vectors": table[np.array(ids)]}})
+
+
+def test_a_text_starts_prompts_only(tmp_path):
+  config = debug.get_config()
+  config.adapter.text = "Hi!"
+  config.data.train = "embedded:eval"
+  with pytest.raises(UserError, match="adapter.kind=prompt"):
+    setup.build(config, tmp_path)

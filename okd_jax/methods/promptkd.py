@@ -7,8 +7,8 @@ answers; then the module moves, and the student follows the teacher so adapted:
     student  KL(q || p_ta)
 
 The nearest relative of OKD: on-policy, reverse KL on both sides, and a decaying pull to
-the frozen teacher in place of cross-entropy. The authors start their 7 vectors from a
-sentence's embeddings; ours start at random (`adapters`).
+the frozen teacher in place of cross-entropy. The authors' 7 vectors start from the
+embeddings of "Suppose you are a student." (`adapter.text`); by default ours do not.
 """
 
 import jax
