@@ -23,7 +23,7 @@ HELD_OUT = {
   "loss": "loss",
   "KL(teacher‖student)": "forward_kl",
   "KL(student‖teacher)": "reverse_kl",
-  "ROUGE-L": "rouge_l",
+  "ROUGE-L": "rougeL",
 }
 
 

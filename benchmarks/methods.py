@@ -12,7 +12,6 @@ a section of BENCHMARKS.md; keys of the configuration are set as for okd_jax.mai
 
 import dataclasses
 import logging
-import os
 import statistics
 import sys
 import tempfile
@@ -22,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags as absl_flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from okd_jax import METHODS, bench, cli, setup
+from okd_jax import METHODS, bench, cli, configuration, setup
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.sampler import Sampler, answers_beforehand
@@ -92,7 +90,9 @@ def main(arguments: list[str]) -> None:
   args, rest = _parser().parse_known_args(arguments)
   logging.getLogger("okd_jax").setLevel(logging.WARNING)
   cli.use_compilation_cache()
-  config = _config(rest)
+  if not any(argument.startswith("--config=") for argument in rest):
+    rest = ["--config=configs/stories.py", *rest]
+  config = configuration.read(rest)
   unknown = sorted(set(args.names) - set(METHODS))
   if unknown:
     raise UserError(
@@ -191,25 +191,6 @@ def _before(racer: Racer) -> str:
   """Who answered the prompts before training, and how long that took."""
   who = racer.run.method.sequences.beforehand
   return f"{' and '.join(who)}, {racer.beforehand:.1f} s" if who else "–"
-
-
-def _config(arguments: list[str]) -> ConfigDict:
-  """The configuration that --config=FILE and --config.key=value describe."""
-  # A configuration file may import its neighbours, wherever the command runs.
-  sys.path.insert(0, os.getcwd())
-  if any(not argument.startswith("--config") for argument in arguments):
-    raise UserError(f"unknown flags in {' '.join(arguments)} (see --help)")
-  values = absl_flags.FlagValues()
-  if not any(argument.startswith("--config=") for argument in arguments):
-    arguments = ["--config=configs/stories.py", *arguments]
-  try:
-    holder = config_flags.DEFINE_config_file(
-      "config", flag_values=values, sys_argv=["", *arguments]
-    )
-    values(["", *arguments])
-  except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    raise UserError(str(error).strip().splitlines()[-1]) from error
-  return holder.value
 
 
 def _parser() -> cli.Parser:

@@ -20,6 +20,9 @@ def get_config() -> ConfigDict:
 
   config.teacher = ConfigDict()
   config.teacher.path = ""  # HF folder, hub id, .gguf file or a finished run's workdir
+  config.teacher.adapter = ""  # LoRA to add to it: a PEFT folder or a finished run
+  # What `python -m okd_jax.cache_teacher` stored: read in place of the teacher.
+  config.teacher.cache = ""
   config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
   config.teacher.model = _random_model()  # a teacher drawn at random, for trials only
 

@@ -123,6 +123,28 @@ def lora_delta(
   return config.scale * (x @ down.astype(x.dtype)) @ up.astype(x.dtype)
 
 
+def merge(params, adapter, config: AdapterConfig):
+  """The base with LoRA pairs multiplied out and added: W + scale * down @ up.
+
+  Each sum is made in float32 and rounded once to the weights' own dtype.
+
+  Raises:
+    UserError: for virtual tokens, which no weight can hold.
+  """
+  if config.kind != "lora":
+    raise UserError(f"a {config.kind} module cannot be merged into weights: LoRA can")
+  flat, pairs = (traverse_util.flatten_dict(tree) for tree in (params, adapter))
+  for path in {path[:-1] for path in pairs}:
+    kernel = flat[*path, "kernel"]
+    delta = config.scale * jnp.einsum(
+      "kdr,krh->kdh", pairs[*path, "down"], pairs[*path, "up"]
+    )
+    top = kernel[-len(delta) :].astype(jnp.float32) + delta
+    merged = kernel.at[-len(delta) :].set(top.astype(kernel.dtype))
+    flat[*path, "kernel"] = merged
+  return traverse_util.unflatten_dict(flat)
+
+
 def prefix(
   module: nn.Module, config: AdapterConfig, heads: int, head_dim: int, dtype
 ) -> tuple[Float[Array, "1 m K D"], Float[Array, "1 m K D"]]:

@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from okd_jax.errors import UserError
 from okd_jax.evaluate import answerable
 from okd_jax.methods import Method
+from okd_jax.methods.knobs import Linear
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -60,15 +61,37 @@ def check_settings(config: ConfigDict, method: Method) -> None:
       "say where the student starts by exactly one of student.path, student.layers "
       f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
     )
+  if config.teacher.adapter and not config.teacher.path:
+    problems.append("teacher.adapter adapts what teacher.path names; set it, too")
   if config.teacher.path and config.teacher.model.hidden_size:
     problems.append("set teacher.path or teacher.model.hidden_size, not both")
-  if not config.teacher.path and not config.teacher.model.hidden_size:
+  teacher = config.teacher
+  if not (teacher.path or teacher.model.hidden_size or teacher.cache):
     if student.layers:
       problems.append("student.layers needs teacher.path")
     if method.teacher != "none":
       problems.append(f"method {config.method.name} needs teacher.path")
   if problems:
     raise UserError("; ".join(problems))
+
+
+def check_stored(config, method: Method) -> None:
+  """Raises a UserError unless a stored teacher is all that the method needs."""
+  plan, problem = method.sequences, ""
+  if not method.takes_stored or plan.sampled or plan.beforehand:
+    problem = (
+      f"method {config.method.name} needs the teacher itself, not what it said; use "
+      "kd or one of its named forms, with method.top_k=0 and no adapter.kind"
+    )
+  elif isinstance(method.knobs["temperature"], Linear):
+    problem = "method.end.temperature: what is stored has one temperature"
+  elif config.student.layers:
+    problem = (
+      f"student.layers={config.student.layers} takes layers from the teacher; name the "
+      "start by student.path or student.model"
+    )
+  if problem:
+    raise UserError(f"teacher.cache={config.teacher.cache}: {problem}")
 
 
 def check_sequences(config, method: Method, train) -> None:

@@ -91,6 +91,8 @@ class Sampler:
       figures["sampling_s"] = time.monotonic() - start
     if plan.gold:
       beside["gold"] = gold
+    if run.stored:
+      beside["stored"] = run.stored.read(rows, gold["mask"])
     if plan.source != "teacher":
       beside |= {name: self._beforehand(name, rows) for name in plan.beforehand}
     return main | sharding.put_batch(beside, run.mesh), figures

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from okd_jax import checks, methods, models, optim, sharding
-from okd_jax.adapters import AdapterConfig
+from okd_jax.adapters import AdapterConfig, merge
 from okd_jax.data import (
   Example,
   compare_tokenizers,
@@ -30,6 +30,7 @@ from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
 from okd_jax.step import TrainState, init_state
+from okd_jax.store import Store, digest, rows_digest
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Run:
   decoders: by role, 'student' and, if there is a teacher, 'teacher', and 'adapted'
     where the method trains an online module.
   frozen: the teacher's parameters, or None.
+  stored: what the teacher said about `train`, in place of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
   abstract: that state's shapes.
   """
@@ -55,6 +57,7 @@ class Run:
   decoders: dict[str, Decoder]
   adapter: AdapterConfig | None
   frozen: Any
+  stored: Store | None
   method: Method
   models: methods.Models
   optimizers: dict[str, Any]
@@ -77,13 +80,18 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   start = _load_start(config)
   records = load_records(_paths(config.data.train))
   teacher = _load_teacher(config, mesh) if config.teacher.path else None
+  if config.teacher.cache:
+    checks.check_stored(config, method)
   tokenizer = _tokenizer(config, workdir, teacher, start, records)
-  if config.teacher.model.hidden_size:
+  if config.teacher.model.hidden_size and not config.teacher.cache:
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out = _examples(config, tokenizer, records)
   checks.check_sequences(config, method, train)
-  checks.check_best(config, held_out, teacher)
   student_config = _student_config(config, teacher, start, tokenizer)
+  stored = None
+  if config.teacher.cache:
+    stored, teacher = _stored(config, train), None
+  checks.check_best(config, held_out, teacher)
   adapter = None
   if method.teacher == "adapted":
     adapter = _adapter_config(config, config.adapter.kind or method.module)
@@ -111,8 +119,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     decoders=decoders,
     adapter=adapter,
     frozen=teacher.params if teacher else None,
+    stored=stored,
     method=method,
-    models=_apply_functions(decoders, config),
+    models=_apply_functions(decoders, config, stored),
     optimizers=optimizers,
     learning_rate=learning_rate,
     steps=steps,
@@ -122,9 +131,56 @@ def build(config: ConfigDict, workdir: Path) -> Run:
 
 
 def _load_teacher(config, mesh) -> models.Model:
-  dtype = jnp.dtype(config.teacher.dtype or config.train.dtype)
+  """The teacher, what adapted it added; of a stored one all but the weights."""
+  settings = config.teacher
+  dtype = jnp.dtype(settings.dtype or config.train.dtype)
   put = functools.partial(_put, mesh)
-  return models.load(config.teacher.path, dtype=dtype, put=put)
+  if settings.cache:
+    return models.load(settings.path, params=False)
+  teacher = models.load(settings.path, dtype=dtype, put=put)
+  if not settings.adapter:
+    return teacher
+  adapter, kind = models.load_adapter(adapter_folder(config), teacher.config)
+  where = jax.tree.map(lambda x: x.sharding, teacher.params)
+  merged = jax.jit(merge, static_argnums=2, out_shardings=where)
+  return dataclasses.replace(teacher, params=merged(teacher.params, adapter, kind))
+
+
+def adapter_folder(config) -> Path:
+  """The PEFT folder that teacher.adapter names, or the one of that run."""
+  folder = Path(config.teacher.adapter).expanduser()
+  return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
+def _stored(config, train) -> Store:
+  """The stored teacher; a UserError if it is of other data or another teacher."""
+  store = Store(config.teacher.cache, len(train), stored_key(config, train))
+  if missing := store.missing():
+    raise UserError(
+      f"teacher.cache={config.teacher.cache} lacks {len(missing)} of {len(train)} "
+      "rows; run the command that wrote it again"
+    )
+  return store
+
+
+def stored_key(config, train) -> dict[str, Any]:
+  """What a stored teacher's words depend on; the teacher only where it is named."""
+  key = {"temperature": config.method.temperature, "data": rows_digest(train)}
+  if config.teacher.path:
+    key["teacher"] = models.fingerprint(config.teacher.path)
+    key["adapter"] = _adapter_digest(config)
+  elif config.teacher.model.hidden_size:
+    key["teacher"] = (
+      f"random, seed {config.train.seed}: {config.teacher.model.to_json()}"
+    )
+  return key
+
+
+def _adapter_digest(config) -> str:
+  if not config.teacher.adapter:
+    return ""
+  files = sorted(adapter_folder(config).glob("adapter_*"))
+  return digest(file.read_bytes() for file in files)
 
 
 def _random_teacher(config, mesh, tokenizer) -> models.Model:
@@ -271,11 +327,13 @@ def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
   return decoders
 
 
-def _apply_functions(decoders, config) -> methods.Models:
+def _apply_functions(decoders, config, stored) -> methods.Models:
   """The apply functions a method calls; dropout is the training student's alone."""
   student = decoders["student"].clone(dropout=config.train.dropout)
   return methods.apply_functions(
-    decoders | {"student": student}, config.train.loss_chunk
+    decoders | {"student": student},
+    config.train.loss_chunk,
+    stored.about["vocab_size"] if stored else None,
   )
 
 

@@ -92,7 +92,8 @@ def train_step(
 
 def _weighted(batch, weights: Callable):
   """The batch, and the batches beside it (such as 'gold'), with their weights."""
-  beside = {k: _weighted(v, weights) for k, v in batch.items() if isinstance(v, dict)}
+  rows = {k: v for k, v in batch.items() if isinstance(v, dict) and "mask" in v}
+  beside = {k: _weighted(v, weights) for k, v in rows.items()}
   return batch | beside | {"weights": weights(batch["mask"])}
 
 

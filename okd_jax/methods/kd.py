@@ -25,6 +25,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
+from okd_jax.methods.stored import token_distance
 
 
 def build(
@@ -58,17 +59,23 @@ def build(
     distance = among_top_k(distance, top_k)
 
   def token_loss(logits, labels, *, kd_ratio, gold_weight, **knobs):
-    student, teacher = logits["student"], stop_gradient(logits["teacher"])
-    d = distance(teacher, student, **knobs)
+    student = logits["student"]
+    if "teacher" in logits:
+      d = distance(stop_gradient(logits["teacher"]), student, **knobs)
+      figures = diagnostics(logits, labels)
+    else:
+      labels, stored = labels
+      d, figures = token_distance(distance, student, stored, **knobs)
     ce = cross_entropy(student, labels)
     loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
-    return loss, {"divergence": d} | diagnostics(logits, labels)
+    return loss, figures | {"divergence": d, "student_nll": stop_gradient(ce)}
 
   def loss(models, params, frozen, batch, key, knobs):
-    outputs = {
-      "student": models.student(params["student"], batch, key),
-      "teacher": models.teacher(frozen, None, batch),
-    }
+    outputs = {"student": models.student(params["student"], batch, key)}
+    if "stored" in batch:
+      labels = batch["labels"], batch["stored"]
+      return token_sums(models, token_loss, outputs, batch, knobs, labels)
+    outputs["teacher"] = models.teacher(frozen, None, batch)
     if "gold" not in batch:
       return token_sums(models, token_loss, outputs, batch, knobs)
     # Sampled rows, and beside them what their prompts' answers should have been: no
@@ -80,7 +87,9 @@ def build(
     return value + weight * nll, metrics | {"gold_nll": nll}
 
   knobs = {"kd_ratio": kd_ratio, "temperature": temperature, "gold_weight": gold_weight}
-  return Method(loss=loss, teacher="frozen", knobs=knobs | own_shape(shape, divergence))
+  knobs |= own_shape(shape, divergence)
+  # Whoever asks for K of the tokens must find a whole distribution.
+  return Method(loss=loss, teacher="frozen", knobs=knobs, takes_stored=not top_k)
 
 
 # KD by one divergence, under the name it has in the literature.

@@ -41,15 +41,20 @@ class Models:
     adapter is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
   teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
     teacher's, what lies below the modules computed once for both.
+  chunk: positions of a row whose logits are in memory at once.
+  vocab_size: ids that count, where a stored teacher knows fewer than the student.
   """
 
   student: Callable[..., Output]
   teacher: Callable[..., Output]
   teachers: Callable[..., tuple[Output, Output]]
   chunk: int = 64
+  vocab_size: int | None = None
 
 
-def apply_functions(decoders: Mapping[str, Decoder], chunk: int = 64) -> Models:
+def apply_functions(
+  decoders: Mapping[str, Decoder], chunk: int = 64, vocab_size: int | None = None
+) -> Models:
   """What the decoders 'student', 'teacher' and 'adapted' give a method.
 
   The latter two need not be there if the method has no use for them.
@@ -82,7 +87,7 @@ def apply_functions(decoders: Mapping[str, Decoder], chunk: int = 64) -> Models:
       output(plain, variables, batch, **top),
     )
 
-  return Models(student, teacher, teachers, chunk)
+  return Models(student, teacher, teachers, chunk, vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,8 @@ class Method:
     batch['gold'], is a batch of its own with weights of its own.
   weights: mask [B, L] of a whole batch to the weight of each position.
   module: the kind of online module where adapter.kind leaves it open.
+  takes_stored: whether the loss reads what a teacher said before, batch['stored'],
+    where there is no teacher (`cache_teacher`).
   """
 
   loss: Callable[[Models, Params, Any, Batch, Array, Mapping[str, Any]], Loss]
@@ -109,6 +116,7 @@ class Method:
   sequences: Sequences = Sequences()
   weights: Callable[[Array], Array] = token_weights
   module: str = "lora"
+  takes_stored: bool = False
 
   def knobs_at(self, progress) -> dict[str, Any]:
     """The value of each knob at a share of the run, 0 at the first step, 1 at the last.
@@ -181,7 +189,7 @@ def token_sums(
   constant = {k: v for k, v in knobs.items() if k not in moving}
   return weighted_sums(
     functools.partial(token_loss, **constant),
-    cut_heads(outputs),
+    cut_heads(outputs, models.vocab_size),
     batch["labels"] if labels is None else labels,
     batch["weights"],
     models.chunk,
@@ -189,12 +197,14 @@ def token_sums(
   )
 
 
-def cut_heads(outputs: Mapping[str, Output]) -> dict[str, Output]:
-  """Every head cut to the smallest vocabulary.
+def cut_heads(
+  outputs: Mapping[str, Output], vocab_size: int | None = None
+) -> dict[str, Output]:
+  """Every head cut to the smallest vocabulary, or to `vocab_size`.
 
   The rows beyond are unused padding: that the tokenizers agree was checked when the
   models were loaded. Padded ids thus have probability 0 on both sides instead of a
   share of somebody's mass.
   """
-  size = min(output.head.shape[0] for output in outputs.values())
+  size = vocab_size or min(output.head.shape[0] for output in outputs.values())
   return {name: out._replace(head=out.head[:size]) for name, out in outputs.items()}

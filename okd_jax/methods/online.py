@@ -62,6 +62,7 @@ def wrap(
     knobs=dict(method.knobs) | module_knobs,
     updates=(("student", "adapter"),),
     sequences=plan,
+    takes_stored=False,
   )
 
 

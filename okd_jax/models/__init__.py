@@ -5,6 +5,7 @@ logits = model.logits(model.params, tokens)  # [B, L] -> [B, L, V] float32
 """
 
 import dataclasses
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -40,6 +41,7 @@ __all__ = [
   "Model",
   "ModelConfig",
   "RopeScaling",
+  "fingerprint",
   "head_kernel",
   "init",
   "init_cache",
@@ -103,13 +105,22 @@ def load(
   Raises:
     UserError: one sentence, for whatever is wrong with `path` or what it holds.
   """
-  local = Path(path).expanduser()
-  if local.is_file():
-    if local.suffix != ".gguf":
-      raise UserError(f"{path} is a file, but no .gguf; name the model's folder")
-    return Model(*gguf.load(local, dtype=dtype, put=put, params=params))
-  folder = _model_folder(local) if local.is_dir() else _download(str(path))
-  return Model(*hf.load(folder, dtype=dtype, put=put, params=params))
+  place = _find(path)
+  reader = gguf if place.is_file() else hf
+  return Model(*reader.load(place, dtype=dtype, put=put, params=params))
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+  """SHA-256 of the files that make a model: its configuration and its weights.
+
+  Raises:
+    UserError: as `load` does where there is no model.
+  """
+  place, total = _find(path), hashlib.sha256()
+  for file in [place] if place.is_file() else hf.files(place):
+    with file.open("rb") as stream:
+      total.update(hashlib.file_digest(stream, "sha256").digest())
+  return total.hexdigest()
 
 
 def init(config: ModelConfig, key) -> dict:
@@ -134,6 +145,16 @@ def take_layers(params, config: ModelConfig, n: int) -> tuple[dict, ModelConfig]
   taken = jax.tree.map(jnp.copy, {k: v for k, v in params.items() if k != "layers"})
   taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[keep]), params["layers"])
   return taken, dataclasses.replace(config, num_layers=n)
+
+
+def _find(path: str | os.PathLike) -> Path:
+  """The .gguf file or the HF folder that `path` means."""
+  local = Path(path).expanduser()
+  if local.is_file():
+    if local.suffix != ".gguf":
+      raise UserError(f"{path} is a file, but no .gguf; name the model's folder")
+    return local
+  return _model_folder(local) if local.is_dir() else _download(str(path))
 
 
 def _model_folder(folder: Path) -> Path:

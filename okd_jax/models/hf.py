@@ -239,6 +239,11 @@ def _check_tied(folder: Path, tensors: _Tensors, embedding: str):
     )
 
 
+def files(folder: Path) -> list[Path]:
+  """Configuration and weights of an HF folder, in a fixed order."""
+  return [folder / "config.json", *_weight_files(folder)]
+
+
 def _weight_files(folder: Path) -> list[Path]:
   index = folder / "model.safetensors.index.json"
   if (folder / "model.safetensors").exists():
