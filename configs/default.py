@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
   config.teacher.adapter = ""  # LoRA to add to it: a PEFT folder or a finished run
   # What `python -m okd_jax.cache_teacher` stored: read in place of the teacher.
   config.teacher.cache = ""
+  # With adapter.layers=k: keep what enters the top k layers, 'memory' or a folder, so
+  # that the layers below run once for every row and not once an epoch.
+  config.teacher.trunk = ""
   config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
   config.teacher.model = _random_model()  # a teacher drawn at random, for trials only
 

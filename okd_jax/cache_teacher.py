@@ -10,26 +10,15 @@ again, the command goes on with the rows that are missing. DIR/about.json says w
 it was made of (`okd_jax.store`).
 """
 
-import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from okd_jax import cli, configuration, setup, sharding, store, train
-from okd_jax.data import pad_row
+from okd_jax import cli, configuration, precompute, setup, store, teachers, train
 from okd_jax.errors import UserError
 from okd_jax.methods import Models, stored
 from okd_jax.models import output
-
-_BATCHES = 8  # whose rows make one file
-_log = logging.getLogger("okd_jax")  # also when this is run as a command
 
 
 def main(arguments: list[str]) -> None:
@@ -55,107 +44,31 @@ def write(run: setup.Run, folder: Path, k: int, dtype: str) -> store.Store:
   Every process calls it; each writes the rows that its devices computed.
   """
   size = min(run.decoders[role].config.vocab_size for role in ("student", "teacher"))
-  about = setup.stored_key(run.config, run.train) | {
+  about = teachers.stored_key(run.config, run.train) | {
     "k": min(k or size, size),
     "dtype": dtype,
     "vocab_size": size,
   }
   if jax.process_index() == 0:
     store.begin(folder, len(run.train), about)
-  _barrier("begun")
+  precompute.barrier("begun")
   kept = store.Store(folder, len(run.train), about)
-  read = _reader(run, about)
-  todo = set(kept.missing())
-  batch = _batch_size(run)
-  piece = _BATCHES * batch
-  bar = tqdm(
-    total=len(run.train),
-    initial=len(run.train) - len(todo),
-    unit="row",
-    desc="teacher",
-    disable=not sys.stderr.isatty(),
-  )
-  with bar:
-    for first in range(0, len(run.train), piece):
-      rows = range(first, min(first + piece, len(run.train)))
-      if missing := todo.intersection(rows):
-        _write_piece(run, kept, read, rows, missing, batch)
-        bar.update(len(missing))
-  _barrier("stored")
-  kept.reload()
-  if jax.process_index() == 0:
-    _log.info("%s: %d rows, %s", folder, len(run.train), _size(run, folder))
-  return kept
-
-
-def _write_piece(run, kept, read, rows: range, missing: set[int], size: int) -> None:
-  """Answers some rows batch by batch, always the same ones together."""
-  own, arrays = [], []
-  for first in range(rows.start, rows.stop, size):
-    batch = [min(row, rows.stop - 1) for row in range(first, first + size)]
-    share = size // jax.process_count()
-    mine = batch[jax.process_index() * share :][:share]
-    for row, values in zip(mine, read(mine), strict=True):
-      if row in missing and row not in own:
-        own.append(row)
-        arrays.append(values)
-  if own:
-    kept.write(own, arrays)
-
-
-def _reader(run: setup.Run, about) -> Callable[[list[int]], list[dict[str, Any]]]:
-  """This process's rows of a batch -> what the teacher says of their trained tokens."""
   decoder = run.decoders["teacher"]
-  models = Models(
-    None, None, None, run.config.train.loss_chunk, vocab_size=about["vocab_size"]
-  )
+  models = Models(None, None, None, run.config.train.loss_chunk, vocab_size=size)
 
   @jax.jit
   def record(frozen, batch):
-    hidden = output(decoder, {"params": frozen}, batch)
     return stored.record(
       models,
-      hidden,
+      output(decoder, {"params": frozen}, batch),
       batch["labels"],
       about["k"],
       about["temperature"],
-      jnp.dtype(about["dtype"]),
+      jnp.dtype(dtype),
     )
 
-  def read(rows):
-    length = run.config.data.max_length
-    padded = [pad_row(run.train[row], length, train.PAD_ID) for row in rows]
-    batch = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
-    values = record(run.frozen, sharding.put_batch(batch, run.mesh))
-    values = jax.tree.map(_local, values)
-    return [
-      {name: array[i][mask] for name, array in values.items()}
-      for i, mask in enumerate(batch["mask"])
-    ]
-
-  return read
-
-
-def _local(array: jax.Array) -> np.ndarray:
-  """The rows of a global array that this process holds, in order."""
-  parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
-
-
-def _batch_size(run: setup.Run) -> int:
-  ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-  return -(-run.config.eval.batch_size // ways) * ways
-
-
-def _size(run: setup.Run, folder: Path) -> str:
-  total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-  tokens = sum(len(e.tokens) - max(e.prompt_length, 1) for e in run.train)
-  return f"{total / 1e6:.1f} MB, {total / max(tokens, 1):.0f} bytes per trained token"
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"cache_teacher {name}")
+  precompute.fill(run, kept, record, "mask")
+  return kept
 
 
 def _parser() -> cli.Parser:

@@ -51,8 +51,11 @@ class Sampler:
     the method wants them beforehand.
   """
 
-  def __init__(self, run, answers: Mapping[str, Sequence[Example]], pad_id: int):
+  def __init__(
+    self, run, answers: Mapping[str, Sequence[Example]], pad_id: int, trunk=None
+  ):
     self._run, self._answers, self._pad_id = run, answers, pad_id
+    self._trunk = trunk
     self.plan: Sequences = run.method.sequences
     self._length = run.config.data.max_length
     self._seed = run.config.train.seed
@@ -91,6 +94,9 @@ class Sampler:
       figures["sampling_s"] = time.monotonic() - start
     if plan.gold:
       beside["gold"] = gold
+    if self._trunk:
+      hidden = self._trunk.read(rows, gold["segment_ids"] > 0)["hidden"]
+      (beside["gold"] if plan.gold else beside)["trunk"] = hidden
     if run.stored:
       beside["stored"] = run.stored.read(rows, gold["mask"])
     if plan.source != "teacher":

@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from okd_jax import checks, methods, models, optim, sharding
-from okd_jax.adapters import AdapterConfig, merge
+from okd_jax import checks, methods, models, optim, sharding, teachers
+from okd_jax.adapters import AdapterConfig
 from okd_jax.data import (
   Example,
   compare_tokenizers,
@@ -30,7 +30,7 @@ from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
 from okd_jax.step import TrainState, init_state
-from okd_jax.store import Store, digest, rows_digest
+from okd_jax.store import Store
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
   start = _load_start(config)
   records = load_records(_paths(config.data.train))
-  teacher = _load_teacher(config, mesh) if config.teacher.path else None
+  put = functools.partial(_put, mesh)
+  teacher = teachers.load_teacher(config, put) if config.teacher.path else None
   if config.teacher.cache:
     checks.check_stored(config, method)
   tokenizer = _tokenizer(config, workdir, teacher, start, records)
@@ -90,7 +91,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   student_config = _student_config(config, teacher, start, tokenizer)
   stored = None
   if config.teacher.cache:
-    stored, teacher = _stored(config, train), None
+    stored, teacher = teachers.open_stored(config, train), None
   checks.check_best(config, held_out, teacher)
   adapter = None
   if method.teacher == "adapted":
@@ -128,59 +129,6 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     init=lambda: _first_state(config, mesh, teacher, random, abstract, prompt_ids),
     abstract=abstract,
   )
-
-
-def _load_teacher(config, mesh) -> models.Model:
-  """The teacher, what adapted it added; of a stored one all but the weights."""
-  settings = config.teacher
-  dtype = jnp.dtype(settings.dtype or config.train.dtype)
-  put = functools.partial(_put, mesh)
-  if settings.cache:
-    return models.load(settings.path, params=False)
-  teacher = models.load(settings.path, dtype=dtype, put=put)
-  if not settings.adapter:
-    return teacher
-  adapter, kind = models.load_adapter(adapter_folder(config), teacher.config)
-  where = jax.tree.map(lambda x: x.sharding, teacher.params)
-  merged = jax.jit(merge, static_argnums=2, out_shardings=where)
-  return dataclasses.replace(teacher, params=merged(teacher.params, adapter, kind))
-
-
-def adapter_folder(config) -> Path:
-  """The PEFT folder that teacher.adapter names, or the one of that run."""
-  folder = Path(config.teacher.adapter).expanduser()
-  return folder / "adapter" if (folder / "adapter").is_dir() else folder
-
-
-def _stored(config, train) -> Store:
-  """The stored teacher; a UserError if it is of other data or another teacher."""
-  store = Store(config.teacher.cache, len(train), stored_key(config, train))
-  if missing := store.missing():
-    raise UserError(
-      f"teacher.cache={config.teacher.cache} lacks {len(missing)} of {len(train)} "
-      "rows; run the command that wrote it again"
-    )
-  return store
-
-
-def stored_key(config, train) -> dict[str, Any]:
-  """What a stored teacher's words depend on; the teacher only where it is named."""
-  key = {"temperature": config.method.temperature, "data": rows_digest(train)}
-  if config.teacher.path:
-    key["teacher"] = models.fingerprint(config.teacher.path)
-    key["adapter"] = _adapter_digest(config)
-  elif config.teacher.model.hidden_size:
-    key["teacher"] = (
-      f"random, seed {config.train.seed}: {config.teacher.model.to_json()}"
-    )
-  return key
-
-
-def _adapter_digest(config) -> str:
-  if not config.teacher.adapter:
-    return ""
-  files = sorted(adapter_folder(config).glob("adapter_*"))
-  return digest(file.read_bytes() for file in files)
 
 
 def _random_teacher(config, mesh, tokenizer) -> models.Model:

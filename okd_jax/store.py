@@ -63,6 +63,14 @@ class Store:
       self._where[row] = (path.name, start, end)
     self._files[path.name] = file
 
+  @property
+  def name(self) -> str:
+    return str(self.folder)
+
+  @property
+  def bytes(self) -> int:
+    return sum((self.folder / name).stat().st_size for name in self._files)
+
   def missing(self) -> list[int]:
     """The rows that are not there yet, ascending."""
     return [row for row in range(self.count) if row not in self._where]
@@ -90,23 +98,55 @@ class Store:
     Raises:
       UserError: if a row is missing, or has another number of tokens.
     """
-    out: dict[str, np.ndarray] = {}
-    for i, row in enumerate(rows):
-      if row not in self._where:
-        raise UserError(f"{self.folder} lacks row {row}; let what writes it finish")
-      name, start, end = self._where[int(row)]
-      if end - start != where[i].sum():
+    return _spread(self._row, self.name, rows, where)
+
+  def _row(self, row: int) -> dict[str, np.ndarray]:
+    if row not in self._where:
+      raise UserError(f"{self.folder} lacks row {row}; let what writes it finish")
+    name, start, end = self._where[row]
+    file = self._files[name]
+    keys = sorted({*file.keys()} - {"rows", "ends"})
+    return {key: file.get_slice(key)[start:end] for key in keys}
+
+
+class Memory:
+  """Like `Store`, for one process and one run: nothing is written."""
+
+  def __init__(self, count: int, name: str):
+    self.count, self.name = count, name
+    self._rows = {}
+
+  @property
+  def bytes(self) -> int:
+    return sum(x.nbytes for row in self._rows.values() for x in row.values())
+
+  def reload(self) -> None:
+    pass
+
+  def missing(self) -> list[int]:
+    return [row for row in range(self.count) if row not in self._rows]
+
+  def write(self, rows: Sequence[int], arrays: Sequence[Mapping[str, Any]]) -> None:
+    self._rows.update(zip(rows, arrays, strict=True))
+
+  def read(self, rows: Sequence[int], where: Bool[np.ndarray, "B L"]):
+    return _spread(self._rows.__getitem__, self.name, rows, where)
+
+
+def _spread(find, name: str, rows, where) -> dict[str, np.ndarray]:
+  """The rows' arrays at their places in a batch."""
+  out: dict[str, np.ndarray] = {}
+  for i, row in enumerate(rows):
+    for key, values in find(int(row)).items():
+      if len(values) != where[i].sum():
         raise UserError(
-          f"{self.folder}: row {row} has {end - start} tokens there, but "
-          f"{where[i].sum()} in this run"
+          f"{name}: row {row} has {len(values)} tokens there, but {where[i].sum()} in "
+          "this run"
         )
-      file = self._files[name]
-      for key in sorted({*file.keys()} - {"rows", "ends"}):
-        values = file.get_slice(key)[start:end]
-        if key not in out:
-          out[key] = np.zeros((*where.shape, *values.shape[1:]), values.dtype)
-        out[key][i][where[i]] = values
-    return out
+      if key not in out:
+        out[key] = np.zeros((*where.shape, *values.shape[1:]), values.dtype)
+      out[key][i][where[i]] = values
+  return out
 
 
 def begin(folder: str | os.PathLike, count: int, about: Mapping[str, Any]) -> Store:

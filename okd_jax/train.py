@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import checkpoint, metrics, setup, sharding
+from okd_jax import checkpoint, metrics, setup, sharding, trunk
 from okd_jax.analysis import report
 from okd_jax.data import Example, eval_batches, train_loader
 from okd_jax.errors import UserError
@@ -104,7 +104,8 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
   ):
     fresh = not checkpoints.steps()
-    sampler = Sampler(parts, _answers(parts, workdir), PAD_ID)
+    kept = trunk.prepare(parts)
+    sampler = Sampler(parts, _answers(parts, workdir), PAD_ID, kept)
     state, step, loader = _start(parts, checkpoints, sampler)
     writer = metrics.Writer(
       workdir, -1 if fresh else step, config.train.tensorboard, config.train.wandb

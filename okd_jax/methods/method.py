@@ -67,27 +67,42 @@ def apply_functions(
     return output(decoder, {"params": params}, batch, key, mix=mix)
 
   def teacher(frozen, adapter, batch, mix=None):
-    if adapter is None:
-      return output(decoders["teacher"], {"params": frozen}, batch, mix=mix)
-    variables = {"params": frozen, "adapter": adapter}
-    return output(decoders["adapted"], variables, batch, mix=mix)
+    decoder, variables = decoders["teacher"], {"params": frozen}
+    if adapter is not None:
+      decoder, variables = decoders["adapted"], variables | {"adapter": adapter}
+    top = {} if mix else _kept_trunk(decoders, batch)
+    return output(decoder, variables, batch, mix=mix, **top)
 
   def teachers(frozen, adapter, batch):
     plain, adapted = decoders["teacher"], decoders["adapted"]
-    start = adapted.config.num_layers - adapted.adapter.num_layers(
-      adapted.config.num_layers
-    )
+    start = _trunk_layers(adapted)
     if not start:
       return teacher(frozen, adapter, batch), teacher(frozen, None, batch)
     variables = {"params": frozen}
-    below = output(plain, variables, batch, stop=start).hidden
-    top = {"hidden": below, "start": start}
+    top = _kept_trunk(decoders, batch)
+    if not top:
+      below = output(plain, variables, batch, stop=start).hidden
+      top = {"hidden": below, "start": start}
     return (
       output(adapted, variables | {"adapter": adapter}, batch, **top),
       output(plain, variables, batch, **top),
     )
 
   return Models(student, teacher, teachers, chunk, vocab_size)
+
+
+def _trunk_layers(adapted: Decoder) -> int:
+  """How many layers lie below the lowest module."""
+  total = adapted.config.num_layers
+  return total - adapted.adapter.num_layers(total)
+
+
+def _kept_trunk(decoders, batch) -> dict[str, Any]:
+  """Where to go on from, if what lies below the modules was kept (`trunk`)."""
+  if "trunk" not in batch:
+    return {}
+  adapted = decoders["adapted"]
+  return {"hidden": batch["trunk"], "start": _trunk_layers(adapted)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""Teachers: who they are, what has adapted them, and what of them is kept."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from okd_jax import models
+from okd_jax.adapters import merge
+from okd_jax.errors import UserError
+from okd_jax.models.layout import Put
+from okd_jax.store import Store, digest, rows_digest
+
+
+def load_teacher(config, put: Put) -> models.Model:
+  """The teacher, what adapted it added; of a stored one all but the weights."""
+  settings = config.teacher
+  dtype = jnp.dtype(settings.dtype or config.train.dtype)
+  if settings.cache:
+    return models.load(settings.path, params=False)
+  teacher = models.load(settings.path, dtype=dtype, put=put)
+  if not settings.adapter:
+    return teacher
+  adapter, kind = models.load_adapter(_adapter_folder(config), teacher.config)
+  where = jax.tree.map(lambda x: x.sharding, teacher.params)
+  merged = jax.jit(merge, static_argnums=2, out_shardings=where)
+  return dataclasses.replace(teacher, params=merged(teacher.params, adapter, kind))
+
+
+def _adapter_folder(config) -> Path:
+  """The PEFT folder that teacher.adapter names, or the one of that run."""
+  folder = Path(config.teacher.adapter).expanduser()
+  return folder / "adapter" if (folder / "adapter").is_dir() else folder
+
+
+def open_stored(config, train) -> Store:
+  """The stored teacher; a UserError if it is of other data or another teacher."""
+  store = Store(config.teacher.cache, len(train), stored_key(config, train))
+  if missing := store.missing():
+    raise UserError(
+      f"teacher.cache={config.teacher.cache} lacks {len(missing)} of {len(train)} "
+      "rows; run the command that wrote it again"
+    )
+  return store
+
+
+def stored_key(config, train) -> dict[str, Any]:
+  """What a stored teacher's words depend on."""
+  return teacher_key(config, train) | {"temperature": config.method.temperature}
+
+
+def teacher_key(config, train) -> dict[str, Any]:
+  """What a teacher's states depend on; the teacher itself only where it is named."""
+  key = {"data": rows_digest(train)}
+  if config.teacher.path:
+    key["teacher"] = models.fingerprint(config.teacher.path)
+    key["adapter"] = _adapter_digest(config)
+  elif config.teacher.model.hidden_size:
+    key["teacher"] = (
+      f"random, seed {config.train.seed}: {config.teacher.model.to_json()}"
+    )
+  return key
+
+
+def _adapter_digest(config) -> str:
+  if not config.teacher.adapter:
+    return ""
+  files = sorted(_adapter_folder(config).glob("adapter_*"))
+  return digest(file.read_bytes() for file in files)

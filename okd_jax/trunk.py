@@ -1,0 +1,77 @@
+"""The frozen trunk below the online modules, computed once for all epochs.
+
+With `adapter.layers=k` only the top k layers of the teacher hold modules, so what
+enters them depends on the text alone. Kept in bfloat16, 2 D bytes a token, in memory or
+on disk, it leaves k layers and the head of the teacher's work. Computing it costs one
+pass of the trunk, so it pays from the second epoch on; rows that a method samples have
+no trunk to keep, and evaluation runs the whole teacher.
+"""
+
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from okd_jax import precompute, setup, store, teachers
+from okd_jax.errors import UserError
+from okd_jax.models import output
+
+MEMORY = "memory"
+_log = logging.getLogger("okd_jax")
+
+
+def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
+  """What `teacher.trunk` asks for, complete; None if it asks for nothing.
+
+  Raises:
+    UserError: if there is no such trunk, or the folder holds another.
+  """
+  where = run.config.teacher.trunk
+  if not where:
+    return None
+  start = _start(run)
+  if where == MEMORY:
+    if jax.process_count() > 1:
+      raise UserError(
+        "teacher.trunk=memory is for one process; name a folder that all can read"
+      )
+    kept = store.Memory(len(run.train), "trunk")
+  else:
+    about = teachers.teacher_key(run.config, run.train)
+    about |= {"layers": start, "dtype": run.config.train.dtype}
+    if jax.process_index() == 0:
+      store.begin(where, len(run.train), about)
+    precompute.barrier("begun")
+    kept = store.Store(where, len(run.train), about)
+  decoder = run.decoders["teacher"]
+
+  @jax.jit
+  def below(frozen, batch):
+    hidden = output(decoder, {"params": frozen}, batch, stop=start).hidden
+    return {"hidden": hidden.astype(jnp.bfloat16)}
+
+  precompute.fill(run, kept, below, "segment_ids")
+  rows = run.steps * run.config.train.batch_size
+  if rows < 2 * len(run.train):
+    _log.warning(
+      "%s: the run sees its %d rows %.1f times; a trunk pays from the second time on",
+      Path(where).name,
+      len(run.train),
+      rows / len(run.train),
+    )
+  return kept
+
+
+def _start(run: setup.Run) -> int:
+  """How many layers the trunk has."""
+  plan, problem = run.method.sequences, ""
+  if run.adapter is None:
+    problem = f"{run.config.method.name} has no online module here"
+  elif not 0 < run.adapter.layers < run.decoders["teacher"].config.num_layers:
+    problem = "the modules sit in all layers; set adapter.layers=k for the top k"
+  elif plan.sampled and not plan.gold:
+    problem = f"{run.config.method.name} trains on sampled rows alone"
+  if problem:
+    raise UserError(f"teacher.trunk={run.config.teacher.trunk}: {problem}")
+  return run.decoders["teacher"].config.num_layers - run.adapter.layers
