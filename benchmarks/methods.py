@@ -3,6 +3,7 @@
     python -m configs.stories                    # once: the data
     python benchmarks/methods.py --config=configs/stories.py
     python benchmarks/methods.py --config=configs/debug.py --names=kd,okd,gkd
+    python benchmarks/methods.py --names=kd,okd@adapter.layers=2@teacher.trunk=memory
 
 Every method trains the same student on the same rows. A round is a few steps of each
 method, so that whatever else the machine does hits all of them alike; the ratio to the
@@ -11,6 +12,7 @@ a section of BENCHMARKS.md; keys of the configuration are set as for okd_jax.mai
 """
 
 import dataclasses
+import functools
 import logging
 import statistics
 import sys
@@ -23,7 +25,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import METHODS, bench, cli, configuration, setup
+from okd_jax import METHODS, bench, cli, configuration, setup, trunk
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.sampler import Sampler, answers_beforehand
@@ -56,7 +58,7 @@ class Racer:
       for name in run.method.sequences.beforehand
     }
     self.beforehand = time.perf_counter() - start
-    self._sampler = Sampler(run, answers, PAD_ID)
+    self._sampler = Sampler(run, answers, PAD_ID, trunk.prepare(run))
     self._state = run.init()
     self._train_step = compile_step(
       run.method,
@@ -93,7 +95,7 @@ def main(arguments: list[str]) -> None:
   if not any(argument.startswith("--config=") for argument in rest):
     rest = ["--config=configs/stories.py", *rest]
   config = configuration.read(rest)
-  unknown = sorted(set(args.names) - set(METHODS))
+  unknown = sorted({name.partition("@")[0] for name in args.names} - set(METHODS))
   if unknown:
     raise UserError(
       f"--names={unknown[0]} is unknown; use {', '.join(sorted(METHODS))}"
@@ -110,7 +112,11 @@ def main(arguments: list[str]) -> None:
 
 def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
   config = config.copy_and_resolve_references()
-  config.method.name = name
+  config.method.name, *changes = name.split("@")
+  for key, _, value in (change.partition("=") for change in changes):
+    *path, last = key.split(".")
+    section = functools.reduce(getattr, path, config)
+    section[last] = type(section[last])(value)
   run = setup.build(config, folder)
   # Few enough that what is answered beforehand does not take longer than the rest.
   return dataclasses.replace(run, train=run.train[: args.rows])
@@ -205,7 +211,7 @@ def _parser() -> cli.Parser:
     "--names",
     type=lambda text: text.split(","),
     default=",".join(names),
-    help="methods by commas; ratios are to the first",
+    help="methods by commas, or NAME@KEY=VALUE@...; ratios are to the first",
   )
   add("--rounds", type=whole, default=5, help="measured rounds")
   add("--steps", type=whole, default=4, help="steps of a method in a round")

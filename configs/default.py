@@ -29,6 +29,10 @@ def get_config() -> ConfigDict:
   config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
   config.teacher.model = _random_model()  # a teacher drawn at random, for trials only
 
+  # Several teachers for method ensemble, each a name and a path; all others leave it
+  # empty. On the command line: --config.teachers.NAME=PATH.
+  config.teachers = ConfigDict()
+
   config.student = ConfigDict()
   config.student.path = ""  # start from this model, or …
   config.student.layers = 0  # … from so many evenly spaced layers of the teacher, or …
@@ -85,11 +89,16 @@ def get_config() -> ConfigDict:
   config.method.exact_mixture = False  # fdistill: jensen_shannon's true mixture
   config.method.contrast = 1.0  # distillm2: b of the student's text, 2 - b the other
   config.method.pull_weight = 1.0  # promptkd: towards the frozen teacher; falls to 0
+  config.method.weighting = "mean"  # ensemble: or 'gated', 'reinforced'
+  config.method.teacher_weights = ()  # ensemble, mean: by the names' order; (): equal
+  config.method.gate_per = "token"  # ensemble, gated: or 'example'
+  config.method.gate_lr = 1e-3  # ensemble: learning rate of gate or policy
+  config.method.reward = "gold_and_teachers"  # ensemble, reinforced: or 'gold'
   config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
   # Knobs that move: the value each reaches, linearly, at the last step. Those of the
   # above that weigh or shape a loss: --config.method.end.temperature=1 and so on.
   fixed = {"ab_alpha", "ab_beta", "teacher_mix", "loss_eps"}
-  fixed |= {"teacher_temperature", "teacher_top_p"}
+  fixed |= {"teacher_temperature", "teacher_top_p", "gate_lr"}
   config.method.end = ConfigDict()
   config.method.end.sampled_share = config_dict.placeholder(float)
   for knob, value in config.method.items():
@@ -110,6 +119,7 @@ def get_config() -> ConfigDict:
   # and trains P-tuning's MLP. PromptKD's is "Suppose you are a student.", length 7.
   config.adapter.text = ""
   config.adapter.layers = 0  # 0: all layers, k: the top k
+  config.adapter.teachers = ()  # of several teachers, those that carry it; (): all
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
 
   config.data = ConfigDict()
@@ -171,6 +181,7 @@ def get_config() -> ConfigDict:
   config.mesh.tensor = 1  # ways that each matmul is split
   config.lock()
   config.stages.unlock()  # recipes add theirs
+  config.teachers.unlock()
   return config
 
 

@@ -1,5 +1,7 @@
 """What can be wrong with a configuration, told before anything is trained."""
 
+import re
+
 from ml_collections import ConfigDict
 
 from okd_jax.errors import UserError
@@ -65,14 +67,45 @@ def check_settings(config: ConfigDict, method: Method) -> None:
     problems.append("teacher.adapter adapts what teacher.path names; set it, too")
   if config.teacher.path and config.teacher.model.hidden_size:
     problems.append("set teacher.path or teacher.model.hidden_size, not both")
+  problems += _several_problems(config, method)
   teacher = config.teacher
-  if not (teacher.path or teacher.model.hidden_size or teacher.cache):
+  named = teacher.path or teacher.model.hidden_size or teacher.cache
+  if not (named or method.teacher == "several"):
     if student.layers:
       problems.append("student.layers needs teacher.path")
     if method.teacher != "none":
       problems.append(f"method {config.method.name} needs teacher.path")
   if problems:
     raise UserError("; ".join(problems))
+
+
+def _several_problems(config, method: Method):
+  """What is wrong between `teachers`, the method and the keys of a single teacher."""
+  names, several = sorted(config.teachers), method.teacher == "several"
+  if several and not names:
+    yield f"method {config.method.name} needs --config.teachers.NAME=PATH for each one"
+  if wrong := [name for name in names if not re.fullmatch(r"\w[\w-]*", name)]:
+    yield f"teachers: {wrong[0]!r} is no name of letters, digits, - and _"
+  if names and not several:
+    yield (
+      f"method {config.method.name} has one teacher, teacher.path; several "
+      f"({', '.join(names)}) are for method ensemble"
+    )
+  if several:
+    one = config.teacher
+    for key in ("path", "adapter", "cache", "trunk"):
+      if one[key]:
+        yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
+    if config.student.layers:
+      yield "student.layers takes layers from a single teacher; set student.path"
+  if unknown := sorted(set(config.adapter.teachers) - set(names)):
+    yield f"adapter.teachers names {unknown[0]!r}, which is none of teachers"
+  weights = config.method.teacher_weights
+  if several and weights and len(weights) != len(names):
+    yield (
+      f"method.teacher_weights={weights} must hold a weight for each of the teachers "
+      f"{', '.join(names)}, in this order"
+    )
 
 
 def check_stored(config, method: Method) -> None:

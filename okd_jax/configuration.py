@@ -12,6 +12,8 @@ from okd_jax.errors import UserError
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 
+_TEACHERS = "config.teachers."
+
 
 def read(arguments: list[str]) -> ConfigDict:
   """The locked configuration that these flags describe; there may be no others.
@@ -32,10 +34,15 @@ def read(arguments: list[str]) -> ConfigDict:
   if not Path(path).is_file():
     raise UserError(f"--config={given['config']}: there is no file {path}")
   plain = _parse([f"--config={given['config']}"], f"{path}: ")
+  named = {k: v for k, v in given.items() if k.startswith(_TEACHERS)}
   for name in given:
-    if name.startswith("config."):
+    if name.startswith("config.") and name not in named:
       _check_key(name.split(".")[1:], plain)
-  return _parse(arguments)
+  config = _parse([a for a in arguments if not a.lstrip("-").startswith(_TEACHERS)])
+  # New names, which no flag can have.
+  with config.unlocked():
+    config.teachers.update({k.removeprefix(_TEACHERS): v for k, v in named.items()})
+  return config
 
 
 def _parse(arguments: list[str], prefix: str = "") -> ConfigDict:

@@ -30,6 +30,7 @@ from okd_jax.losses import (
   Mean,
   cross_entropy,
   forward_kl,
+  mixture,
   reverse_kl,
   top1_agreement,
   unembed,
@@ -55,10 +56,20 @@ COLUMNS = {
 def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
   """Per-token figures of 'student' beside 'teacher' and 'adapted', where given.
 
-  A `TokenLoss`: its loss is the student's cross-entropy.
+  Of several teachers, 'teacher:NAME', each has its own, and 'the teacher' is their
+  mean in probability space. A `TokenLoss`: its loss is the student's cross-entropy.
   """
   student = logits["student"]
   metrics = {"loss": cross_entropy(student, labels)}
+  several = {role: z for role, z in sorted(logits.items()) if ":" in role}
+  for role, z in several.items():  # 'teacher:NAME' and 'adapted:NAME'
+    kind, _, name = role.partition(":")
+    prefix = name if kind == "teacher" else f"{name}_{kind}"
+    metrics[f"{prefix}_loss"] = cross_entropy(z, labels)
+    metrics[f"{prefix}_forward_kl"] = forward_kl(z, student)
+  if teachers := [z for role, z in several.items() if role.startswith("teacher:")]:
+    equal = jnp.ones((*labels.shape, len(teachers)))
+    logits = dict(logits) | {"teacher": mixture(teachers, equal)}
   if "teacher" in logits:
     teacher = logits["teacher"]
     metrics |= {

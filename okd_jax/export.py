@@ -27,13 +27,15 @@ def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
     card=_card(config),
   )
   if parts.adapter and adapter:
-    models.save_adapter(
-      adapter,
-      params["adapter"],
-      parts.adapter,
-      parts.decoders["teacher"].config,
-      config.teacher.path,
-    )
+    names = setup.named(parts.decoders, "adapted")
+    for name in names or [""]:
+      models.save_adapter(
+        adapter / name,
+        params["adapter"][name] if name else params["adapter"],
+        parts.adapter,
+        parts.decoders[f"adapted:{name}" if name else "adapted"].config,
+        config.teachers[name] if name else config.teacher.path,
+      )
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> None:
 
 def _card(config) -> dict[str, str]:
   return {
-    "Teacher": config.teacher.path,
+    "Teacher": ", ".join(config.teachers.to_dict().values()) or config.teacher.path,
     "Method": config.method.name,
     "Data": config.data.train,
   }

@@ -83,13 +83,15 @@ class Sampler:
       main = sharding.put_batch(self._beforehand("teacher", rows), run.mesh)
     elif not plan.sampled:
       main = sharding.put_batch(gold, run.mesh)
+      if self._prepare:
+        main = self._prepare(params, run.frozen, main, self._key(step))
     elif self._held is not None and step % plan.updates:
       main = self._held
     else:
       main, figures = self._sampled(step, params, gold, rows)
       main = sharding.put_batch(main, run.mesh)
       if self._prepare:
-        main = self._prepare(params, run.frozen, main)
+        main = self._prepare(params, run.frozen, main, self._key(step))
       self._held = main if plan.updates > 1 else None
       figures["sampling_s"] = time.monotonic() - start
     if plan.gold:
@@ -103,8 +105,12 @@ class Sampler:
       beside |= {name: self._beforehand(name, rows) for name in plan.beforehand}
     return main | sharding.put_batch(beside, run.mesh), figures
 
-  def _prepared(self, params, frozen, batch):
-    return self.plan.prepare(self._run.models, params, frozen, batch)
+  def _prepared(self, params, frozen, batch, key):
+    return self.plan.prepare(self._run.models, params, frozen, batch, key)
+
+  def _key(self, step: int):
+    """Of the step's own draws; those of tokens are folded once more."""
+    return jax.random.fold_in(jax.random.key(self._seed), step)
 
   def _sampled(self, step, params, gold, rows):
     """Rows of this process: fresh, from the store, or the data's own."""
@@ -155,7 +161,7 @@ class Sampler:
       source,
       variables,
       [_prompt(example) for example in examples],
-      jax.random.fold_in(jax.random.key(self._seed), step),
+      self._key(step),
       max_new_tokens=room(run),
       sampling=sampling,
       eos_ids=_ends(run),
@@ -223,7 +229,8 @@ class Sampler:
     batch = {k: jax.ShapeDtypeStruct(shape, kind) for k, kind in kinds.items()}
     if self._prepare:
       params, frozen = run.abstract.params, run.frozen
-      batch = jax.eval_shape(self._prepared, params, frozen, batch)
+      key = jax.eval_shape(self._key, 0)
+      batch = jax.eval_shape(self._prepared, params, frozen, batch, key)
     where = sharding.batch_sharding(run.mesh)
     return jax.tree.map(
       lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), batch

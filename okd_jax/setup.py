@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -42,8 +44,8 @@ class Run:
   """What one run needs, ready for its loop.
 
   decoders: by role, 'student' and, if there is a teacher, 'teacher', and 'adapted'
-    where the method trains an online module.
-  frozen: the teacher's parameters, or None.
+    where the method trains an online module; of several 'teacher:NAME' and so on.
+  frozen: the teacher's parameters, of several by name, or None.
   stored: what the teacher said about `train`, in place of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
   abstract: that state's shapes.
@@ -83,20 +85,23 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   teacher = teachers.load_teacher(config, put) if config.teacher.path else None
   if config.teacher.cache:
     checks.check_stored(config, method)
-  tokenizer = _tokenizer(config, workdir, teacher, start, records)
+  several = teachers.load_several(config, put)
+  own = {"teacher": teacher, "student": start} | several
+  tokenizer = _tokenizer(config, workdir, own, records)
   if config.teacher.model.hidden_size and not config.teacher.cache:
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out = _examples(config, tokenizer, records)
   checks.check_sequences(config, method, train)
-  student_config = _student_config(config, teacher, start, tokenizer)
+  first = teacher or next(iter(several.values()), None)
+  student_config = _student_config(config, first, start, tokenizer)
   stored = None
   if config.teacher.cache:
     stored, teacher = teachers.open_stored(config, train), None
-  checks.check_best(config, held_out, teacher)
+  checks.check_best(config, held_out, teacher or several)
   adapter = None
-  if method.teacher == "adapted":
+  if method.teacher == "adapted" or (several and config.adapter.kind):
     adapter = _adapter_config(config, config.adapter.kind or method.module)
-  decoders = _decoders(config, student_config, teacher, adapter)
+  decoders = _decoders(config, student_config, teacher, several, adapter)
   checks.check_lengths(config, decoders)
   check_vocabulary({role: d.config for role, d in decoders.items()}, train + held_out)
   steps = _steps(config, len(train))
@@ -107,9 +112,11 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     config.optim.warmup_steps,
     config.optim.end_lr,
   )
-  optimizers = _optimizers(config, learning_rate, adapter)
+  optimizers = _optimizers(config, learning_rate, adapter, method)
   prompt_ids = _prompt_ids(config, adapter, tokenizer)
-  random = functools.partial(_random_state, config, decoders, optimizers, prompt_ids)
+  random = functools.partial(
+    _random_state, config, decoders, optimizers, prompt_ids, method
+  )
   abstract = jax.eval_shape(random)
   return Run(
     config=config,
@@ -119,7 +126,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     eval=held_out,
     decoders=decoders,
     adapter=adapter,
-    frozen=teacher.params if teacher else None,
+    frozen=_frozen(teacher, several),
     stored=stored,
     method=method,
     models=_apply_functions(decoders, config, stored),
@@ -146,23 +153,29 @@ def _load_start(config) -> models.Model | None:
   return models.load(config.student.path, params=False) if config.student.path else None
 
 
-def _tokenizer(config, workdir: Path, teacher, start, records):
-  """The one tokenizer of the run; teacher and student must agree on it."""
+def _frozen(teacher, several):
+  if several:
+    return {name: model.params for name, model in several.items()}
+  return teacher.params if teacher else None
+
+
+def _tokenizer(config, workdir: Path, loaded, records):
+  """The one tokenizer of the run, on which all models must agree."""
   spec = config.data.tokenizer
   own = {
     name: model.tokenizer
-    for name, model in (("teacher", teacher), ("student", start))
+    for name, model in loaded.items()
     if model is not None and model.tokenizer is not None
   }
-  if len(own) == 2:
-    compare_tokenizers(own["teacher"], own["student"])
+  for one, other in itertools.pairwise(own.values()):
+    compare_tokenizers(one, other)
   if not spec:
     if not own:
       raise UserError(
         "neither teacher nor student brings a tokenizer; set data.tokenizer to a "
         "model, to 'bytes' or to 'bpe:N'"
       )
-    return own.get("teacher", own.get("student"))
+    return next(iter(own.values()))
   made = workdir / "tokenizer"
   if made.exists():  # trained by the run that is resumed here
     return load_tokenizer(made)
@@ -264,14 +277,20 @@ def _prompt_ids(config, adapter, tokenizer) -> np.ndarray | None:
   return np.resize(np.array(ids, np.int32), adapter.length)
 
 
-def _decoders(config, student_config, teacher, adapter) -> dict[str, Decoder]:
+def _decoders(config, student_config, teacher, several, adapter):
+  """{role: decoder}."""
   common = dict(dtype=jnp.dtype(config.train.dtype), remat=config.train.remat)
   decoders = {"student": Decoder(student_config, **common)}
   if teacher:
     decoders["teacher"] = Decoder(teacher.config, **common)
-  if adapter:
+  if teacher and adapter:
     adapter.check(teacher.config.num_layers, teacher.config.gated_mlp)
     decoders["adapted"] = Decoder(teacher.config, adapter, **common)
+  for name, model in several.items():
+    decoders[f"teacher:{name}"] = Decoder(model.config, **common)
+    if adapter and name in (config.adapter.teachers or several):
+      adapter.check(model.config.num_layers, model.config.gated_mlp)
+      decoders[f"adapted:{name}"] = Decoder(model.config, adapter, **common)
   return decoders
 
 
@@ -291,7 +310,7 @@ def _steps(config, rows: int) -> int:
   return max(1, math.ceil(config.train.epochs * rows / config.train.batch_size))
 
 
-def _optimizers(config, learning_rate, adapter) -> dict[str, Any]:
+def _optimizers(config, learning_rate, adapter, method) -> dict[str, Any]:
   options = {
     key: config.optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip")
   }
@@ -299,16 +318,32 @@ def _optimizers(config, learning_rate, adapter) -> dict[str, Any]:
   if adapter:
     scale = config.adapter.lr_scale
     optimizers["adapter"] = optim.build(learning_rate, lr_scale=scale, **options)
-  return optimizers
+  trees = {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
+  return optimizers | trees
 
 
-def _random_state(config, decoders, optimizers, prompt_ids) -> TrainState:
+def named(decoders, role: str = "teacher") -> list[str]:
+  """The names of several teachers, or of those that adapt."""
+  prefix = f"{role}:"
+  return [key.removeprefix(prefix) for key in decoders if key.startswith(prefix)]
+
+
+def _random_state(config, decoders, optimizers, prompt_ids, method) -> TrainState:
   """The state of step 0 with a student drawn at random, a prompt of `prompt_ids` 0."""
   student_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
   tokens = jnp.zeros((1, 1), jnp.int32)
   params = {"student": decoders["student"].init(student_key, tokens)["params"]}
   if "adapted" in decoders:
     params["adapter"] = decoders["adapted"].init(adapter_key, tokens)["adapter"]
+  modules = {
+    name: decoders[f"adapted:{name}"].init(jax.random.fold_in(adapter_key, i), tokens)
+    for i, name in enumerate(named(decoders, "adapted"))
+  }
+  if modules:
+    params["adapter"] = {name: tree["adapter"] for name, tree in modules.items()}
+  count, width = len(named(decoders)), decoders["student"].config.hidden_size
+  for i, (name, (init, _)) in enumerate(sorted(method.trees.items())):
+    params[name] = init(jax.random.fold_in(key, i), count, width)
   if prompt_ids is not None:
     size = decoders["adapted"].config.hidden_size
     vectors = jnp.zeros((len(prompt_ids), size))

@@ -20,8 +20,8 @@ from okd_jax.sharding import batch_sharding, shardings
 class TrainState:
   """All that a run must carry from step to step; the frozen teacher is not in it.
 
-  params and opt_state are dicts with the trained trees 'student' and, in methods
-  that adapt the teacher, 'adapter'.
+  params and opt_state are dicts with the trained trees 'student', in methods that
+  adapt the teacher 'adapter', and what else a method trains (`Method.trees`).
   """
 
   step: Int[Array, ""]
@@ -65,9 +65,9 @@ def train_step(
     loss, metrics, grads = _accumulate(
       loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
     )
-    # Of passes in sequence, the module's figures are those of the one that moved it.
-    later = {k for k in metrics if k in logged and k.startswith("module")}
-    logged |= {k: v for k, v in metrics.items() if k not in later} | {"loss": loss}
+    # Of passes in sequence, each figure is that of the one that moved its tree.
+    new = metrics | {"loss": loss}
+    logged |= {k: v for k, v in new.items() if _owner(k) in names or k not in logged}
     for name in names:
       updates, opt_state[name] = optimizers[name].update(
         grads[name], opt_state[name], params[name]
@@ -76,7 +76,7 @@ def train_step(
       logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
       logged[f"{name}_update_norm"] = optax.tree.norm(updates)
   if "adapter" in params:
-    logged["adapter_norm"] = module_norm(params["adapter"])
+    logged |= _module_norms(params["adapter"], models)
   finite = jnp.isfinite(sum(logged.values()))
   new = TrainState(state.step + 1, params, opt_state, state.key)
   keep = functools.partial(jnp.where, finite)
@@ -88,6 +88,19 @@ def train_step(
   logged["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
   logged["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
   return new, logged
+
+
+def _module_norms(adapter, models: Models) -> dict[str, Array]:
+  """'adapter_norm', of several teachers one for each."""
+  if not models.named:
+    return {"adapter_norm": module_norm(adapter)}
+  return {f"adapter_norm_{name}": module_norm(tree) for name, tree in adapter.items()}
+
+
+def _owner(name: str) -> str:
+  """The tree that a metric is about."""
+  prefixes = {"module": "adapter", "policy": "policy"}
+  return next((t for p, t in prefixes.items() if name.startswith(p)), "student")
 
 
 def _weighted(batch, weights: Callable):

@@ -29,6 +29,15 @@ def load_teacher(config, put: Put) -> models.Model:
   return dataclasses.replace(teacher, params=merged(teacher.params, adapter, kind))
 
 
+def load_several(config, put: Put) -> dict[str, models.Model]:
+  """The models of `teachers`, by name in alphabetical order; none is no error."""
+  dtype = jnp.dtype(config.teacher.dtype or config.train.dtype)
+  named = config.teachers.to_dict()
+  return {
+    name: models.load(named[name], dtype=dtype, put=put) for name in sorted(named)
+  }
+
+
 def _adapter_folder(config) -> Path:
   """The PEFT folder that teacher.adapter names, or the one of that run."""
   folder = Path(config.teacher.adapter).expanduser()

@@ -213,8 +213,9 @@ def _loop(
     every = config.eval.every
     return step in (0, parts.steps) or bool(every and step % every == 0)
 
-  if step == 0 and "teacher" in parts.decoders:
-    writer.write(0, "teacher", evaluator.teacher())
+  if step == 0:
+    for role, figures in evaluator.teachers().items():
+      writer.write(0, role, figures)
   if due(step) and step not in evaluated:
     # The start, or a step whose evaluation a signal cut off.
     scores = evaluator(state.params)
@@ -273,25 +274,34 @@ class Evaluator:
 
   def __call__(self, params) -> dict[str, float]:
     """The student's figures; beside a teacher, also the distances between them."""
-    variables = {"student": {"params": params["student"]}}
-    if "teacher" in self._parts.decoders:
-      variables["teacher"] = {"params": self._parts.frozen}
-    if "adapted" in self._parts.decoders:
-      variables["adapted"] = {
-        "params": self._parts.frozen,
-        "adapter": params["adapter"],
-      }
+    variables = {role: self._variables(role, params) for role in self._parts.decoders}
     return self._tokens(self._step, variables) | self._text(
       "student", variables["student"]
     )
 
-  def teacher(self) -> dict[str, float]:
-    """The frozen teacher's own figures; they never change."""
-    variables = {"params": self._parts.frozen}
-    step = compile_token_step(
-      {"student": self._parts.decoders["teacher"]}, self._parts.config.train.loss_chunk
-    )
-    return self._tokens(step, {"student": variables}) | self._text("teacher", variables)
+  def teachers(self) -> dict[str, dict[str, float]]:
+    """The frozen teachers' own figures, by role; they never change."""
+    decoders, found = self._parts.decoders, {}
+    for role in decoders:
+      if role.partition(":")[0] == "teacher":
+        variables = self._variables(role, {})
+        chunk = self._parts.config.train.loss_chunk
+        step = compile_token_step({"student": decoders[role]}, chunk)
+        found[role] = self._tokens(step, {"student": variables})
+        found[role] |= self._text(role, variables)
+    return found
+
+  def _variables(self, role: str, params):
+    """What the decoder of this role, 'student', 'teacher' or 'adapted:NAME', reads."""
+    kind, _, name = role.partition(":")
+    if kind == "student":
+      return {"params": params["student"]}
+    frozen = self._parts.frozen
+    variables = {"params": frozen[name] if name else frozen}
+    if kind == "adapted":
+      adapter = params["adapter"]
+      variables["adapter"] = adapter[name] if name else adapter
+    return variables
 
   def _tokens(self, step, variables):
     parts, config = self._parts, self._parts.config

@@ -60,16 +60,21 @@ _STYLE = {
 class History:
   """The figures of metrics.jsonl by kind and, ascending, by step; all are finite.
 
-  teacher: the frozen teacher's, which never change; may be empty.
+  teachers: the frozen teachers', which never change, by 'teacher' or 'teacher:NAME'.
   exported: the step of the exported student, or None.
   lost: how often each figure was not finite and is therefore missing.
   """
 
-  teacher: Figures
+  teachers: Mapping[str, Figures]
   evals: Rows
   train: Rows
   exported: int | None
   lost: Mapping[str, int]
+
+  @property
+  def teacher(self) -> Figures:
+    """The only teacher's figures; empty if there is none, or several."""
+    return self.teachers.get("teacher", {})
 
   @property
   def final(self) -> int | None:
@@ -89,7 +94,9 @@ def read_history(workdir: Path) -> History:
     kinds[row["kind"]][row["step"]] = finite
   exported = [int(row["exported_step"]) for row in kinds["export"].values()]
   return History(
-    teacher=kinds["teacher"].get(0, {}),
+    teachers={
+      kind: rows[0] for kind, rows in kinds.items() if kind.startswith("teacher")
+    },
     evals=dict(sorted(kinds["eval"].items())),
     train=dict(sorted(kinds["train"].items())),
     exported=exported[-1] if exported else None,

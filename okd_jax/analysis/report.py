@@ -61,7 +61,7 @@ def write(workdir: Path) -> None:
 
 
 def _summary(history: History) -> dict[str, Figures]:
-  rows = {"teacher": history.teacher} if history.teacher else {}
+  rows = {k.replace(":", " "): v for k, v in history.teachers.items() if v}
   final = history.evals.get(history.final, {})
   if "adapted_loss" in final:
     rows["adapted teacher"] = _adapted(final)
@@ -87,7 +87,8 @@ def _adapted(figures: Figures) -> Figures:
 
 def _title(config: Mapping) -> str:
   """Method: teacher → student, each by the last part of its path or by its size."""
-  teacher, student = _name(config["teacher"]), _name(config["student"])
+  teacher = " + ".join(sorted(config["teachers"])) or _name(config["teacher"])
+  student = _name(config["student"])
   if not student:
     student = f"{config['student']['layers']} of its layers"
   return f"{config['method']['name']}: {teacher}{' → ' * bool(teacher)}{student}"

@@ -17,6 +17,7 @@ from okd_jax.losses.divergences import (
   weighted_kl,
 )
 from okd_jax.losses.mean import Mean, token_weights
+from okd_jax.losses.mixture import mixture
 from okd_jax.losses.ranking import rank_correlation
 from okd_jax.losses.sparse import (
   TopK,
@@ -37,6 +38,7 @@ __all__ = [
   "cross_entropy",
   "entropy",
   "forward_kl",
+  "mixture",
   "jensen_shannon",
   "log_probs",
   "per_token",

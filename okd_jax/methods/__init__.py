@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from okd_jax.errors import UserError
 from okd_jax.methods import (
   distillm2,
+  ensemble,
   fdistill,
   kd,
   minillm,
@@ -25,6 +26,7 @@ from okd_jax.methods.sequences import SAMPLING
 METHODS: dict[str, Callable[..., Method]] = {
   "distillm": onpolicy.build_distillm,
   "distillm2": distillm2.build,
+  "ensemble": ensemble.build,
   "fdistill": fdistill.build,
   "gkd": onpolicy.build_gkd,
   "imitkd": onpolicy.build_imitkd,
@@ -71,6 +73,8 @@ def build(name: str, knobs: Mapping[str, object], module: str = "") -> Method:
     raise UserError(f"adapter.kind={module}: {name} has no teacher that could learn")
   if module and method.teacher == "frozen":
     method = online.wrap(method, **values(online_knobs))
+  if module and method.teacher == "several":
+    method = online.wrap_several(method, **values(online_knobs))
   unused = sorted(set(moving) - {*method.knobs, "sampled_share"})
   if "sampled_share" in moving and "sampled_share" not in used:
     unused = ["sampled_share"]

@@ -42,6 +42,7 @@ class Models:
   teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
     teacher's, what lies below the modules computed once for both.
   chunk: positions of a row whose logits are in memory at once.
+  named: of several teachers the same for each one, by name.
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
   """
 
@@ -50,12 +51,15 @@ class Models:
   teachers: Callable[..., tuple[Output, Output]]
   chunk: int = 64
   vocab_size: int | None = None
+  named: Mapping[str, "Models"] = dataclasses.field(default_factory=dict)
 
 
 def apply_functions(
   decoders: Mapping[str, Decoder], chunk: int = 64, vocab_size: int | None = None
 ) -> Models:
   """What the decoders 'student', 'teacher' and 'adapted' give a method.
+
+  Of several teachers they are 'teacher:NAME' and 'adapted:NAME'.
 
   The latter two need not be there if the method has no use for them.
   """
@@ -88,7 +92,14 @@ def apply_functions(
       output(plain, variables, batch, **top),
     )
 
-  return Models(student, teacher, teachers, chunk, vocab_size)
+  names = [role.partition(":")[2] for role in decoders if role.startswith("teacher:")]
+  named = {}
+  for name in names:
+    own = {"student": decoders["student"], "teacher": decoders[f"teacher:{name}"]}
+    if f"adapted:{name}" in decoders:
+      own["adapted"] = decoders[f"adapted:{name}"]
+    named[name] = apply_functions(own, chunk)
+  return Models(student, teacher, teachers, chunk, vocab_size, named)
 
 
 def _trunk_layers(adapted: Decoder) -> int:
@@ -113,7 +124,10 @@ class Method:
     the trees 'student' and, if the method adapts, 'adapter'; `frozen` the teacher's
     base. `batch['weights']` holds 1/(valid tokens of the whole batch) on valid tokens,
     so a loss and each metric is a plain sum, and sums over micro-batches add up.
-  teacher: 'none', 'frozen' or 'adapted'.
+  teacher: 'none', 'frozen', 'adapted' or 'several'; of several, `frozen` and
+    params['adapter'] hold a tree by name, the latter for those that adapt.
+  trees: what else is trained, by name: `init(key, teachers, hidden_size) -> tree`,
+    with the number of teachers and the student's width, and its learning rate.
   knobs: every number in the loss, by its configuration key.
   updates: the trees that move, in order; trees in one group move simultaneously.
   sequences: where the text comes from. What it puts beside the sampled rows, such as
@@ -132,6 +146,7 @@ class Method:
   weights: Callable[[Array], Array] = token_weights
   module: str = "lora"
   takes_stored: bool = False
+  trees: Mapping[str, tuple[Callable, float]] = dataclasses.field(default_factory=dict)
 
   def knobs_at(self, progress) -> dict[str, Any]:
     """The value of each knob at a share of the run, 0 at the first step, 1 at the last.

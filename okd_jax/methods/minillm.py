@@ -69,7 +69,8 @@ def build(
   check_share("method.ppo_clip", ppo_clip)
   check_weight("method.gold_weight", gold_weight)
 
-  def prepare(models, params, frozen, batch):
+  def prepare(models, params, frozen, batch, key=None):
+    del key  # nothing is drawn
     logprobs = _logprobs(models, params, frozen, batch)
     return batch | _signals(
       logprobs, batch["mask"], variant, teacher_mix, length_norm, single_step

@@ -50,8 +50,9 @@ def wrap(
   if plan.prepare:
     inner = plan.prepare
 
-    def prepare(models, params, frozen, batch):
-      return inner(with_adapter(models, params["adapter"]), params, frozen, batch)
+    def prepare(models, params, frozen, batch, key):
+      adapted = with_adapter(models, params["adapter"])
+      return inner(adapted, params, frozen, batch, key)
 
     plan = dataclasses.replace(plan, prepare=prepare)
   plan = dataclasses.replace(plan, gold=plan.gold or plan.source != "gold")
@@ -63,6 +64,56 @@ def wrap(
     updates=(("student", "adapter"),),
     sequences=plan,
     takes_stored=False,
+  )
+
+
+def wrap_several(method: Method, anchor_weight: Knob, **given) -> Method:
+  """`method`, of several frozen teachers, those of whom learn that have a module.
+
+  given: the other knobs of `wrap`.
+  """
+  module_loss, module_knobs = okd.build_module_loss(
+    anchor_weight=anchor_weight, **given
+  )
+
+  def adapt(models, modules):
+    named = {
+      name: with_adapter(own, modules[name]) if name in modules else own
+      for name, own in models.named.items()
+    }
+    return dataclasses.replace(models, named=named)
+
+  def loss(models, params, frozen, batch, key, knobs):
+    modules = params["adapter"]
+    own = {name: knobs[name] for name in method.knobs}
+    adapted = adapt(models, stop_gradient(modules))
+    value, metrics = method.loss(adapted, params, frozen, batch, key, own)
+    student = stop_gradient(models.student(params["student"], batch, None))
+    rest = {name: knobs[name] for name in module_knobs}
+    for name in sorted(modules):
+      one = {"adapter": modules[name]}
+      teacher = models.named[name]
+      outputs = okd.teacher_outputs(teacher, one, frozen[name], batch, anchor_weight)
+      outputs |= {"student": student}
+      module, more = token_sums(models, module_loss, outputs, batch, rest)
+      value += module
+      metrics |= {f"{k}_{name}": v for k, v in more.items()}
+    return value, metrics
+
+  plan = method.sequences
+  if inner := plan.prepare:
+
+    def prepare(models, params, frozen, batch, key):
+      return inner(adapt(models, params["adapter"]), params, frozen, batch, key)
+
+    plan = dataclasses.replace(plan, prepare=prepare)
+  first, *rest = method.updates
+  return dataclasses.replace(
+    method,
+    loss=loss,
+    knobs=dict(method.knobs) | module_knobs,
+    updates=((*first, "adapter"), *rest),
+    sequences=plan,
   )
 
 

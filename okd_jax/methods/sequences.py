@@ -56,8 +56,8 @@ class Sequences:
     rows for the same prompts come as batch['teacher'] and batch['student'].
   replay: what becomes of sampled rows.
   updates: steps that train on one and the same sampled batch.
-  prepare: (models, params, frozen, batch) -> batch, what a sampled batch must know
-    about the models that wrote it, found once, before its first update.
+  prepare: (models, params, frozen, batch, key) -> batch, what a batch must know about
+    the models as they are before its first update; a sampled one keeps it.
   """
 
   source: str = "gold"
