@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
   config.method.teacher_weights = ()  # ensemble, mean: by the names' order; (): equal
   config.method.gate_per = "token"  # ensemble, gated: or 'example'
   config.method.gate_lr = 1e-3  # ensemble: learning rate of gate or policy
-  config.method.reward = "gold_and_teachers"  # ensemble, reinforced: or 'gold'
+  config.method.reward = "gold"  # ensemble, reinforced: or 'gold_and_teachers'
   config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
   # Knobs that move: the value each reaches, linearly, at the last step. Those of the
   # above that weigh or shape a loss: --config.method.end.temperature=1 and so on.

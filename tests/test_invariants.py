@@ -21,7 +21,7 @@ from okd_jax.methods.knobs import DIVERGENCES
 
 BATCH, LENGTH, VOCAB, TOP = 8, 7, 23, 5
 # Methods whose rows know of other rows, or need more than one batch.
-OTHERS = {"mixkd", "minillm", "fdistill", "distillm2"}
+OTHERS = {"mixkd", "minillm", "fdistill", "distillm2", "ensemble"}
 
 
 def _top_k(logits):

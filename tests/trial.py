@@ -1,10 +1,12 @@
 """A tiny teacher and student, and everything a training step needs around them."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from configs import default
 from okd_jax import methods, optim
@@ -59,6 +61,13 @@ class Setup:
       self.optimizers["adapter"] = optim.build(schedule, lr_scale=lr_scale, **options)
 
     decoders = {"teacher": teacher_decoder, "adapted": adapted_decoder}
+    if self.method.teacher == "several":
+      decoders = {"teacher:a": teacher_decoder, "teacher:b": teacher_decoder}
+      other = jax.tree.map(lambda x: 5 * x, _init(teacher_decoder, 5)["params"])
+      self.frozen = {"a": self.frozen, "b": other}
+    for tree, (init, rate) in self.method.trees.items():
+      self.params[tree] = init(jax.random.key(4), 2, student.hidden_size)
+      self.optimizers[tree] = optax.adam(rate)
     self.models = methods.apply_functions(
       decoders | {"student": self.student_decoder}, chunk=5
     )
@@ -94,7 +103,8 @@ class LogitTrial:
   """A method on models whose parameters are their logits: no decoder in the way.
 
   student, teacher (adapted, where the method adapts) and base, the frozen one, are
-  [B, L, V]. A plain method sees `base` as its teacher, unless `base` is None.
+  [B, L, V]. A plain method sees `base` as its teacher, unless that is None. One of
+  several has `base` as teacher 'a', `teacher` as 'b'; `trees` is what else it trains.
   """
 
   def __init__(self, name, *, chunk=5, end=None, module="", gold=True, **knobs):
@@ -110,11 +120,20 @@ class LogitTrial:
       lambda frozen, adapter, batch: (_as_output(adapter), _as_output(frozen)),
       chunk,
     )
+    self.models = dataclasses.replace(
+      self.models, named={"a": self.models, "b": self.models}
+    )
+    self.trees = {
+      name: init(jax.random.key(4), 2, VOCAB)
+      for name, (init, _) in self.method.trees.items()
+    }
 
   def __call__(self, student, teacher, base, batch, key=None, progress=0.0):
     """(loss, metrics) on a batch of labels and mask."""
-    params = {"student": student, "adapter": teacher}
+    params = {"student": student, "adapter": teacher} | self.trees
     frozen = teacher if base is None else base
+    if self.method.teacher == "several":
+      frozen = {"a": base, "b": teacher}
     key = jax.random.key(0) if key is None else key
     knobs = self.method.knobs_at(progress)
     batch = self.beside(params, frozen, batch)
@@ -135,7 +154,8 @@ def with_others(trial, params, frozen, batch, gold=True):
     others["gold"] = batch
   if plan.prepare:
     params, frozen = jax.lax.stop_gradient((params, frozen))
-    batch = plan.prepare(trial.models, params, frozen, batch)
+    key = jax.random.key(9)
+    batch = plan.prepare(trial.models, params, frozen, batch, key)
   return batch | others
 
 

@@ -4,7 +4,8 @@ By `weighting`, with p_i the teachers, q the student, y the gold token, r kd_rat
 
     mean        r D(sum_i w_i p_i, q) + (1 - r) CE(y; q)
     gated       r sum_i a_i D(p_i, q) + (1 - r) CE(y; q)     a: softmax of a learned map
-    reinforced  r mean over the chosen of D(p_i, q) + (1 - r) CE(y; q)    per example
+    reinforced  r mean over the chosen of D(p_i, q) + (1 - r) CE(y; q)    per example,
+                the first term being 0 where nobody was chosen
 
 The gate is that of ensembled CTR prediction (Zhu et al. 2020, arXiv 2011.04106), the
 policy RL-KD's (Yuan et al. 2020, arXiv 2012.06048); `gate` and `policy` say what is
@@ -100,12 +101,7 @@ def build(
       each = [distance(z, student, **knobs) for z in p.values()]
       d = sum(weights[..., i] * value for i, value in enumerate(each))
     ce = cross_entropy(student, gold)
-    share = kd_ratio
-    if weighting == "reinforced":  # nobody chosen: gold alone
-      share = kd_ratio * (weights.sum(-1) > 0)
-      loss = share * d + (1 - share + gold_weight) * ce
-    else:
-      loss = combine((share, d), (1 - share + gold_weight, ce))
+    loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
     metrics = diagnostics({"student": student, "teacher": average}, gold)
     for i, (name, z) in enumerate(p.items()):
       metrics[f"weight_{name}"] = weights[..., i]

@@ -40,7 +40,7 @@ def weigh(params, facts, batch, per: str):
   if per == "example":
     count = jnp.maximum(mask.sum(1, keepdims=True), 1)
     features = features.sum(1, keepdims=True) / count
-  log_a = jax.nn.log_softmax(features @ params["kernel"] + params["bias"])
+  log_a = jax.nn.log_softmax(features @ params["kernel"] + params["bias"][None, None])
   log_a = jnp.broadcast_to(log_a, facts["nll"].shape)
   a = jnp.exp(log_a)
   pulled = jnp.sum(a * facts["divergence"], axis=-1)

@@ -7,8 +7,10 @@ what was good for the student. Ours, where the paper leaves it open or is about
 classifiers: the state is the student's mean hidden state and the teacher's mean
 cross-entropy, entropy and divergence to the student; the reward of a step is measured
 on its own examples once the student has moved, against what it was before, less a
-baseline that is learned, too. The paper's third reward adds the gain on held-out data:
-the same for all examples of a step, so that such a baseline takes it away again.
+baseline that is learned, too. By default it is the fall of the cross-entropy on gold,
+the paper's first; its second adds that of the divergence from those chosen, which likes
+teachers far from the student. Its third adds the gain on held-out data: the same for
+all examples of a step, so that such a baseline takes it away again.
 """
 
 import jax
@@ -53,7 +55,7 @@ def choose(params, facts, hidden, mask, key):
 
 def logits(params, state):
   """[B, n]: each teacher's, by a map of its own."""
-  return jnp.einsum("bnf,nf->bn", state, params["kernel"]) + params["bias"]
+  return jnp.einsum("bnf,nf->bn", state, params["kernel"]) + params["bias"][None]
 
 
 def share(actions):
