@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
   # alpha_beta. '' is the method's own: jensen_shannon for gkd, skew_reverse_kl for
   # distillm, total_variation for fdistill, else forward_kl.
   config.method.divergence = ""
+  config.method.cross_tokenizer = ""  # kd: 'uld' lets the teacher have other tokens
   config.method.beta = 0.5  # jensen_shannon: weight of the teacher's side (GKD's beta)
   config.method.normalize = False  # jensen_shannon: divide it by beta (1 - beta)
   config.method.skew = 0.1  # skew KLs: the share of the first argument in the mixture

@@ -75,6 +75,16 @@ def check_settings(config: ConfigDict, method: Method) -> None:
       problems.append("student.layers needs teacher.path")
     if method.teacher != "none":
       problems.append(f"method {config.method.name} needs teacher.path")
+  if method.sequences.own_tokens and student.layers:
+    problems.append(
+      "student.layers takes the teacher's embeddings, but under method.cross_tokenizer "
+      "the student has tokens of its own; set student.path or student.model.hidden_size"
+    )
+  if method.sequences.own_tokens and not (student.path or config.data.tokenizer):
+    problems.append(
+      "under method.cross_tokenizer a new student needs a tokenizer: set "
+      "data.tokenizer to a model, to 'bytes' or to 'bpe:N'"
+    )
   if problems:
     raise UserError("; ".join(problems))
 
@@ -149,7 +159,10 @@ def check_sequences(config, method: Method, train) -> None:
 
 
 def check_best(config, held_out, teacher) -> None:
-  """Raises a UserError unless evaluation measures what is to choose the best step."""
+  """Raises a UserError unless evaluation measures what is to choose the best step.
+
+  teacher: one whose tokens are the student's, or None.
+  """
   names = ["loss", "perplexity"]
   if teacher is not None:
     names += ["forward_kl", "reverse_kl", "top1_agreement"]

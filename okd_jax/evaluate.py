@@ -307,7 +307,8 @@ def _check(args, model: Model, teacher: Model | None) -> None:
   if model.tokenizer is None:
     raise UserError(f"{args.model} has no tokenizer; evaluation needs one")
   if teacher is not None and teacher.tokenizer is not None:
-    compare_tokenizers(teacher.tokenizer, model.tokenizer)
+    remedy = "the two cannot be compared token by token: leave out --teacher"
+    compare_tokenizers(teacher.tokenizer, model.tokenizer, remedy)
   for name, least in (
     ("temperature", 0),
     ("max_new_tokens", 0),

@@ -48,6 +48,21 @@ def pair_source(student: Source, teacher: Source) -> Source:
   return Source(init, apply, min(student.max_length, teacher.max_length))
 
 
+@functools.cache
+def cut_source(source: Source, size: int) -> Source:
+  """A source that says only the first `size` ids, those that every model can read.
+
+  Vocabularies may be padded differently, and to read an id beyond its embedding gives
+  a model NaN.
+  """
+
+  def apply(variables, tokens, segment_ids, positions, state):
+    logits, state = source.apply(variables, tokens, segment_ids, positions, state)
+    return logits[..., :size], state
+
+  return source._replace(apply=apply)
+
+
 def draw_mixed(keys, logits, settings: Mixed):
   """A token of weight * p + (1 - weight) * q, and its log-probability under that.
 

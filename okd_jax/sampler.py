@@ -29,6 +29,7 @@ from okd_jax.methods.sequences import Sequences
 from okd_jax.pairs import (
   Interleaved,
   Mixed,
+  cut_source,
   draw_interleaved,
   draw_mixed,
   pair_source,
@@ -101,6 +102,8 @@ class Sampler:
       (beside["gold"] if plan.gold else beside)["trunk"] = hidden
     if run.stored:
       beside["stored"] = run.stored.read(rows, gold["mask"])
+    if run.reading:
+      beside["teacher"] = self._rows([run.reading.train[row] for row in rows])
     if plan.source != "teacher":
       beside |= {name: self._beforehand(name, rows) for name in plan.beforehand}
     return main | sharding.put_batch(beside, run.mesh), figures
@@ -178,14 +181,14 @@ class Sampler:
   def _author(self, params):
     """(source, variables, choose, sampling) of whoever writes."""
     run, plan = self._run, self.plan
-    student = source_of(run.decoders["student"])
+    student = _source(run, "student")
     own = {"params": params["student"]}
     if plan.source == "student":
       return student, own, draw, plan.student
     role, variables = "teacher", {"params": run.frozen}
     if "adapter" in params:
       role, variables = "adapted", variables | {"adapter": params["adapter"]}
-    source = pair_source(student, source_of(run.decoders[role]))
+    source = pair_source(student, _source(run, role))
     if plan.source == "mixture":
       settings = Mixed(plan.student, np.float32(plan.weight))
       return source, (own, variables), draw_mixed, settings
@@ -285,7 +288,7 @@ def answers_beforehand(run, name: str, path: Path) -> list[Example]:
 def _answer(run, name: str, params, rows) -> list[list[int]]:
   plan = run.method.sequences
   completions = generate(
-    source_of(run.decoders[name]),
+    _source(run, name),
     {"params": params},
     [_prompt(run.train[row]) for row in rows],
     jax.random.fold_in(jax.random.key(run.config.train.seed), _BEFOREHAND[name]),
@@ -297,6 +300,16 @@ def _answer(run, name: str, params, rows) -> list[list[int]]:
     sharding=sharding.batch_sharding(run.mesh),
   )
   return [completion.tokens.tolist() for completion in completions]
+
+
+def _source(run, role: str):
+  """What samples a model, in the tokens that all models of the run have."""
+  source, sizes = source_of(run.decoders[role]), _vocabulary_sizes(run)
+  return cut_source(source, min(sizes)) if len(sizes) > 1 else source
+
+
+def _vocabulary_sizes(run) -> set[int]:
+  return {decoder.config.vocab_size for decoder in run.decoders.values()}
 
 
 def _read_answers(path: Path) -> list[list[int]]:

@@ -23,14 +23,13 @@ from okd_jax.data import (
   compare_tokenizers,
   load_records,
   make_tokenizer,
-  prepare,
-  show_example,
 )
 from okd_jax.errors import UserError
 from okd_jax.evaluate import check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
+from okd_jax.rows import Reading, paths, read_rows
 from okd_jax.step import TrainState, init_state
 from okd_jax.store import Store
 
@@ -49,6 +48,7 @@ class Run:
   stored: what the teacher said about `train`, in place of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
   abstract: that state's shapes.
+  reading: the teacher's own, where it does not share the run's tokenizer.
   """
 
   config: ConfigDict
@@ -67,6 +67,7 @@ class Run:
   steps: int
   init: Callable[[], TrainState]
   abstract: TrainState
+  reading: Reading | None = None
 
 
 def build(config: ConfigDict, workdir: Path) -> Run:
@@ -80,30 +81,34 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
   start = _load_start(config)
-  records = load_records(_paths(config.data.train))
+  records = load_records(paths(config.data.train))
   put = functools.partial(_put, mesh)
   teacher = teachers.load_teacher(config, put) if config.teacher.path else None
   if config.teacher.cache:
     checks.check_stored(config, method)
   several = teachers.load_several(config, put)
-  own = {"teacher": teacher, "student": start} | several
+  apart = method.sequences.own_tokens
+  own = several | {"teacher": None if apart else teacher, "student": start}
   tokenizer = _tokenizer(config, workdir, own, records)
   if config.teacher.model.hidden_size and not config.teacher.cache:
     teacher = _random_teacher(config, mesh, tokenizer)
-  train, held_out = _examples(config, tokenizer, records)
+  train, held_out, reading = read_rows(
+    config, tokenizer, records, teacher if apart else None
+  )
   checks.check_sequences(config, method, train)
-  first = teacher or next(iter(several.values()), None)
+  kin = None if apart else teacher  # whose vocabulary is the student's
+  first = kin or next(iter(several.values()), None)
   student_config = _student_config(config, first, start, tokenizer)
   stored = None
   if config.teacher.cache:
-    stored, teacher = teachers.open_stored(config, train), None
-  checks.check_best(config, held_out, teacher or several)
+    stored, teacher, kin = teachers.open_stored(config, train), None, None
+  checks.check_best(config, held_out, kin or several or None)
   adapter = None
   if method.teacher == "adapted" or (several and config.adapter.kind):
     adapter = _adapter_config(config, config.adapter.kind or method.module)
   decoders = _decoders(config, student_config, teacher, several, adapter)
   checks.check_lengths(config, decoders)
-  check_vocabulary({role: d.config for role, d in decoders.items()}, train + held_out)
+  _check_vocabularies(decoders, train + held_out, reading)
   steps = _steps(config, len(train))
   learning_rate = optim.schedule(
     config.optim.schedule,
@@ -135,6 +140,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     steps=steps,
     init=lambda: _first_state(config, mesh, teacher, random, abstract, prompt_ids),
     abstract=abstract,
+    reading=reading,
   )
 
 
@@ -190,42 +196,12 @@ def _tokenizer(config, workdir: Path, loaded, records):
   return tokenizer
 
 
-def _examples(config, tokenizer, records) -> tuple[list[Example], list[Example]]:
-  """Training and evaluation rows; without data.eval, the last ones are held out."""
-  data = config.data
-  options = dict(
-    template=data.template,
-    max_length=data.max_length,
-    max_prompt_length=data.max_prompt_length,
-  )
-  train, _ = prepare(
-    records,
-    tokenizer,
-    overlong_prompt=data.overlong_prompt,
-    overlong_row=data.overlong_row,
-    name=data.train,
-    **options,
-  )
-  if data.eval or data.train == "embedded":
-    source = data.eval or "embedded:eval"
-    held_out, _ = prepare(
-      load_records(_paths(source))[: config.eval.limit or None],
-      tokenizer,
-      overlong_prompt="truncate",
-      overlong_row="truncate",
-      name=source,
-      **options,
-    )
-  else:
-    if not 0 < data.holdout < len(train):
-      raise UserError(
-        f"data.holdout={data.holdout} must be at least 1 and less than the "
-        f"{len(train)} rows of {data.train}; or set data.eval"
-      )
-    train, held_out = train[: -data.holdout], train[-data.holdout :]
-  held_out = held_out[: config.eval.limit or None]
-  _log.info("first row, trained part marked:\n%s", show_example(train[0], tokenizer))
-  return train, held_out
+def _check_vocabularies(decoders, examples, reading: Reading | None) -> None:
+  configs = {role: decoder.config for role, decoder in decoders.items()}
+  if reading:
+    own = {"teacher": configs.pop("teacher")}
+    check_vocabulary(own, reading.train + reading.eval)
+  check_vocabulary(configs, examples)
 
 
 def _student_config(config, teacher, start, tokenizer) -> ModelConfig:
@@ -379,8 +355,3 @@ def _put(mesh: Mesh, path: str, array) -> jax.Array:
   """Places one parameter by the sharding rules."""
   where = NamedSharding(mesh, sharding.spec(path, array.shape, mesh))
   return jax.device_put(array, where)
-
-
-def _paths(spec: str) -> list[str]:
-  """A comma-separated list of data sources."""
-  return [part.strip() for part in spec.split(",") if part.strip()]

@@ -63,7 +63,7 @@ def stages(config: ConfigDict, workdir: Path):
     if "name" in changes.get("method", {}):
       # What was meant for the run's own method is not meant for this one.
       part["method"]["end"] = dict.fromkeys(part["method"]["end"])
-      part["adapter"]["kind"] = ""
+      part["method"]["cross_tokenizer"] = part["adapter"]["kind"] = ""
     part = ConfigDict(part).lock()
     try:
       part.update(changes)
@@ -269,26 +269,35 @@ class Evaluator:
   def __init__(self, parts: Run):
     self._parts = parts
     config = parts.config
-    self._step = compile_token_step(parts.decoders, config.train.loss_chunk)
-    self._prompts = answerable(parts.eval)[: config.eval.generate_limit or None]
+    self._beside = parts.decoders  # the student and who can be compared with it
+    if parts.reading:  # no vocabulary to compare in
+      self._beside = {"student": parts.decoders["student"]}
+    self._step = compile_token_step(self._beside, config.train.loss_chunk)
 
   def __call__(self, params) -> dict[str, float]:
     """The student's figures; beside a teacher, also the distances between them."""
-    variables = {role: self._variables(role, params) for role in self._parts.decoders}
-    return self._tokens(self._step, variables) | self._text(
-      "student", variables["student"]
+    variables = {role: self._variables(role, params) for role in self._beside}
+    return self._tokens(self._step, variables, self._parts) | self._text(
+      "student", variables["student"], self._parts
     )
 
   def teachers(self) -> dict[str, dict[str, float]]:
-    """The frozen teachers' own figures, by role; they never change."""
+    """The frozen teachers' own figures, by role; they never change.
+
+    On tokens of its own a teacher's loss is another measure than the student's, and is
+    called so: `own_token_loss`.
+    """
     decoders, found = self._parts.decoders, {}
+    reading = self._parts.reading or self._parts
     for role in decoders:
       if role.partition(":")[0] == "teacher":
         variables = self._variables(role, {})
         chunk = self._parts.config.train.loss_chunk
         step = compile_token_step({"student": decoders[role]}, chunk)
-        found[role] = self._tokens(step, {"student": variables})
-        found[role] |= self._text(role, variables)
+        tokens = self._tokens(step, {"student": variables}, reading)
+        if self._parts.reading:
+          tokens = {"own_token_loss": tokens["loss"]}
+        found[role] = tokens | self._text(role, variables, reading)
     return found
 
   def _variables(self, role: str, params):
@@ -303,10 +312,10 @@ class Evaluator:
       variables["adapter"] = adapter[name] if name else adapter
     return variables
 
-  def _tokens(self, step, variables):
+  def _tokens(self, step, variables, reading):
     parts, config = self._parts, self._parts.config
     batches = eval_batches(
-      parts.eval,
+      reading.eval,
       batch_size=_eval_batch_size(parts),
       length=config.data.max_length,
       pad_id=PAD_ID,
@@ -317,15 +326,16 @@ class Evaluator:
       step, variables, arrays, put=lambda rows: jax.device_put(rows, where)
     )
 
-  def _text(self, role, variables) -> dict[str, float]:
+  def _text(self, role, variables, reading) -> dict[str, float]:
     parts, config = self._parts, self._parts.config
-    if not config.eval.generate or not self._prompts:
+    prompts = answerable(reading.eval)[: config.eval.generate_limit or None]
+    if not config.eval.generate or not prompts:
       return {}
     texts = answer(
       parts.decoders[role],
       variables,
-      self._prompts,
-      parts.tokenizer,
+      prompts,
+      reading.tokenizer,
       template=config.data.template,
       max_new_tokens=config.eval.max_new_tokens,
       temperature=config.eval.temperature,
@@ -333,7 +343,7 @@ class Evaluator:
       batch_size=_eval_batch_size(parts),
       sharding=sharding.batch_sharding(parts.mesh),
     )
-    scores = score(texts, [list(p.references) for p in self._prompts])
+    scores = score(texts, [list(p.references) for p in prompts])
     return {name: scores[name] for name in ("rougeL", "exact_match")}
 
 

@@ -157,6 +157,7 @@ def test_tokenizers_that_differ_are_refused(tiny, tmp_path):
     status=2,
   )
   assert "differ in" in done.stderr and "id 0:" in done.stderr
+  assert "method.cross_tokenizer=uld" in done.stderr
 
 
 def test_a_padded_vocabulary_is_aligned(tiny, tmp_path):

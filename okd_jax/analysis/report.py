@@ -220,6 +220,8 @@ def _trend(history: History) -> Iterator[str]:
 def _caveats(history: History, end: Figures, config: Mapping) -> Iterator[str]:
   if not history.teacher:
     yield "There was no teacher to compare the student with."
+  if "own_token_loss" in history.teacher:
+    yield "The teacher reads other tokens: only ROUGE-L compares it with the student."
   if "rougeL" not in end:
     yield "No answers were generated: nothing here judges the student's own text."
   if history.lost:
@@ -261,8 +263,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dl, figcaption, pre { font-size: .88rem; }
 dd { margin: 0; }
-ul { padding-left: 1.2rem; max-width: 54rem; }
-li { margin: .35rem 0; }
+ul { padding-left: 1.2rem; max-width: 54rem; } li { margin: .35rem 0; }
 .charts { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1.8rem; }
 figure {
   margin: 0; grid-column: span 3; break-inside: avoid;
@@ -275,8 +276,7 @@ figcaption { line-height: 1.45; margin-bottom: .4rem; }
   display: inline-block; width: 1.3rem; margin-right: .35rem;
   border-top: 2px solid var(--line); vertical-align: .25em;
 }
-.key .faint { border-top-width: 1px; }
-.key .dashed { border-top-style: dashed; }
+.key .faint { border-top-width: 1px; } .key .dashed { border-top-style: dashed; }
 figure svg { display: block; width: 100%; }
 pre { background: var(--soft); padding: .9rem 1.1rem; overflow-x: auto; }
 details details, details table { margin: .2rem 0 .2rem 1.1rem; }

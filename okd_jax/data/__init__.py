@@ -11,6 +11,7 @@ from okd_jax.data.encode import (
 )
 from okd_jax.data.loader import eval_batches, train_loader
 from okd_jax.data.pack import pad_row
+from okd_jax.data.pairing import pair, shared_text
 from okd_jax.data.sources import Record, load_records, read_references
 from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
 
@@ -25,8 +26,10 @@ __all__ = [
   "load_records",
   "make_tokenizer",
   "pad_row",
+  "pair",
   "prepare",
   "read_references",
+  "shared_text",
   "show_example",
   "stop_ids",
   "train_loader",

@@ -153,6 +153,19 @@ def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
   )
 
 
+def clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
+  """Takes a literal end token off the references: the end is ours to put.
+
+  Some published sets write it out. One that is nothing else asks for silence.
+  """
+  _eos_id(tokenizer)
+  eos = tokenizer.eos_token
+  if not any(text.endswith(eos) for text in record.references):
+    return record
+  references = tuple(text.removesuffix(eos) for text in record.references)
+  return dataclasses.replace(record, references=references)
+
+
 # Rows of tokens
 
 
@@ -163,11 +176,10 @@ def _encode(
   limits: Limits,
 ) -> tuple[list[Example], collections.Counter]:
   """Examples of all records, and how many rows met which fate."""
-  _eos_id(tokenizer)
   render = make_render(template, tokenizer)
   tally, examples = collections.Counter(), []
   for start in range(0, len(records), _BATCH):
-    batch = [_clean(r, tokenizer) for r in records[start : start + _BATCH]]
+    batch = [clean(r, tokenizer) for r in records[start : start + _BATCH]]
     texts = [render(record) for record in batch]
     rows = _split(texts, [record.ended for record in batch], tokenizer)
     for record, (prompt, response) in zip(batch, rows, strict=True):
@@ -176,18 +188,6 @@ def _encode(
       else:
         examples += _fit(record, prompt, response, limits, tally, tokenizer)
   return examples, tally
-
-
-def _clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
-  """Takes a literal end token off the references: the end is ours to put.
-
-  Some published sets write it out. One that is nothing else asks for silence.
-  """
-  eos = tokenizer.eos_token
-  if not any(text.endswith(eos) for text in record.references):
-    return record
-  references = tuple(text.removesuffix(eos) for text in record.references)
-  return dataclasses.replace(record, references=references)
 
 
 def _split(

@@ -18,6 +18,10 @@ from okd_jax.errors import UserError
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _SMALLEST = 256 + 2  # every byte, EOS and padding
+_REMEDY = (
+  "distillation needs one vocabulary: give the student the teacher's tokenizer, or set "
+  "method.name=kd, method.cross_tokenizer=uld and method.kd_ratio=0.6, which needs none"
+)
 
 
 def make_tokenizer(spec: str, records: Sequence[Record]) -> PreTrainedTokenizerFast:
@@ -39,12 +43,16 @@ def make_tokenizer(spec: str, records: Sequence[Record]) -> PreTrainedTokenizerF
 
 
 def compare_tokenizers(
-  teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+  teacher: PreTrainedTokenizerBase,
+  student: PreTrainedTokenizerBase,
+  remedy: str = _REMEDY,
 ) -> None:
   """Checks that every id means the same token to both.
 
   Model sizes do not matter here: rows without a token are padding. A padding token
   that only one of the two has does no harm either, since it is never a target.
+
+  remedy: what to do where they differ.
 
   Raises:
     UserError: saying how many ids differ, and which.
@@ -64,8 +72,7 @@ def compare_tokenizers(
     more = "; ..." if len(different) > 3 else ""
     raise UserError(
       f"the tokenizers of teacher and student differ in {len(different)} ids "
-      f"({shown}{more}); distillation needs one vocabulary: give the student the "
-      "teacher's tokenizer"
+      f"({shown}{more}); {remedy}"
     )
 
 

@@ -1,6 +1,7 @@
 """Token-level losses. They know arrays only."""
 
 from okd_jax.losses.chunked import Output, TokenLoss, per_token, unembed, weighted_sums
+from okd_jax.losses.cross_tokenizer import align, sorted_distance
 from okd_jax.losses.divergences import (
   adaptive_kl,
   alpha_beta,
@@ -33,6 +34,7 @@ __all__ = [
   "TokenLoss",
   "TopK",
   "adaptive_kl",
+  "align",
   "alpha_beta",
   "buckets",
   "cross_entropy",
@@ -46,6 +48,7 @@ __all__ = [
   "reverse_kl",
   "skew_forward_kl",
   "skew_reverse_kl",
+  "sorted_distance",
   "token_weights",
   "top1_agreement",
   "top_k",

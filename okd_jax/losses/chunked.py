@@ -56,7 +56,7 @@ def weighted_sums(
 
   Args:
     token_loss: a per-token loss; it must not close over traced values.
-    outputs: hidden states and head of each model, by name; equal vocabularies.
+    outputs: hidden states and head of each model, by name.
     labels: gold next tokens, or any tree of arrays [B, L, …]: what the loss wants to
       know about each position.
     weights: float weight of each position, 0 where masked (`mean.token_weights`).

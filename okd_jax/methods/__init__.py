@@ -18,6 +18,7 @@ from okd_jax.methods import (
   promptkd,
   rlkd,
   sft,
+  uld,
 )
 from okd_jax.methods.knobs import DIVERGENCES, SHAPE, Linear
 from okd_jax.methods.method import Method, Models, apply_functions
@@ -61,14 +62,18 @@ def build(name: str, knobs: Mapping[str, object], module: str = "") -> Method:
     raise UserError(
       f"method.name={name!r} is unknown; use one of {', '.join(sorted(METHODS))}"
     )
-  used = used_knobs(name)
+  builder = METHODS[name]
+  if knobs.get("cross_tokenizer"):
+    uld.check(name, knobs, module)
+    builder = uld.build
+  used = _parameters(builder)
   online_knobs = [*online.KNOBS, *SHAPE] if module else []
   moving = {k: v for k, v in knobs.get("end", {}).items() if v is not None}
 
   def values(names):
     return {k: Linear(knobs[k], moving[k]) if k in moving else knobs[k] for k in names}
 
-  method = METHODS[name](**values(used))
+  method = builder(**values(used))
   if module and method.teacher == "none":
     raise UserError(f"adapter.kind={module}: {name} has no teacher that could learn")
   if module and method.teacher == "frozen":
@@ -88,7 +93,11 @@ def build(name: str, knobs: Mapping[str, object], module: str = "") -> Method:
 
 def used_knobs(name: str) -> list[str]:
   """The configuration keys under `method` that method `name` reads."""
-  builder = METHODS[name]
+  return _parameters(METHODS[name])
+
+
+def _parameters(builder: Callable) -> list[str]:
+  """The configuration keys under `method` that a builder takes."""
   bound = builder.keywords if isinstance(builder, functools.partial) else {}
   kd_knobs = inspect.signature(kd.build).parameters
   groups = {

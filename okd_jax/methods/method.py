@@ -210,16 +210,18 @@ def token_sums(
   batch: Batch,
   knobs: Mapping[str, Any],
   labels=None,
+  one_vocabulary: bool = True,
 ) -> Loss:
   """Sums of a token loss over the batch, chunk by chunk (`losses.weighted_sums`).
 
   labels: what the loss gets in place of the batch's labels.
+  one_vocabulary: whether all heads are of the same tokens, however padded.
   """
   moving = {k: v for k, v in knobs.items() if isinstance(v, jax.Array)}
   constant = {k: v for k, v in knobs.items() if k not in moving}
   return weighted_sums(
     functools.partial(token_loss, **constant),
-    cut_heads(outputs, models.vocab_size),
+    cut_heads(outputs, models.vocab_size) if one_vocabulary else outputs,
     batch["labels"] if labels is None else labels,
     batch["weights"],
     models.chunk,

@@ -55,6 +55,8 @@ class Sequences:
   beforehand: 'teacher' and 'student' answer every prompt once before training; their
     rows for the same prompts come as batch['teacher'] and batch['student'].
   replay: what becomes of sampled rows.
+  own_tokens: the teacher reads the same records in the tokens of its own tokenizer,
+    as batch['teacher'].
   updates: steps that train on one and the same sampled batch.
   prepare: (models, params, frozen, batch, key) -> batch, what a batch must know about
     the models as they are before its first update; a sampled one keeps it.
@@ -69,6 +71,7 @@ class Sequences:
   max_new_tokens: int = 0
   gold: bool = False
   beforehand: tuple[str, ...] = ()
+  own_tokens: bool = False
   replay: Replay | None = None
   updates: int = 1
   prepare: Callable | None = None
