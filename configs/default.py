@@ -108,9 +108,10 @@ def get_config() -> ConfigDict:
 
   config.adapter = ConfigDict()
   # The online module of methods that adapt the teacher: lora, prefix (keys and values
-  # in each layer) or prompt (input vectors before the text, P-tuning). '' is lora for
-  # okd, prompt for promptkd and none for the others, whose teacher is frozen; naming
-  # one lets their teacher learn as okd's does.
+  # in each layer), prompt (input vectors before the text, P-tuning) or blocks (the
+  # teacher's own least salient layers; exported as a whole model in teacher/, not as
+  # adapter/). '' is lora for okd, prompt for promptkd, blocks for clda and none for the
+  # others, whose teacher is frozen; naming one lets their teacher learn as okd's does.
   config.adapter.kind = ""
   config.adapter.rank = 32  # lora
   config.adapter.scale = 1.0  # lora: factor on the module's output
@@ -119,6 +120,7 @@ def get_config() -> ConfigDict:
   # prompt: start from this text's embeddings, trained as they are; '' starts at random
   # and trains P-tuning's MLP. PromptKD's is "Suppose you are a student.", length 7.
   config.adapter.text = ""
+  config.adapter.share = 0.25  # blocks: the share of the teacher's layers, above 0
   config.adapter.layers = 0  # 0: all layers, k: the top k
   config.adapter.teachers = ()  # of several teachers, those that carry it; (): all
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's

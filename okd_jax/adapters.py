@@ -1,4 +1,4 @@
-"""Online modules: small trained parts of a frozen teacher.
+"""Online modules: the trained parts of a teacher that is otherwise frozen.
 
 They live in the Flax collection `adapter`, beside `params` and never inside it,
 so that `teacher.apply({'params': frozen, 'adapter': trained}, tokens)` is the
@@ -12,9 +12,12 @@ with respect to `adapter` touches no base weight.
     adapter/layers/attention/prefix_value    [k, m, K, D]   prefix
     adapter/prompt/embedding                 [m, D]         prompt, and its MLP's
     adapter/prompt/{hidden,out}/{kernel,bias}               kernels [D, D], biases [D]
+    adapter/layers/attention/query/kernel    [c, D, H]      blocks, and so on: all of c
+                                                            layers' own parameters
 
-With LoRA the adapted teacher is the plain one at step 0. Prefix and prompt have no
-such start: whatever virtual tokens hold, they take attention from the real ones.
+With LoRA and blocks the adapted teacher is the plain one at step 0. Prefix and prompt
+have no such start: whatever virtual tokens hold, they take attention from the real
+ones.
 """
 
 import dataclasses
@@ -22,13 +25,14 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
 from okd_jax.errors import UserError
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
-KINDS = ("lora", "prefix", "prompt")
+KINDS = ("lora", "prefix", "prompt", "blocks")
 _STD = 0.02  # of virtual tokens at the start
 
 
@@ -42,6 +46,9 @@ class AdapterConfig:
     (Prefix-Tuning, Li and Liang 2021, arXiv 2101.00190; without its MLP).
   prompt: puts `length` learned input vectors before the text (P-tuning, Liu et al.
     2021, arXiv 2103.10385; with its MLP, without its LSTM). Always in all layers.
+  blocks: adds nothing; the teacher's own layers named in `blocks`, numbered from below,
+    are replaced by trained copies (`methods.clda`). The copies are float32 whatever the
+    teacher's dtype, since small updates would be lost in bfloat16.
 
   `layers` counts from the top of the teacher; 0 means all of them. `rank`, `scale`
   and `targets` are LoRA's alone, `length` is the others'. OKD's P-tuning refers to
@@ -54,9 +61,11 @@ class AdapterConfig:
   targets: tuple[str, ...] = ("query", "value")
   layers: int = 0
   length: int = 16
+  blocks: tuple[int, ...] = ()
 
   def __post_init__(self):
     object.__setattr__(self, "targets", tuple(self.targets))
+    object.__setattr__(self, "blocks", tuple(map(int, self.blocks)))
     if self.kind not in KINDS:
       raise UserError(
         f"adapter.kind={self.kind!r} is unknown; use one of {', '.join(KINDS)}"
@@ -83,13 +92,26 @@ class AdapterConfig:
         f"adapter.layers={self.layers} does not go with adapter.kind='prompt', whose "
         "vectors pass through all layers; leave it at 0"
       )
+    if self.kind == "blocks":
+      if self.layers:
+        yield (
+          f"adapter.layers={self.layers} does not go with adapter.kind='blocks', which "
+          "chooses layers by their saliency; leave it at 0 and set adapter.share"
+        )
+      if not self.blocks or list(self.blocks) != sorted({*self.blocks}):
+        yield f"blocks {list(self.blocks)} must be at least one, ascending, each once"
 
   def adapts(self, projection: str) -> bool:
     """Whether the projection of this name carries a LoRA pair."""
     return self.kind == "lora" and projection in self.targets
 
   def num_layers(self, total: int) -> int:
-    """How many of `total` layers, counted from the top, carry a module."""
+    """How many of `total` layers, counted from the top, carry a module.
+
+    Of blocks: how many there are from the lowest trained one upwards.
+    """
+    if self.kind == "blocks":
+      return total - self.blocks[0]
     return self.layers or total
 
   def check(self, total: int, gated_mlp: bool) -> None:
@@ -97,6 +119,10 @@ class AdapterConfig:
     if self.layers > total:
       raise UserError(
         f"adapter.layers={self.layers}, but the teacher has only {total} layers"
+      )
+    if self.kind == "blocks" and not 0 <= self.blocks[0] <= self.blocks[-1] < total:
+      raise UserError(
+        f"blocks {list(self.blocks)} are not all among the teacher's {total} layers"
       )
     if self.adapts("gate") and not gated_mlp:
       raise UserError(
@@ -208,13 +234,53 @@ def _init_prompt(key, length: int, features: int):
   return tree
 
 
-def module_norm(adapter) -> Float[Array, ""]:
+def cut(layers, first: int, last: int):
+  """The stacked layers from `first` to before `last`."""
+  return jax.tree.map(lambda x: x[first:last], layers)
+
+
+def take_blocks(layers, config: AdapterConfig):
+  """float32 copies of the stacked layers that `config.blocks` names, [c, …]."""
+  index = np.array(config.blocks)
+  return jax.tree.map(lambda x: x[index].astype(jnp.float32), layers)
+
+
+def replace_blocks(layers, own, config: AdapterConfig):
+  """The stacked layers with the trained ones in their places, in the frozen dtype."""
+  index = np.array(config.blocks)
+  return jax.tree.map(lambda x, y: x.at[index].set(y.astype(x.dtype)), layers, own)
+
+
+def block_runs(layers, own, config: AdapterConfig, start: int, stop: int):
+  """(first, last, weights): the layers of `replace_blocks` from `start` to `stop`.
+
+  In runs that are frozen or trained as a whole, so that no gradient of a frozen layer
+  is ever computed, nor a second copy of the frozen ones made.
+  """
+  first = start
+  while first < stop:
+    trained, last = first in config.blocks, first + 1
+    while last < stop and (last in config.blocks) == trained:
+      last += 1
+    weights = cut(layers, first, last)
+    if trained:
+      row = config.blocks.index(first)
+      new = cut(own, row, row + last - first)
+      weights = jax.tree.map(lambda x, y: y.astype(x.dtype), weights, new)
+    yield first, last, weights
+    first = last
+
+
+def module_norm(adapter, base=None) -> Float[Array, ""]:
   """How large a module is: the Frobenius norm of what it adds or puts in.
 
   Of a LoRA pair that is the norm of down @ up (before `scale`), 0 at the start, found
   without making the product: |down up|^2 = tr(down' down up up'). Of a prompt it is
-  that of its vectors, whatever its MLP holds.
+  that of its vectors, whatever its MLP holds, and of blocks that of what they have
+  changed since they were `base`.
   """
+  if base is not None:
+    adapter = jax.tree.map(jnp.subtract, adapter, base)
   if "prompt" in adapter:
     adapter = {"vectors": prompt_vectors(adapter["prompt"])}
   flat = traverse_util.flatten_dict(adapter)

@@ -48,6 +48,11 @@ def check_settings(config: ConfigDict, method: Method) -> None:
     problems.append("set train.steps or train.epochs above 0")
   if not 0 <= config.train.dropout < 1:
     problems.append(f"train.dropout={config.train.dropout} must lie in [0, 1)")
+  if not 0 < config.adapter.share <= 1:
+    problems.append(
+      f"adapter.share={config.adapter.share} must be above 0 and at most 1 (where "
+      "nothing of the teacher is to learn, use method.name=kd)"
+    )
   student = config.student
   given = [
     key
@@ -108,6 +113,8 @@ def _several_problems(config, method: Method):
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
     if config.student.layers:
       yield "student.layers takes layers from a single teacher; set student.path"
+    if config.adapter.text or config.adapter.kind == "blocks":
+      yield "adapter.text and adapter.kind=blocks are for a single teacher"
   if unknown := sorted(set(config.adapter.teachers) - set(names)):
     yield f"adapter.teachers names {unknown[0]!r}, which is none of teachers"
   weights = config.method.teacher_weights

@@ -1,5 +1,8 @@
 """A trained student as a Hugging Face folder, its online module as a PEFT folder.
 
+A teacher whose own blocks learned is no PEFT adapter; it becomes a folder like the
+student's.
+
 python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
 
@@ -10,9 +13,15 @@ import jax
 from ml_collections import ConfigDict
 
 from okd_jax import checkpoint, cli, models, setup
+from okd_jax.adapters import replace_blocks
 from okd_jax.errors import UserError
 from okd_jax.metrics import score_by
 from okd_jax.setup import Run
+
+
+def module_folder(parts: Run) -> str:
+  """The name of the folder of a workdir that the online module goes to."""
+  return "teacher" if parts.choice else "adapter"
 
 
 def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
@@ -26,16 +35,30 @@ def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
     dtype=config.export.dtype,
     card=_card(config),
   )
-  if parts.adapter and adapter:
-    names = setup.named(parts.decoders, "adapted")
-    for name in names or [""]:
-      models.save_adapter(
-        adapter / name,
-        params["adapter"][name] if name else params["adapter"],
-        parts.adapter,
-        parts.decoders[f"adapted:{name}" if name else "adapted"].config,
-        config.teachers[name] if name else config.teacher.path,
-      )
+  if not (parts.adapter and adapter):
+    return
+  if parts.choice:
+    new = replace_blocks(
+      parts.frozen["layers"], params["adapter"]["layers"], parts.adapter
+    )
+    models.save(
+      adapter,
+      parts.frozen | {"layers": new},
+      parts.decoders["teacher"].config,
+      parts.tokenizer,
+      dtype=config.export.dtype,
+      card=_card(config)
+      | {"Trained blocks": ", ".join(map(str, parts.adapter.blocks))},
+    )
+    return
+  for name in setup.named(parts.decoders, "adapted") or [""]:
+    models.save_adapter(
+      adapter / name,
+      params["adapter"][name] if name else params["adapter"],
+      parts.adapter,
+      parts.decoders[f"adapted:{name}" if name else "adapted"].config,
+      config.teachers[name] if name else config.teacher.path,
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -81,7 +104,11 @@ def _parser() -> cli.Parser:
   )
   parser.add_argument("--workdir", required=True, help="of the run")
   parser.add_argument("--output", required=True, help="the folder to write")
-  parser.add_argument("--adapter", default="", help="a folder for the online module")
+  parser.add_argument(
+    "--adapter",
+    default="",
+    help="a folder for the online module or the teacher whose own blocks learned",
+  )
   parser.add_argument(
     "--step",
     type=int,

@@ -4,8 +4,8 @@
 
 The same command resumes a run that was stopped or killed. Every key is listed, with
 its meaning, in configs/default.py. DIR gets config.json, metrics.jsonl, checkpoints/,
-student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online module)
-and report.html.
+student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online module;
+teacher/ and blocks.json instead where it is blocks of the teacher) and report.html.
 """
 
 from pathlib import Path

@@ -17,10 +17,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from okd_jax import checks, methods, models, optim, sharding, teachers
-from okd_jax.adapters import AdapterConfig
+from okd_jax.adapters import AdapterConfig, take_blocks
 from okd_jax.data import (
   Example,
   compare_tokenizers,
+  eval_batches,
   load_records,
   make_tokenizer,
 )
@@ -30,11 +31,13 @@ from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
 from okd_jax.rows import Reading, paths, read_rows
+from okd_jax.saliency import Choice, block_saliency, choose, read
 from okd_jax.step import TrainState, init_state
 from okd_jax.store import Store
 
 _log = logging.getLogger(__name__)
 
+CHOICE = "blocks.json"  # of a workdir: which of the teacher's blocks learn
 STAGE = "stage:"  # prefix of a path that means what an earlier stage exported
 
 
@@ -44,6 +47,7 @@ class Run:
 
   decoders: by role, 'student' and, if there is a teacher, 'teacher', and 'adapted'
     where the method trains an online module; of several 'teacher:NAME' and so on.
+  choice: which of the teacher's blocks learn, where adapter.kind is 'blocks'.
   frozen: the teacher's parameters, of several by name, or None.
   stored: what the teacher said about `train`, in place of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
@@ -58,6 +62,7 @@ class Run:
   eval: list[Example]
   decoders: dict[str, Decoder]
   adapter: AdapterConfig | None
+  choice: Choice | None
   frozen: Any
   stored: Store | None
   method: Method
@@ -103,12 +108,17 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   if config.teacher.cache:
     stored, teacher, kin = teachers.open_stored(config, train), None, None
   checks.check_best(config, held_out, kin or several or None)
-  adapter = None
-  if method.teacher == "adapted" or (several and config.adapter.kind):
-    adapter = _adapter_config(config, config.adapter.kind or method.module)
-  decoders = _decoders(config, student_config, teacher, several, adapter)
+  decoders = _decoders(config, student_config, teacher, several)
   checks.check_lengths(config, decoders)
   _check_vocabularies(decoders, train + held_out, reading)
+  adapter, choice = None, None
+  if kind := _module_kind(config, method):
+    if kind == "blocks":
+      choice = read(workdir / CHOICE) or _choose(
+        config, mesh, decoders["teacher"], teacher.params, held_out
+      )
+    adapter = _adapter_config(config, kind, choice.blocks if choice else ())
+    decoders |= _adapted(decoders, adapter, config.adapter.teachers)
   steps = _steps(config, len(train))
   learning_rate = optim.schedule(
     config.optim.schedule,
@@ -131,6 +141,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     eval=held_out,
     decoders=decoders,
     adapter=adapter,
+    choice=choice,
     frozen=_frozen(teacher, several),
     stored=stored,
     method=method,
@@ -138,7 +149,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     optimizers=optimizers,
     learning_rate=learning_rate,
     steps=steps,
-    init=lambda: _first_state(config, mesh, teacher, random, abstract, prompt_ids),
+    init=lambda: _first_state(
+      config, mesh, teacher, random, abstract, prompt_ids, adapter
+    ),
     abstract=abstract,
     reading=reading,
   )
@@ -228,10 +241,21 @@ def _random_config(dimensions, vocab_size: int, tokenizer) -> ModelConfig:
   )
 
 
-def _adapter_config(config, kind: str) -> AdapterConfig:
+def _choose(config, mesh, decoder, params, held_out) -> Choice:
+  batches = eval_batches(
+    held_out,
+    batch_size=sharding.whole_rows(config.eval.batch_size, mesh),
+    length=config.data.max_length,
+    pad_id=0,  # any id would do: padding counts for nothing
+  )
+  saliency = block_saliency(decoder, params, batches, mesh, config.train.loss_chunk)
+  return choose(saliency, config.adapter.share)
+
+
+def _adapter_config(config, kind: str, blocks: tuple[int, ...]) -> AdapterConfig:
   own = {field.name for field in dataclasses.fields(AdapterConfig)}
   fields = {key: config.adapter[key] for key in config.adapter if key in own}
-  return AdapterConfig(**fields | {"kind": kind})
+  return AdapterConfig(**fields | {"kind": kind, "blocks": blocks})
 
 
 def _prompt_ids(config, adapter, tokenizer) -> np.ndarray | None:
@@ -253,20 +277,31 @@ def _prompt_ids(config, adapter, tokenizer) -> np.ndarray | None:
   return np.resize(np.array(ids, np.int32), adapter.length)
 
 
-def _decoders(config, student_config, teacher, several, adapter):
-  """{role: decoder}."""
+def _module_kind(config, method: Method) -> str:
+  """The kind of online module, '' where no teacher adapts."""
+  if method.teacher == "adapted":
+    return config.adapter.kind or method.module
+  return config.adapter.kind if method.teacher == "several" else ""
+
+
+def _adapted(decoders, adapter: AdapterConfig, names) -> dict[str, Decoder]:
+  """{'adapted' or 'adapted:NAME': decoder} of the teachers that carry a module."""
+  adapted = {}
+  for role, decoder in decoders.items():
+    kind, colon, name = role.partition(":")
+    if kind == "teacher" and (not names or name in names):
+      adapter.check(decoder.config.num_layers, decoder.config.gated_mlp)
+      adapted[f"adapted{colon}{name}"] = decoder.clone(adapter=adapter)
+  return adapted
+
+
+def _decoders(config, student_config, teacher, several) -> dict[str, Decoder]:
   common = dict(dtype=jnp.dtype(config.train.dtype), remat=config.train.remat)
   decoders = {"student": Decoder(student_config, **common)}
   if teacher:
     decoders["teacher"] = Decoder(teacher.config, **common)
-  if teacher and adapter:
-    adapter.check(teacher.config.num_layers, teacher.config.gated_mlp)
-    decoders["adapted"] = Decoder(teacher.config, adapter, **common)
   for name, model in several.items():
     decoders[f"teacher:{name}"] = Decoder(model.config, **common)
-    if adapter and name in (config.adapter.teachers or several):
-      adapter.check(model.config.num_layers, model.config.gated_mlp)
-      decoders[f"adapted:{name}"] = Decoder(model.config, adapter, **common)
   return decoders
 
 
@@ -327,7 +362,9 @@ def _random_state(config, decoders, optimizers, prompt_ids, method) -> TrainStat
   return init_state(params, optimizers, key)
 
 
-def _first_state(config, mesh, teacher, random, abstract, prompt_ids) -> TrainState:
+def _first_state(
+  config, mesh, teacher, random, abstract, prompt_ids, adapter
+) -> TrainState:
   """The state of step 0; no array is ever whole on one device."""
   where = sharding.shardings(abstract, mesh)
   state = jax.jit(random, out_shardings=where)()
@@ -336,6 +373,11 @@ def _first_state(config, mesh, teacher, random, abstract, prompt_ids) -> TrainSt
     prompt = {"prompt": {"vectors": vectors}}
     prompt = jax.device_put(prompt, where.params["adapter"])
     state = state.replace(params=state.params | {"adapter": prompt})
+  if adapter and adapter.kind == "blocks":
+    take = functools.partial(take_blocks, config=adapter)
+    own = where.params["adapter"]["layers"]
+    layers = jax.jit(take, out_shardings=own)(teacher.params["layers"])
+    state = state.replace(params=state.params | {"adapter": {"layers": layers}})
   if config.student.path:
     put = functools.partial(_put, mesh)
     params = models.load(config.student.path, put=put).params

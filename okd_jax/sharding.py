@@ -89,6 +89,12 @@ def put_batch(batch, mesh: Mesh):
   )
 
 
+def whole_rows(batch_size: int, mesh: Mesh) -> int:
+  """`batch_size`, rounded up to what spreads evenly over the devices."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  return -(-batch_size // ways) * ways
+
+
 def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
   """Raises a UserError unless every micro-batch spreads evenly over the devices."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]

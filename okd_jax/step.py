@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
-from okd_jax.adapters import module_norm
 from okd_jax.methods import Method, Models
 from okd_jax.sharding import batch_sharding, shardings
 
@@ -76,7 +75,7 @@ def train_step(
       logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
       logged[f"{name}_update_norm"] = optax.tree.norm(updates)
   if "adapter" in params:
-    logged |= _module_norms(params["adapter"], models)
+    logged |= _module_norms(frozen, params["adapter"], models)
   finite = jnp.isfinite(sum(logged.values()))
   new = TrainState(state.step + 1, params, opt_state, state.key)
   keep = functools.partial(jnp.where, finite)
@@ -90,11 +89,14 @@ def train_step(
   return new, logged
 
 
-def _module_norms(adapter, models: Models) -> dict[str, Array]:
+def _module_norms(frozen, adapter, models: Models) -> dict[str, Array]:
   """'adapter_norm', of several teachers one for each."""
   if not models.named:
-    return {"adapter_norm": module_norm(adapter)}
-  return {f"adapter_norm_{name}": module_norm(tree) for name, tree in adapter.items()}
+    return {"adapter_norm": models.module_norm(frozen, adapter)}
+  return {
+    f"adapter_norm_{name}": models.named[name].module_norm(frozen[name], tree)
+    for name, tree in adapter.items()
+  }
 
 
 def _owner(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import checkpoint, metrics, setup, sharding, trunk
+from okd_jax import checkpoint, metrics, saliency, setup, sharding, trunk
 from okd_jax.analysis import report
 from okd_jax.data import Example, eval_batches, train_loader
 from okd_jax.errors import UserError
@@ -21,7 +21,7 @@ from okd_jax.evaluate import (
   compile_token_step,
   evaluate_tokens,
 )
-from okd_jax.export import export_run
+from okd_jax.export import export_run, module_folder
 from okd_jax.files import write_text
 from okd_jax.progress import Progress
 from okd_jax.sampler import Sampler, answers_beforehand
@@ -97,6 +97,9 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
   if config.data.tokenizer:
     _keep_tokenizer(parts.tokenizer, workdir / "tokenizer")
   write_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+  if parts.choice:
+    # Never without its config.json, so no run ever reads another one's.
+    saliency.write(workdir / setup.CHOICE, parts.choice)
   best = metrics.score_by(config.eval.best)
   folder = workdir / "checkpoints"
   with (
@@ -121,7 +124,7 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
     if chosen != parts.steps:
       state = checkpoints.restore_step(chosen, parts.abstract, None, parts.mesh)
     _log.info("exporting the student of step %d", chosen)
-    export_run(parts, state.params, workdir / "student", workdir / "adapter")
+    export_run(parts, state.params, workdir / "student", workdir / module_folder(parts))
   report.write(workdir)
   print(summary(workdir), flush=True)
 
@@ -379,8 +382,9 @@ def summary(workdir: Path) -> str:
     "",
     f"student  {workdir / 'student'}",
   ]
-  if (workdir / "adapter").exists():
-    lines.append(f"adapter  {workdir / 'adapter'}")
+  for folder in ("adapter", "teacher"):  # the online module, in either form
+    if (workdir / folder).exists():
+      lines.append(f"{folder}  {workdir / folder}")
   lines += [
     f"metrics  {workdir / 'metrics.jsonl'}",
     f"report   {workdir / 'report.html'}",
@@ -389,6 +393,4 @@ def summary(workdir: Path) -> str:
 
 
 def _eval_batch_size(parts: Run) -> int:
-  """eval.batch_size, rounded up to what spreads evenly over the devices."""
-  ways = parts.mesh.shape["data"] * parts.mesh.shape["fsdp"]
-  return -(-parts.config.eval.batch_size // ways) * ways
+  return sharding.whole_rows(parts.config.eval.batch_size, parts.mesh)

@@ -65,13 +65,16 @@ def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
 
 def _start(run: setup.Run) -> int:
   """How many layers the trunk has."""
-  plan, problem = run.method.sequences, ""
+  plan, problem, start = run.method.sequences, "", 0
+  if run.adapter:
+    total = run.decoders["teacher"].config.num_layers
+    start = total - run.adapter.num_layers(total)
   if run.adapter is None:
     problem = f"{run.config.method.name} has no online module here"
-  elif not 0 < run.adapter.layers < run.decoders["teacher"].config.num_layers:
-    problem = "the modules sit in all layers; set adapter.layers=k for the top k"
+  elif not start:
+    problem = "there is no layer below the modules; set adapter.layers=k for the top k"
   elif plan.sampled and not plan.gold:
     problem = f"{run.config.method.name} trains on sampled rows alone"
   if problem:
     raise UserError(f"teacher.trunk={run.config.teacher.trunk}: {problem}")
-  return run.decoders["teacher"].config.num_layers - run.adapter.layers
+  return start

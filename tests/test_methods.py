@@ -36,7 +36,7 @@ CORE = sorted({*methods.METHODS} - {*NAMED} - SAMPLED)
 every = pytest.mark.parametrize("name", CORE)
 # mixkd looks at other rows' positions, minillm at later ones: files of their own.
 every_rowwise = pytest.mark.parametrize("name", sorted({*CORE} - {"mixkd", "minillm"}))
-ADAPTED = {"okd", "promptkd"}
+ADAPTED = {"clda", "okd", "promptkd"}
 
 
 def ce(t, s, y, b):
@@ -196,7 +196,8 @@ def test_loss_equals_the_formula(name, knobs, truth):
 
 
 def test_every_method_has_its_formula():
-  others = {"mixkd", "minillm", "distillm2", "ensemble"}
+  # clda's is okd's, by test_clda; ensemble's by test_ensemble
+  others = {"mixkd", "minillm", "distillm2", "clda", "ensemble"}
   assert {name for name, _, _ in FORMULAS} == {*methods.METHODS} - others
 
 
@@ -221,6 +222,7 @@ PARTS = {
     + 0.5 * m["drift"]
   ),
 }
+PARTS["clda"] = PARTS["okd"]
 
 
 @every
@@ -266,7 +268,7 @@ def test_diagnostics(name):
 
 @every
 def test_who_gets_gradient(name):
-  """Guards F1, F2: the student always, the module in okd alone, the base never."""
+  """Guards F1, F2: the student always, the module where one learns, the base never."""
   trial, batch = LogitTrial(name, anchor_weight=0.5), make_batch()
   grads = jax.grad(lambda logits: trial(*logits, batch)[0])(make_logits())
   student, teacher, base = (float(jnp.abs(g).sum()) for g in grads)
@@ -453,7 +455,7 @@ def test_a_moving_knob_in_a_training_step(microbatches):
 @pytest.mark.parametrize(
   "name, knobs, message",
   [
-    ("okdd", {}, "method.name='okdd' is unknown; use one of akl, distillm, "),
+    ("okdd", {}, "method.name='okdd' is unknown; use one of akl, clda, "),
     ("kd", {"kd_ratio": 1.5}, "method.kd_ratio=1.5 must lie between 0 and 1"),
     ("kd", {"gold_weight": -1.0}, "method.gold_weight=-1.0 must be at least 0"),
     ("kd", {"top_k": -1}, "method.top_k=-1 must be at least 0"),

@@ -156,6 +156,7 @@ def test_every_method_runs(name, tmp_path):
     assert values[6] < values[1]
   assert np.isfinite(list(values.values())).all()
   assert (tmp_path / name / "adapter").exists() == (name == "promptkd")
+  assert (tmp_path / name / "teacher").exists() == (name == "clda")
 
 
 def test_eight_devices_give_the_losses_of_one(finished, tmp_path):

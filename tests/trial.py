@@ -10,7 +10,7 @@ import optax
 
 from configs import default
 from okd_jax import methods, optim
-from okd_jax.adapters import AdapterConfig
+from okd_jax.adapters import AdapterConfig, take_blocks
 from okd_jax.losses import Output, token_weights
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.step import init_state, train_step
@@ -43,9 +43,10 @@ class Setup:
     weight_decay=OPTIM["weight_decay"],
     end=None,
     steps=20,
+    module="",
     **knobs,
   ):
-    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}})
+    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}}, module)
     teacher_decoder = Decoder(TEACHER)
     adapted_decoder = Decoder(TEACHER, adapter)
     self.student_decoder = Decoder(student, dropout=dropout)
@@ -58,6 +59,9 @@ class Setup:
     self.optimizers = {"student": optim.build(schedule, **options)}
     if self.method.teacher == "adapted":
       self.params["adapter"] = _init(adapted_decoder, 2)["adapter"]
+      if adapter.kind == "blocks":
+        own = take_blocks(self.frozen["layers"], adapter)
+        self.params["adapter"] = {"layers": own}
       self.optimizers["adapter"] = optim.build(schedule, lr_scale=lr_scale, **options)
 
     decoders = {"teacher": teacher_decoder, "adapted": adapted_decoder}

@@ -54,7 +54,7 @@ def write(workdir: Path) -> None:
     charts=plots.charts(history),
     facts=_facts(history, config),
     exported=history.exported is not None,
-    adapted=(workdir / "adapter").is_dir(),
+    folders=[name for name in ("adapter", "teacher") if (workdir / name).is_dir()],
     config=config,
   )
   write_text(workdir / "report.html", page + "\n")
@@ -360,8 +360,10 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))</pre>
 <p>It answers best when prompted as in training, where data.template was
 {{ config.data.template | json }}.</p>
-{% if adapted %}
+{% if "adapter" in folders %}
 <p>The folder adapter holds the teacher's online module in the format of peft.</p>
+{% elif "teacher" in folders %}
+<p>The folder teacher holds the adapted teacher; blocks.json says what learned.</p>
 {% endif %}
 {% else %}
 <p>Nothing has been exported yet. In the folder of this report, the newest checkpoint

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from okd_jax.errors import UserError
 from okd_jax.methods import (
+  clda,
   distillm2,
   ensemble,
   fdistill,
@@ -25,6 +26,7 @@ from okd_jax.methods.method import Method, Models, apply_functions
 from okd_jax.methods.sequences import SAMPLING
 
 METHODS: dict[str, Callable[..., Method]] = {
+  "clda": clda.build,
   "distillm": onpolicy.build_distillm,
   "distillm2": distillm2.build,
   "ensemble": ensemble.build,

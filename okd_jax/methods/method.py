@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from okd_jax.adapters import module_norm, take_blocks
 from okd_jax.losses import (
   Output,
   TokenLoss,
@@ -41,15 +42,17 @@ class Models:
     adapter is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
   teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
     teacher's, what lies below the modules computed once for both.
+  module_norm(frozen, adapter) -> the norm of what the module adds or has changed.
   chunk: positions of a row whose logits are in memory at once.
-  named: of several teachers the same for each one, by name.
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
+  named: of several teachers the same for each one, by name.
   """
 
   student: Callable[..., Output]
   teacher: Callable[..., Output]
   teachers: Callable[..., tuple[Output, Output]]
   chunk: int = 64
+  module_norm: Callable[..., Float[Array, ""]] = lambda _, adapter: module_norm(adapter)
   vocab_size: int | None = None
   named: Mapping[str, "Models"] = dataclasses.field(default_factory=dict)
 
@@ -92,6 +95,12 @@ def apply_functions(
       output(plain, variables, batch, **top),
     )
 
+  def norm(frozen, adapter):
+    config, base = decoders["adapted"].adapter, None
+    if config.kind == "blocks":
+      base = {"layers": take_blocks(frozen["layers"], config)}
+    return module_norm(adapter, base)
+
   names = [role.partition(":")[2] for role in decoders if role.startswith("teacher:")]
   named = {}
   for name in names:
@@ -99,7 +108,7 @@ def apply_functions(
     if f"adapted:{name}" in decoders:
       own["adapted"] = decoders[f"adapted:{name}"]
     named[name] = apply_functions(own, chunk)
-  return Models(student, teacher, teachers, chunk, vocab_size, named)
+  return Models(student, teacher, teachers, chunk, norm, vocab_size, named)
 
 
 def _trunk_layers(adapted: Decoder) -> int:

@@ -88,6 +88,8 @@ def save_adapter(
   `base_model` is the hub id or folder of the model that the adapter belongs to. The
   folder appears whole or not at all, with the same bytes each time.
   """
+  if adapter_config.kind == "blocks":
+    raise UserError("a teacher's own blocks are no PEFT adapter; save the whole model")
   flat = _checked(adapter, adapter_config, model_config)
   note = dataclasses.asdict(adapter_config)
   if adapter_config.kind == "lora":

@@ -7,7 +7,8 @@ Notable features:
     loss can do so chunk by chunk (`losses.chunked`);
   masks, positions and the key-value cache are those of `attention.py`;
   online modules of the top k layers live in the collection `adapter`; the layers
-    below them are scanned on their own and cost no backward pass;
+    below them are scanned on their own and cost no backward pass; so are runs of
+    trained and of frozen layers where adapter.kind is 'blocks';
   virtual tokens (adapter.kind 'prompt') come before all others and so depend on none
     of them: they run through the layers once, in a batch of one, and the real tokens
     see their keys and values as a prefix. Lengths and the cache stay as they are;
@@ -197,7 +198,7 @@ class Decoder(nn.Module):
   def _stacks(self, start, stop):
     """(block, first layer, last, params, modules): the runs of equal layers to scan."""
     total = self.config.num_layers
-    stacked = self.adapter is not None and not self._has("prompt")
+    stacked = self._has("lora") or self._has("prefix")
     adapted = self.adapter.num_layers(total) if stacked else 0
     low = total - adapted
     plain, block = (
@@ -205,6 +206,12 @@ class Decoder(nn.Module):
       for module in (None, self.adapter)
     )
     params = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
+    if self._has("blocks"):
+      take = functools.partial(adapters.take_blocks, params, self.adapter)
+      own = self.variable("adapter", "layers", take).value
+      for run in adapters.block_runs(params, own, self.adapter, start, stop):
+        yield plain, *run, {}
+      return
     modules = {}
     # A pass that stops below the modules can do without them.
     if adapted and (stop > low or self.is_initializing()):
@@ -216,9 +223,9 @@ class Decoder(nn.Module):
     middle = min(max(start, low), stop)
     for layer, first, last in ((plain, start, middle), (block, middle, stop)):
       if first < last:
-        weights, own = _cut(params, first, last), {}
+        weights, own = adapters.cut(params, first, last), {}
         if layer is block:
-          own = _cut(modules, first - low, last - low)
+          own = adapters.cut(modules, first - low, last - low)
         yield layer, first, last, weights, own
 
 
@@ -247,10 +254,6 @@ def _step(block, common: _Common, carry, xs):
     slots = Slots(*stores, index, common.length)
   x, written = apply(x, common.inputs, prefix, slots)
   return (x, virtual, None if stores is None else written), None
-
-
-def _cut(tree, first: int, last: int):
-  return jax.tree.map(lambda x: x[first:last], tree)
 
 
 class Block(nn.Module):
