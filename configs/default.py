@@ -173,7 +173,10 @@ def get_config() -> ConfigDict:
   config.eval.generate_limit = 0  # prompts answered; 0 is as many as eval.limit
   config.eval.max_new_tokens = 128
   config.eval.temperature = 0.0  # 0 is greedy
-  config.eval.best = ""  # export the best step by this metric; '' the last
+  # Export the best step by this metric, '' the last. A distillation loss, forward_kl or
+  # reverse_kl, needs no labels (Zhu et al. 2020, arXiv 2011.04106).
+  config.eval.best = ""
+  config.eval.patience = 0  # stop when so many evaluations brought no better; 0: never
 
   config.export = ConfigDict()
   config.export.dtype = "float32"  # of the student's weights on disk

@@ -38,6 +38,7 @@ def check_settings(config: ConfigDict, method: Method) -> None:
     ("optim.weight_decay", config.optim.weight_decay, 0),
     ("adapter.lr_scale", config.adapter.lr_scale, 0),
     ("eval.limit", config.eval.limit, 0),
+    ("eval.patience", config.eval.patience, 0),
     ("eval.generate_limit", config.eval.generate_limit, 0),
     ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
     ("eval.temperature", config.eval.temperature, 0),
@@ -175,6 +176,10 @@ def check_best(config, held_out, teacher) -> None:
     names += ["forward_kl", "reverse_kl", "top1_agreement"]
   if config.eval.generate and answerable(held_out):
     names += ["rougeL", "exact_match"]
+  if config.eval.patience and not config.eval.best:
+    raise UserError(
+      f"eval.patience={config.eval.patience} needs eval.best, the metric to go by"
+    )
   if config.eval.best and config.eval.best not in names:
     raise UserError(
       f"eval.best={config.eval.best!r} is not measured in this run; use one of "

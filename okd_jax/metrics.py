@@ -68,6 +68,21 @@ def score_by(name: str) -> Callable[[Mapping[str, float]], float] | None:
   return lambda values: sign * values[name]
 
 
+def stalled(evals: Mapping[int, Mapping[str, float]], best: str, patience: int) -> bool:
+  """Whether the last `patience` evaluations brought nothing better than one before.
+
+  evals: figures by step; step 0, of which there is no checkpoint, does not count. With
+    patience 0, or no metric to go by, a run never stalls.
+  """
+  score = score_by(best)
+  if not (score and patience):
+    return False
+  scores = [score(evals[step]) for step in sorted(evals) if step]
+  if len(scores) <= patience:
+    return False
+  return not max(scores[-patience:]) > max(scores[:-patience])
+
+
 def read(workdir: Path) -> list[dict]:
   """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
   path = workdir / "metrics.jsonl"

@@ -113,7 +113,8 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
     writer = metrics.Writer(
       workdir, -1 if fresh else step, config.train.tensorboard, config.train.wandb
     )
-    evaluated = {r["step"] for r in metrics.read(workdir) if r["kind"] == "eval"}
+    rows = metrics.read(workdir)
+    evaluated = {row["step"]: row for row in rows if row["kind"] == "eval"}
     state = _loop(
       parts, checkpoints, writer, state, step, loader, sampler, terminated, evaluated
     )
@@ -198,7 +199,8 @@ def _loop(
 ) -> TrainState:
   """Trains to the last step; returns the final state, saved and evaluated.
 
-  `evaluated` are the steps whose scores are written down already.
+  Or to where eval.patience ends. `evaluated` holds the scores that are written down
+  already, by step.
   """
   config = parts.config
   train_step = compile_step(
@@ -223,14 +225,16 @@ def _loop(
     # The start, or a step whose evaluation a signal cut off.
     scores = evaluator(state.params)
     writer.write(step, "eval", scores)
+    evaluated[step] = scores
     sampler.observe(scores["loss"])
     if step:
       checkpoints.save(step, state, loader, scores, sampler.state())
   terminated.check()
   progress = Progress(parts, writer, step)
   pending = None
+  best, patience = config.eval.best, config.eval.patience
   with progress:
-    while step < parts.steps:
+    while step < parts.steps and not metrics.stalled(evaluated, best, patience):
       batch = next(loader)
       rows = batch["row"]
       batch, figures = sampler.batch(step, state.params, batch)
@@ -248,12 +252,15 @@ def _loop(
           with progress.paused():
             scores = evaluator(state.params)
           writer.write(step, "eval", scores)
+          evaluated[step] = scores
           progress.show_scores(scores)
           sampler.observe(scores["loss"])
         checkpoints.save(step, state, loader, scores, sampler.state())
       if terminated and pending is None:
         checkpoints.wait()
         terminated.check()
+  if step < parts.steps:
+    _log.info("%s has not improved in %d evaluations: stopped early", best, patience)
   checkpoints.wait()
   return state
 

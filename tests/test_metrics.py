@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from okd_jax import metrics
 
 
@@ -45,3 +47,25 @@ def test_table():
     "teacher  1.235        –",
     "student  22.50    101.3",
   ]
+
+
+@pytest.mark.parametrize(
+  "values, patience, stops",
+  [
+    ([3.0, 2.0, 1.0], 2, False),
+    ([3.0, 2.0, 2.5], 2, False),
+    ([3.0, 2.0, 2.5, 2.0], 2, True),  # as good is no better
+    ([3.0, 2.0, 2.5, 1.9], 2, False),
+    ([2.0, 2.5], 1, True),
+    ([2.0, 2.5], 0, False),
+    ([2.0], 1, False),
+  ],
+)
+def test_a_run_stalls_when_nothing_gets_better(values, patience, stops):
+  """METHODS 5.6: early stopping by a distillation loss; the start does not count."""
+  evals = {10 * (i + 1): {"forward_kl": v} for i, v in enumerate(values)}
+  evals[0] = {"forward_kl": 0.0}
+  assert metrics.stalled(evals, "forward_kl", patience) == stops
+  larger = {step: {"rougeL": -row["forward_kl"]} for step, row in evals.items()}
+  assert metrics.stalled(larger, "rougeL", patience) == stops
+  assert not metrics.stalled(evals, "", 1)
