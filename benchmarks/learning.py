@@ -9,12 +9,10 @@ lowers its own objective, and what that does to the held-out measures. Keys of t
 configuration are set as for okd_jax.main. Prints a section of BENCHMARKS.md.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+
+from command import call, rows
 
 from okd_jax import METHODS, bench, cli
 from okd_jax.errors import UserError
@@ -46,13 +44,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _train(config: str, workdir: Path, changes: list[str]) -> None:
-  print(f"{workdir}", file=sys.stderr, flush=True)
-  workdir.parent.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, "-m", "okd_jax.main", f"--config={config}", *changes]
-  with (workdir.parent / f"{workdir.name}.log").open("w") as log:
-    done = subprocess.run([*command, f"--workdir={workdir}"], stdout=log, stderr=log)
-  if done.returncode:
-    raise UserError(f"{workdir}: the run failed; its last words are in {log.name}")
+  log = workdir.parent / f"{workdir.name}.log"
+  call("main", log, f"--config={config}", *changes, f"--workdir={workdir}")
 
 
 def _section(args, folder: Path) -> str:
@@ -66,14 +59,14 @@ def _section(args, folder: Path) -> str:
     f"| {' | '.join(names)} |",
     "|---" * len(names) + "|",
   ]
-  start = _rows(folder / args.names[0], "eval")[0]
+  start = rows(folder / args.names[0], "eval")[0]
   lines.append(_line("start", "–", "–", "–", *_held_out(start)))
   for name in args.names:
-    losses = [row["loss"] for row in _rows(folder / name, "train")]
+    losses = [row["loss"] for row in rows(folder / name, "train")]
     first, last = losses[: args.window], losses[-args.window :]
     before, after = statistics.fmean(first), statistics.fmean(last)
     cells = f"{before:.4f}", f"{after:.4f}", f"{before - after:.4f}"
-    lines.append(_line(name, *cells, *_held_out(_rows(folder / name, "eval")[-1])))
+    lines.append(_line(name, *cells, *_held_out(rows(folder / name, "eval")[-1])))
   return "\n".join(lines)
 
 
@@ -85,11 +78,6 @@ def _line(*cells: str) -> str:
   return f"| {' | '.join(cells)} |"
 
 
-def _rows(workdir: Path, kind: str) -> list[dict]:
-  lines = (workdir / "metrics.jsonl").read_text(encoding="utf8").splitlines()
-  return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 def _parser() -> cli.Parser:
   parser = cli.Parser(
     prog="python benchmarks/learning.py",
@@ -99,12 +87,15 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("--config", required=True, help="configuration file of the runs")
   add("--folder", required=True, help="holds a run's folder for every method")
-  add("--names", type=lambda text: text.split(","), default=sorted(METHODS))
+  add(
+    "--names",
+    type=lambda text: text.split(","),
+    default=sorted({*METHODS} - {"ensemble"}),
+  )
   add("--start_steps", type=bench.at_least(1), default=100, help="of the SFT start")
   add("--window", type=bench.at_least(1), default=20, help="steps that are averaged")
   return parser
 
 
 if __name__ == "__main__":
-  os.environ.setdefault("PYTHONPATH", os.getcwd())  # of the runs
   cli.run(main)

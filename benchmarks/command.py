@@ -1,0 +1,27 @@
+"""Commands of okd_jax as the benchmarks run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from okd_jax.errors import UserError
+
+
+def call(module: str, log: Path, *arguments: str) -> None:
+  """Runs `python -m okd_jax.MODULE`, its output into log; a UserError if it fails."""
+  print(log.with_suffix(""), file=sys.stderr, flush=True)
+  log.parent.mkdir(parents=True, exist_ok=True)
+  env = {"PYTHONPATH": os.getcwd()} | os.environ
+  with log.open("w") as file:
+    command = [sys.executable, "-m", f"okd_jax.{module}", *arguments]
+    done = subprocess.run(command, stdout=file, stderr=file, env=env)
+  if done.returncode:
+    raise UserError(f"okd_jax.{module} failed; its last words are in {log}")
+
+
+def rows(workdir: Path, kind: str) -> list[dict]:
+  """The rows of one kind in a run's metrics.jsonl."""
+  lines = (workdir / "metrics.jsonl").read_text(encoding="utf8").splitlines()
+  return [row for row in map(json.loads, lines) if row["kind"] == kind]
