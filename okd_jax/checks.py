@@ -100,8 +100,9 @@ def _several_problems(config, method: Method):
   names, several = sorted(config.teachers), method.teacher == "several"
   if several and not names:
     yield f"method {config.method.name} needs --config.teachers.NAME=PATH for each one"
-  if wrong := [name for name in names if not re.fullmatch(r"\w[\w-]*", name)]:
-    yield f"teachers: {wrong[0]!r} is no name of letters, digits, - and _"
+  legal = re.compile(r"(?!student$)\w[\w-]*")
+  if wrong := [name for name in names if not legal.fullmatch(name)]:
+    yield f"teachers: {wrong[0]!r} is no name of letters, digits, - and _, or 'student'"
   if names and not several:
     yield (
       f"method {config.method.name} has one teacher, teacher.path; several "

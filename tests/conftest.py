@@ -29,3 +29,16 @@ def shared() -> Path:
   if not SHARED.is_dir():
     pytest.skip("needs the shared models and data beside the checkout")
   return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+  """Forgets compiled programs before there are too many.
+
+  Each is some memory maps, of which Linux allows a process 65530; beyond that XLA
+  crashes while it compiles.
+  """
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
+    jax.clear_caches()

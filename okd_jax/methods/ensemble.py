@@ -12,6 +12,7 @@ policy RL-KD's (Yuan et al. 2020, arXiv 2012.06048); `gate` and `policy` say wha
 theirs and what is ours.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,63 +68,13 @@ def build(
     gate_lr: learning rate of the gate, or of the policy.
     reward: of the policy, a key of `policy.REWARDS`.
   """
-  if weighting not in WEIGHTINGS:
-    raise UserError(
-      f"method.weighting={weighting!r} must be one of {', '.join(WEIGHTINGS)}"
-    )
-  if teacher_weights and weighting != "mean":
-    raise UserError(
-      f"method.teacher_weights are fixed, but method.weighting={weighting} finds its "
-      "own; leave them out or set method.weighting=mean"
-    )
-  if any(not w >= 0 for w in teacher_weights) or (
-    teacher_weights and not sum(teacher_weights) > 0
-  ):
-    raise UserError(
-      f"method.teacher_weights={teacher_weights} must be 0 or more, one above 0"
-    )
-  check_share("method.kd_ratio", kd_ratio)
-  check_positive("method.temperature", temperature)
-  check_weight("method.gold_weight", gold_weight)
+  _check(weighting, teacher_weights, kd_ratio, temperature, gold_weight)
   check_positive("method.gate_lr", gate_lr)
   gate.check(gate_per)
   policy.check(reward)
   divergence = divergence or "forward_kl"
   distance = find_divergence("method.divergence", divergence, shape)
-
-  def token_loss(logits, labels, *, kd_ratio, gold_weight, **knobs):
-    gold, weights = labels
-    student, p = logits["student"], _teachers(logits)
-    average = mixture(list(p.values()), weights, knobs["temperature"])
-    if weighting == "mean":
-      d = distance(average, student, **knobs)
-    else:
-      each = [distance(z, student, **knobs) for z in p.values()]
-      d = sum(weights[..., i] * value for i, value in enumerate(each))
-    ce = cross_entropy(student, gold)
-    loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
-    metrics = diagnostics({"student": student, "teacher": average}, gold)
-    for i, (name, z) in enumerate(p.items()):
-      metrics[f"weight_{name}"] = weights[..., i]
-      metrics[f"nll_{name}"] = cross_entropy(z, gold)
-    return loss, metrics | {"divergence": d}
-
-  def look(models, params, frozen, batch, knobs):
-    """What the teachers and the student make of each token: [B, L] or [B, L, n]."""
-    outputs = _outputs(models, params, frozen, batch, None)
-
-    def facts(logits, labels):
-      student, p = logits["student"], _teachers(logits)
-      stack = {
-        "nll": [cross_entropy(z, labels) for z in p.values()],
-        "entropy": [entropy(z) for z in p.values()],
-        "divergence": [distance(z, student, **knobs) for z in p.values()],
-      }
-      stacked = {k: jnp.stack(v, axis=-1) for k, v in stack.items()}
-      return stacked | {"student_nll": cross_entropy(student, labels)}
-
-    found = per_token(facts, cut_heads(outputs), batch["labels"], models.chunk)
-    return stop_gradient(found), stop_gradient(outputs["student"].hidden)
+  token_loss, look = _token_loss(weighting, distance), _look(distance)
 
   def prepare(models, params, frozen, batch, key):
     knobs = _settled(own_shape(shape, divergence) | {"temperature": temperature})
@@ -169,6 +120,74 @@ def build(
       **common,
     )
   return Method(loss, **common)
+
+
+def _check(weighting, teacher_weights, kd_ratio, temperature, gold_weight) -> None:
+  if weighting not in WEIGHTINGS:
+    raise UserError(
+      f"method.weighting={weighting!r} must be one of {', '.join(WEIGHTINGS)}"
+    )
+  if teacher_weights and weighting != "mean":
+    raise UserError(
+      f"method.teacher_weights are fixed, but method.weighting={weighting} finds its "
+      "own; leave them out or set method.weighting=mean"
+    )
+  if any(not w >= 0 for w in teacher_weights) or (
+    teacher_weights and not sum(teacher_weights) > 0
+  ):
+    raise UserError(
+      f"method.teacher_weights={teacher_weights} must be 0 or more, one above 0"
+    )
+  check_share("method.kd_ratio", kd_ratio)
+  check_positive("method.temperature", temperature)
+  check_weight("method.gold_weight", gold_weight)
+
+
+def _token_loss(weighting: str, distance: Callable) -> Callable:
+  """The loss of a token, given gold and every teacher's weight [B, C, n]."""
+
+  def token_loss(logits, labels, *, kd_ratio, gold_weight, **knobs):
+    gold, weights = labels
+    student, p = logits["student"], _teachers(logits)
+    if weighting == "mean":
+      average = mixture(list(p.values()), weights, knobs["temperature"])
+      d = distance(average, student, **knobs)
+    else:
+      each = [distance(z, student, **knobs) for z in p.values()]
+      d = sum(weights[..., i] * value for i, value in enumerate(each))
+    ce = cross_entropy(student, gold)
+    loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
+    plain = mixture(list(p.values()), weights)  # at T = 1, as all diagnostics
+    metrics = diagnostics({"student": student, "teacher": plain}, gold)
+    for i, (name, z) in enumerate(p.items()):
+      metrics[f"weight_{name}"] = weights[..., i]
+      metrics[f"nll_{name}"] = cross_entropy(z, gold)
+    return loss, metrics | {"divergence": d}
+
+  return token_loss
+
+
+def _look(distance: Callable) -> Callable:
+  """What the teachers and the student make of each token, nothing differentiated."""
+
+  def look(models, params, frozen, batch, knobs):
+    """({figure: [B, L] or [B, L, n]}, the student's hidden states)."""
+    outputs = _outputs(models, params, frozen, batch, None)
+
+    def facts(logits, labels):
+      student, p = logits["student"], _teachers(logits)
+      stack = {
+        "nll": [cross_entropy(z, labels) for z in p.values()],
+        "entropy": [entropy(z) for z in p.values()],
+        "divergence": [distance(z, student, **knobs) for z in p.values()],
+      }
+      stacked = {k: jnp.stack(v, axis=-1) for k, v in stack.items()}
+      return stacked | {"student_nll": cross_entropy(student, labels)}
+
+    found = per_token(facts, cut_heads(outputs), batch["labels"], models.chunk)
+    return stop_gradient(found), stop_gradient(outputs["student"].hidden)
+
+  return look
 
 
 def _teachers(logits) -> dict[str, jax.Array]:
