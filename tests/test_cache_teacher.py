@@ -61,7 +61,7 @@ def steps(run, count=3):
   return metrics, state.params["student"]
 
 
-@pytest.mark.parametrize("name", ["kd", "srkl"])
+@pytest.mark.parametrize("name", ["kd", pytest.param("srkl", marks=pytest.mark.slow)])
 def test_the_whole_vocabulary_is_the_live_teacher(name, whole, folder):
   """Same losses, same student; the order of the vocabulary is all that differs."""
   wanted, student = steps(setup.build(config(**{"method.name": name}), folder))
@@ -78,6 +78,7 @@ def test_the_whole_vocabulary_is_the_live_teacher(name, whole, folder):
   chex.assert_trees_all_close(same, student, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
   """Guards A7: the divergence of buckets rises with K and ends at the whole one."""
   del live

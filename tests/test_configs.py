@@ -160,6 +160,7 @@ def test_tokenizers_that_differ_are_refused(tiny, tmp_path):
   assert "method.cross_tokenizer=uld" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_aligned(tiny, tmp_path):
   """Guards E1 (d 10): 151936 and 152064 rows of one tokenizer just work."""
   padded = tmp_path / "padded"

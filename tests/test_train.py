@@ -96,6 +96,7 @@ def test_sigterm_saves_and_exits_143(finished, tmp_path):
   assert same_folder(whole / "student", workdir / "student")
 
 
+@pytest.mark.slow
 def test_sigterm_at_an_evaluation_step_loses_no_evaluation(tmp_path):
   """The best checkpoint, and so the exported student, must not depend on a signal."""
   changes = ["--config.eval.best=loss", "--config.train.steps=3"]
@@ -140,13 +141,10 @@ def test_another_configuration_is_refused(finished):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
-  # All of them in the slow tests; this one differs most in what surrounds the loss.
-  [
-    pytest.param(name, marks=[pytest.mark.slow] * (name != "promptkd"))
-    for name in sorted({*METHODS} - {"okd"})
-  ],
+  sorted({*METHODS} - {"ensemble", "okd"}),
 )
 def test_every_method_runs(name, tmp_path):
   """Guards H2: shipped commands that do not run."""
@@ -222,6 +220,7 @@ def test_generate_evaluate_and_score_agree(finished, tmp_path):
   assert score["n"] == 2
 
 
+@pytest.mark.slow
 def test_stages_run_in_order_and_once(tmp_path):
   """A teacher, its student by layers, and a resumed pipeline that skips both."""
   changes = [

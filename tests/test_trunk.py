@@ -37,7 +37,9 @@ def steps(settings, folder, count=3, hide=False):
   return values, state.params
 
 
-@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
+@pytest.mark.parametrize(
+  "order", ["simultaneous", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_a_kept_trunk_changes_no_loss(order, tmp_path):
   """Within what bfloat16 holds; and nothing below the modules is read any more."""
   changes = {"method.update_order": order}
@@ -60,6 +62,7 @@ def test_on_disk_as_in_memory(tmp_path):
     steps(okd(**disk | {"adapter.layers": 2}), tmp_path)
 
 
+@pytest.mark.slow
 def test_sampled_rows_have_no_trunk_but_gold_ones_have(tmp_path):
   """On-policy OKD: the module's loss is on gold, and that is what is kept."""
   changes = {"method.name": "gkd", "adapter.kind": "lora", "method.sampled_share": 1.0}

@@ -159,7 +159,9 @@ def with_others(trial, params, frozen, batch, gold=True):
   if plan.prepare:
     params, frozen = jax.lax.stop_gradient((params, frozen))
     key = jax.random.key(9)
-    batch = plan.prepare(trial.models, params, frozen, batch, key)
+    if not hasattr(trial, "prepare"):  # op by op it takes seconds
+      trial.prepare = jax.jit(functools.partial(plan.prepare, trial.models))
+    batch = trial.prepare(params, frozen, batch, key)
   return batch | others
 
 
