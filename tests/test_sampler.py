@@ -12,6 +12,7 @@ from configs import debug
 from okd_jax import methods, sampler, setup
 from okd_jax.data import pad_row, train_loader
 from okd_jax.losses import token_weights
+from okd_jax.methods.knobs import Linear
 from okd_jax.methods.sequences import Replay
 from okd_jax.replay import Buffer, Share
 from okd_jax.sampler import ROW, Sampler
@@ -114,6 +115,8 @@ def test_the_share_of_sampled_steps(run, params):
   seen = [half.batch(step, params, gold)[1]["sampled"] for step in range(12)]
   again = [half.batch(step, params, gold)[1]["sampled"] for step in range(12)]
   assert 0 < sum(seen) < 12 and seen == again
+  own = plan(run, "imitkd", sampled_share=None, end={"sampled_share": 0.0})
+  assert own.method.sequences.share == Linear(1.0, 0.0)  # from the method's own start
   moving = plan(run, sampled_share=0.0, end={"sampled_share": 1.0})
   assert Sampler(moving, {}, 0).batch(0, params, gold)[1]["sampled"] == 0
   assert Sampler(moving, {}, 0).batch(19, params, gold)[1]["sampled"] == 1

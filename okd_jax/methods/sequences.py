@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from okd_jax.errors import UserError
-from okd_jax.methods.knobs import Knob, check_share, ends
+from okd_jax.methods.knobs import Knob, Linear, check_share, ends
 from okd_jax.rollout import Sampling
 
 REPLAY_RATIOS = ("decreasing", "constant", "increasing")
@@ -117,6 +117,8 @@ def make_sequences(
       (sampled_share, sample_temperature, sample_top_p), defaults, strict=True
     )
   )
+  if isinstance(share, Linear) and share.start is None:
+    share = Linear(defaults[0], share.end)
   check_share("method.sampled_share", share)
   for key, value in (
     ("sample_temperature", temperature),
