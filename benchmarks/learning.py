@@ -90,7 +90,7 @@ def _parser() -> cli.Parser:
   add(
     "--names",
     type=lambda text: text.split(","),
-    default=sorted({*METHODS} - {"ensemble"}),
+    default=sorted(METHODS),
   )
   add("--start_steps", type=bench.at_least(1), default=100, help="of the SFT start")
   add("--window", type=bench.at_least(1), default=20, help="steps that are averaged")

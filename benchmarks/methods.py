@@ -206,7 +206,7 @@ def _parser() -> cli.Parser:
     "--config=FILE (by default configs/stories.py) and --config.key=value.",
   )
   add, whole = parser.add_argument, bench.at_least(1)
-  names = ["kd", *sorted(set(METHODS) - {"kd", "ensemble"})]
+  names = ["kd", *sorted(set(METHODS) - {"kd"})]
   add(
     "--names",
     type=lambda text: text.split(","),

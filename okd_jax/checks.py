@@ -98,7 +98,8 @@ def check_settings(config: ConfigDict, method: Method) -> None:
 def _several_problems(config, method: Method):
   """What is wrong between `teachers`, the method and the keys of a single teacher."""
   names, several = sorted(config.teachers), method.teacher == "several"
-  if several and not names:
+  one = config.teacher
+  if several and not (names or one.path or one.model.hidden_size):
     yield f"method {config.method.name} needs --config.teachers.NAME=PATH for each one"
   legal = re.compile(r"(?!student$)\w[\w-]*")
   if wrong := [name for name in names if not legal.fullmatch(name)]:
@@ -108,22 +109,22 @@ def _several_problems(config, method: Method):
       f"method {config.method.name} has one teacher, teacher.path; several "
       f"({', '.join(names)}) are for method ensemble"
     )
-  if several:
-    one = config.teacher
+  if several and names:
     for key in ("path", "adapter", "cache", "trunk"):
       if one[key]:
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
     if config.student.layers:
       yield "student.layers takes layers from a single teacher; set student.path"
+  if several:
     if config.adapter.text or config.adapter.kind == "blocks":
       yield "adapter.text and adapter.kind=blocks are for a single teacher"
   if unknown := sorted(set(config.adapter.teachers) - set(names)):
     yield f"adapter.teachers names {unknown[0]!r}, which is none of teachers"
   weights = config.method.teacher_weights
-  if several and weights and len(weights) != len(names):
+  if several and weights and len(weights) != max(len(names), 1):
     yield (
       f"method.teacher_weights={weights} must hold a weight for each of the teachers "
-      f"{', '.join(names)}, in this order"
+      f"{', '.join(names) or 'teacher'}, in this order"
     )
 
 

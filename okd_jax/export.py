@@ -57,7 +57,7 @@ def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
       params["adapter"][name] if name else params["adapter"],
       parts.adapter,
       parts.decoders[f"adapted:{name}" if name else "adapted"].config,
-      config.teachers[name] if name else config.teacher.path,
+      config.teachers.get(name, config.teacher.path),
     )
 
 

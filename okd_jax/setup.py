@@ -95,7 +95,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   apart = method.sequences.own_tokens
   own = several | {"teacher": None if apart else teacher, "student": start}
   tokenizer = _tokenizer(config, workdir, own, records)
-  if config.teacher.model.hidden_size and not config.teacher.cache:
+  if config.teacher.model.hidden_size and not (config.teacher.cache or several):
     teacher = _random_teacher(config, mesh, tokenizer)
   train, held_out, reading = read_rows(
     config, tokenizer, records, teacher if apart else None
@@ -108,6 +108,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   if config.teacher.cache:
     stored, teacher, kin = teachers.open_stored(config, train), None, None
   checks.check_best(config, held_out, kin or several or None)
+  if method.teacher == "several" and teacher:  # the only one
+    several, teacher = {"only": teacher}, None
   decoders = _decoders(config, student_config, teacher, several)
   checks.check_lengths(config, decoders)
   _check_vocabularies(decoders, train + held_out, reading)
@@ -150,7 +152,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     learning_rate=learning_rate,
     steps=steps,
     init=lambda: _first_state(
-      config, mesh, teacher, random, abstract, prompt_ids, adapter
+      config, mesh, first, random, abstract, prompt_ids, adapter
     ),
     abstract=abstract,
     reading=reading,

@@ -7,7 +7,8 @@ import oracle
 import pytest
 from trial import KNOBS, LogitTrial, Setup, make_batch, make_logits, total, weighted
 
-from okd_jax import methods
+from configs import debug
+from okd_jax import methods, setup
 from okd_jax.errors import UserError
 from okd_jax.losses import log_probs, mixture
 from okd_jax.methods import gate, policy
@@ -304,3 +305,19 @@ def test_the_mixture_is_normalised():
   weights = jax.random.uniform(jax.random.key(0), (*a.shape[:2], 2))
   p = jnp.exp(log_probs(mixture([a, b], weights)))
   np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-6)
+
+
+def test_a_single_teacher_is_an_ensemble_of_one(tmp_path):
+  """So that the method runs wherever any other does."""
+  config = debug.get_config()
+  config.method.name = "ensemble"
+  config.data.train = "embedded:eval"
+  config.adapter.kind = "lora"
+  run = setup.build(config, tmp_path)
+  assert {*run.frozen} == {"only"}
+  assert {*run.decoders} == {"student", "teacher:only", "adapted:only"}
+  assert {*run.abstract.params["adapter"]} == {"only"}
+  config.method.name = "kd"
+  config.teachers.a = "somewhere"
+  with pytest.raises(UserError, match="kd has one teacher"):
+    setup.build(config, tmp_path)

@@ -144,7 +144,7 @@ def test_another_configuration_is_refused(finished):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   "name",
-  sorted({*METHODS} - {"ensemble", "okd"}),
+  sorted({*METHODS} - {"okd"}),
 )
 def test_every_method_runs(name, tmp_path):
   """Guards H2: shipped commands that do not run."""
