@@ -68,7 +68,8 @@ def get_config() -> ConfigDict:
   config.method.mix_alpha = 0.4  # mixkd: lambda is drawn from Beta(alpha, alpha)
   config.method.mix_kd_weight = 1.0  # mixkd: of the divergence on mixed rows
   config.method.mix_gold_weight = 1.0  # mixkd: of CE on mixed rows
-  # Text that is sampled for training. What is not set is the method's own.
+  # Text that is sampled for training. What is not set is the method's own. "Student's"
+  # below is the teacher's, too, where answers are written before training.
   config.method.sampled_share = config_dict.placeholder(float)  # of the steps; gkd 0.5
   config.method.max_new_tokens = 0  # of an answer; 0: what fits beside the prompt
   config.method.sample_temperature = config_dict.placeholder(float)  # student's; 1

@@ -160,7 +160,12 @@ def check_sequences(config, method: Method, train) -> None:
       )
   data = config.data
   space = data.max_length - data.max_prompt_length
-  if space < 1 or plan.max_new_tokens > space:
+  if space < 1:
+    raise UserError(
+      f"data.max_prompt_length={data.max_prompt_length} leaves no room for an answer: "
+      f"it must be below data.max_length={data.max_length}"
+    )
+  if plan.max_new_tokens > space:
     raise UserError(
       f"method.max_new_tokens={plan.max_new_tokens} does not fit: data.max_length="
       f"{data.max_length} leaves {space} tokens beside data.max_prompt_length="

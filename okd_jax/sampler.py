@@ -22,10 +22,12 @@ from tqdm import tqdm
 
 from okd_jax import sharding
 from okd_jax.data import Example, pad_row, stop_ids
+from okd_jax.errors import UserError
 from okd_jax.evaluate import source_of
 from okd_jax.files import write_text
 from okd_jax.methods.knobs import Linear
 from okd_jax.methods.sequences import Sequences
+from okd_jax.models.hf import read_json
 from okd_jax.pairs import (
   Interleaved,
   Mixed,
@@ -36,13 +38,16 @@ from okd_jax.pairs import (
 )
 from okd_jax.replay import Buffer, Share
 from okd_jax.rollout import draw, generate
+from okd_jax.store import digest
 
 _log = logging.getLogger(__name__)
 
 ROW = ("tokens", "labels", "mask", "segment_ids")
 _PIECE = 4  # batches that are answered, and then written, at once
-# Apart from each other and from the keys of training steps, which count from 0.
+# Branches of the seed's key, apart from each other and from those that the first
+# state is drawn with, which count from 0.
 _BEFOREHAND = {"teacher": 2**31, "student": 2**31 + 1}
+_EACH_STEP = 2**31 + 2
 
 
 class Sampler:
@@ -94,7 +99,8 @@ class Sampler:
       if self._prepare:
         main = self._prepare(params, run.frozen, main, self._key(step))
       self._held = main if plan.updates > 1 else None
-      figures["sampling_s"] = time.monotonic() - start
+      waited = figures.pop("waited_s", 0.0)
+      figures["sampling_s"] = time.monotonic() - start - waited
     if plan.gold:
       beside["gold"] = gold
     if self._trunk:
@@ -113,7 +119,8 @@ class Sampler:
 
   def _key(self, step: int):
     """Of the step's own draws; those of tokens are folded once more."""
-    return jax.random.fold_in(jax.random.key(self._seed), step)
+    branch = jax.random.fold_in(jax.random.key(self._seed), _EACH_STEP)
+    return jax.random.fold_in(branch, step)
 
   def _sampled(self, step, params, gold, rows):
     """Rows of this process: fresh, from the store, or the data's own."""
@@ -132,6 +139,10 @@ class Sampler:
         return self._replayed(step, len(rows), chance)
     if not fresh:
       return gold, {"sampled": 0.0}
+    # The step before may still be running: that time is its own, not sampling.
+    begun = time.monotonic()
+    jax.block_until_ready(params)
+    waited = time.monotonic() - begun
     answers, ended = self._write(step, params, rows)
     new = self._rows(answers)
     lengths = [len(a.tokens) - a.prompt_length for a in answers]
@@ -139,6 +150,7 @@ class Sampler:
       "sampled": 1.0,
       "sampled_length": float(np.mean(lengths)),
       "sampled_ended": float(np.mean(ended)),
+      "waited_s": waited,
     }
     if self._buffer is not None:
       self._buffer.push(new, step)
@@ -253,10 +265,15 @@ def answers_beforehand(run, name: str, path: Path) -> list[Example]:
   """One answer to each prompt of `run.train`, by 'teacher' or the untrained 'student'.
 
   Sampled into `path`, a line of token ids each, and read from there where it is done
-  already; interrupted, it goes on after the last whole line.
+  already; interrupted, it goes on after the last whole line. What was asked lies beside
+  it, as NAME.json.
+
+  Raises:
+    UserError: if the file holds answers to other prompts, or is damaged.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  answers = _read_answers(path)
+  _check_asked(run, name, path)
+  answers = _read_answers(path, len(run.train))
   total, piece = len(run.train), _PIECE * run.config.eval.batch_size
   params = run.frozen if name == "teacher" else None
   bar = tqdm(
@@ -312,7 +329,31 @@ def _vocabulary_sizes(run) -> set[int]:
   return {decoder.config.vocab_size for decoder in run.decoders.values()}
 
 
-def _read_answers(path: Path) -> list[list[int]]:
+def _check_asked(run, name: str, path: Path) -> None:
+  """Writes down what is asked, or refuses answers to anything else."""
+  plan, config = run.method.sequences, run.config
+  asked = {
+    "prompts": digest(_prompt(example).tobytes() for example in run.train),
+    "model": config.teacher.path if name == "teacher" else config.student.path,
+    "max_new_tokens": room(run),
+    "sampling": [float(value) for value in plan.student],
+    "ends": _ends(run),
+    "seed": config.train.seed,
+  }
+  about = path.with_suffix(".json")
+  if not path.exists():
+    if jax.process_index() == 0:
+      write_text(about, json.dumps(asked, indent=2) + "\n")
+    return
+  found = read_json(about)
+  if different := [key for key, value in asked.items() if found.get(key) != value]:
+    raise UserError(
+      f"{path} holds answers to other questions ({', '.join(different)} differ); "
+      "delete it to have them sampled anew, or name another workdir"
+    )
+
+
+def _read_answers(path: Path, most: int) -> list[list[int]]:
   """The whole lines of a file that may have been cut off; it is left with just them."""
   if not path.exists():
     return []
@@ -320,7 +361,13 @@ def _read_answers(path: Path) -> list[list[int]]:
   whole = text[: text.rfind("\n") + 1]
   if whole != text:
     write_text(path, whole)
-  return [json.loads(line) for line in whole.splitlines()]
+  try:
+    answers = [json.loads(line) for line in whole.splitlines()]
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}); delete it") from error
+  if len(answers) > most:
+    raise UserError(f"{path}: {len(answers)} answers to {most} prompts; delete it")
+  return answers
 
 
 def room(run) -> int:

@@ -3,14 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import debug
-from okd_jax import methods, sampler, setup
+from okd_jax import methods, rollout, sampler, setup
 from okd_jax.data import pad_row, train_loader
+from okd_jax.errors import UserError
 from okd_jax.losses import token_weights
 from okd_jax.methods.knobs import Linear
 from okd_jax.methods.sequences import Replay
@@ -185,6 +187,49 @@ def test_answers_beforehand_are_resumed(run, tmp_path):
   assert all(
     np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, again, strict=True)
   )
+
+
+def test_answers_to_other_prompts_are_refused(run, tmp_path):
+  """Data that changed between two starts must not meet the old answers."""
+  run = plan(run, "seqkd")
+  path = tmp_path / "teacher.jsonl"
+  few = dataclasses.replace(run, train=run.train[:4])
+  sampler.answers_beforehand(few, "teacher", path)
+  other = dataclasses.replace(run, train=run.train[4:8])
+  with pytest.raises(UserError, match="other questions .prompts differ"):
+    sampler.answers_beforehand(other, "teacher", path)
+  path.write_text("[1, 2\n")
+  with pytest.raises(UserError, match="damaged"):
+    sampler.answers_beforehand(few, "teacher", path)
+
+
+def test_keys_of_sampling_are_their_own(run, params):
+  """Neither the models' first weights nor dropout share a key with sampled text."""
+  seed = jax.random.key(run.config.train.seed)
+  born = [*jax.random.split(seed, 3), jax.random.fold_in(seed, 1)]
+  drawn = [Sampler(run, {}, 0)._key(step) for step in range(8)]
+  keys = np.stack([jax.random.key_data(key) for key in [*born, *drawn]])
+  assert len(np.unique(keys, axis=0)) == len({*map(bytes, keys)}) >= 11
+
+
+def test_the_step_before_is_not_sampling(run, params, monkeypatch):
+  """The clock of sampling starts when the parameters are there."""
+  slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda i, y: y @ y / 400, x))
+  late = params | {
+    "student": jax.tree.map(
+      lambda p: p + 0 * slow(jnp.ones((400, 400)))[0, 0], params["student"]
+    )
+  }
+  ready = []
+
+  def generate(source, variables, *args, **kwargs):
+    ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(variables)))
+    return rollout.generate(source, variables, *args, **kwargs)
+
+  monkeypatch.setattr(sampler, "generate", generate)
+  _, figures = batch_of(run, late)
+  assert ready == [True]
+  assert "waited_s" not in figures and figures["sampling_s"] > 0
 
 
 @settings(max_examples=30, deadline=None)

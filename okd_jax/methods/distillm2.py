@@ -7,7 +7,8 @@ training:
     (2 - b) KL(p || a p + (1 - a) q) on y_t  +  b KL(q || (1 - a) p + a q) on y_s
 
 each averaged over a sequence's tokens first and then over sequences, the student in
-the second mixture being a constant (unlike in DistiLLM). Its curricula for a and b are
+the second mixture being a constant (unlike in DistiLLM). Cross-entropy on gold and an
+online module's loss are averaged in the same way here, not over all tokens. Its curricula for a and b are
 off in the release: b may move (`end.contrast`), the one for a is not here.
 """
 
@@ -22,6 +23,7 @@ from okd_jax.methods.method import (
   combine,
   diagnostics,
   gold_nll,
+  is_zero,
   stop_gradient,
   token_sums,
 )
@@ -69,7 +71,7 @@ def build(*, skew: Knob, contrast: Knob, gold_weight: Knob, **sampling) -> Metho
       }
       part, more = token_sums(models, term, outputs, rows, knobs)
       value, metrics = value + part, metrics | more
-    if "gold" in batch:
+    if "gold" in batch and not is_zero(gold_weight):
       nll = gold_nll(models, params, batch, jax.random.fold_in(key, 2))
       value, metrics = value + gold_weight * nll, metrics | {"gold_nll": nll}
     return value, metrics

@@ -33,6 +33,7 @@ from okd_jax.methods.method import (
   cut_heads,
   diagnostics,
   gold_nll,
+  is_zero,
   stop_gradient,
   token_sums,
 )
@@ -83,7 +84,7 @@ def build(
       part, metrics = token_sums(models, term, outputs, rows, {}, labels)
       value += part
     metrics |= {"divergence": value}
-    if "gold" in batch:
+    if "gold" in batch and not is_zero(knobs["gold_weight"]):
       nll = gold_nll(models, params, batch, jax.random.fold_in(key, 2))
       value, metrics = value + knobs["gold_weight"] * nll, metrics | {"gold_nll": nll}
     return value, metrics

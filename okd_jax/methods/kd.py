@@ -22,6 +22,7 @@ from okd_jax.methods.method import (
   combine,
   diagnostics,
   gold_nll,
+  is_zero,
   stop_gradient,
   token_sums,
 )
@@ -82,8 +83,10 @@ def build(
     # cross-entropy on the former.
     no_gold = knobs | {"gold_weight": knobs["kd_ratio"] - 1}
     value, metrics = token_sums(models, token_loss, outputs, batch, no_gold)
-    nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
     weight = 1 - knobs["kd_ratio"] + knobs["gold_weight"]
+    if is_zero(weight):
+      return value, metrics
+    nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
     return value + weight * nll, metrics | {"gold_nll": nll}
 
   knobs = {"kd_ratio": kd_ratio, "temperature": temperature, "gold_weight": gold_weight}

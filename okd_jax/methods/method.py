@@ -175,11 +175,12 @@ def combine(*terms: tuple[Any, Float[Array, "B C"]]) -> Float[Array, "B C"]:
   A term whose weight is the number 0 is left out, so that it costs nothing and
   0 * inf cannot arise.
   """
-  kept = [weight * value for weight, value in terms if not _is_zero(weight)]
+  kept = [weight * value for weight, value in terms if not is_zero(weight)]
   return sum(kept[1:], kept[0]) if kept else jnp.zeros_like(terms[0][1])
 
 
-def _is_zero(weight) -> bool:
+def is_zero(weight) -> bool:
+  """Whether a weight is the number 0, so that what it weighs may be left out."""
   return isinstance(weight, int | float) and weight == 0
 
 

@@ -29,6 +29,7 @@ from okd_jax.methods.method import (
   cut_heads,
   diagnostics,
   gold_nll,
+  is_zero,
   stop_gradient,
   token_sums,
 )
@@ -105,7 +106,7 @@ def build(
     names = ("labels", "old", "weight", "advantage", "reward")
     labels = {name: batch[name] for name in names}
     value, metrics = token_sums(models, token_loss, outputs, batch, knobs, labels)
-    if "gold" in batch:
+    if "gold" in batch and not is_zero(gold_weight):
       nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
       value, metrics = value + gold_weight * nll, metrics | {"gold_nll": nll}
     return value, metrics

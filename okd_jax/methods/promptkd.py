@@ -19,6 +19,7 @@ from okd_jax.methods.method import (
   Method,
   diagnostics,
   gold_nll,
+  is_zero,
   stop_gradient,
   token_sums,
 )
@@ -66,7 +67,7 @@ def build(
       "base": base,
     }
     value, metrics = token_sums(models, token_loss, outputs, batch, knobs)
-    if "gold" in batch:
+    if "gold" in batch and not is_zero(gold_weight):
       nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
       value, metrics = value + gold_weight * nll, metrics | {"gold_nll": nll}
     return value, metrics

@@ -51,7 +51,8 @@ class Sequences:
   weight: the teacher's in a mixture.
   top: of the teacher's tokens, that the student's must be among.
   max_new_tokens: of an answer; 0 is what fits between prompt and row length.
-  gold: whether the gold rows of the same prompts are needed beside, as batch['gold'].
+  gold: whether the step's gold rows are needed beside, as batch['gold']: those of the
+    same prompts, unless the sampled rows are replayed or held from an earlier step.
   beforehand: 'teacher' and 'student' answer every prompt once before training; their
     rows for the same prompts come as batch['teacher'] and batch['student'].
   replay: what becomes of sampled rows.
