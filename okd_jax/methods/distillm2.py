@@ -8,8 +8,9 @@ training:
 
 each averaged over a sequence's tokens first and then over sequences, the student in
 the second mixture being a constant (unlike in DistiLLM). Cross-entropy on gold and an
-online module's loss are averaged in the same way here, not over all tokens. Its curricula for a and b are
-off in the release: b may move (`end.contrast`), the one for a is not here.
+online module's loss are averaged in the same way here, not over all tokens. Its
+curricula for a and b are off in the release: b may move (`end.contrast`), the one for a
+is not here.
 """
 
 import jax
