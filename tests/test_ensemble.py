@@ -241,6 +241,7 @@ class TestPolicy:
     want = jax.grad(lambda q: sft(q, b, a, batch)[0])(student)
     np.testing.assert_allclose(grad, 0.5 * want, atol=1e-7)
 
+  @pytest.mark.slow
   def test_it_finds_the_better_teacher(self):
     """A real step: the student moves first, then the policy by what that did."""
     setup = Setup(
@@ -286,6 +287,7 @@ def test_what_makes_no_ensemble(knobs, words):
     methods.build("ensemble", KNOBS | knobs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_micro_batches_change_nothing(weighting):
   """Guards C1: losses and both gradients are plain sums over rows."""

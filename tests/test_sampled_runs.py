@@ -18,11 +18,10 @@ from commands import QUICK, ROOT, environment, losses, rows, same_folder, train
   [
     # Step 5 trains on the batch that was sampled for steps 4 to 6.
     ["name=minillm", "updates_per_sample=3"],
-    pytest.param(
-      ["name=gkd", "replay=True", "sampled_share=1.0"], marks=pytest.mark.slow
-    ),
+    ["name=gkd", "replay=True", "sampled_share=1.0"],
   ],
 )
+@pytest.mark.slow
 def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
   """Guards H3: held batches and replayed rows come back with the checkpoint."""
   knobs = [f"--config.method.{knob}" for knob in knobs]

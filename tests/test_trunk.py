@@ -51,6 +51,7 @@ def test_a_kept_trunk_changes_no_loss(order, tmp_path):
   assert abs(float(got["loss"] / wanted["loss"]) - 1) < 1e-3
 
 
+@pytest.mark.slow
 def test_on_disk_as_in_memory(tmp_path):
   disk = {"teacher.trunk": str(tmp_path / "trunk")}
   one = steps(okd(**disk), tmp_path, 2)
