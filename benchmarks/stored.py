@@ -83,7 +83,7 @@ def _bytes(more: list[str]) -> str:
   """What a trained token takes in the store."""
   if not more:
     return "–"
-  files = list(Path(more[0].partition("=")[2]).glob("*.safetensors"))
+  files = list((Path(more[0].partition("=")[2]) / "train").glob("*.safetensors"))
   tokens = sum(len(load_file(file)["log_tail"]) for file in files)
   return f"{sum(file.stat().st_size for file in files) / tokens:.0f}"
 

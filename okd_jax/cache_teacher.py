@@ -3,11 +3,12 @@
     python -m okd_jax.cache_teacher --config=configs/X.py --output=DIR [--k=32]
     python -m okd_jax.main --config=configs/X.py --config.teacher.cache=DIR --workdir=W
 
-Of each trained token: the K likeliest ids, their log-probabilities and the mass of the
-rest, of the distribution at method.temperature. The configuration is the run's own;
-where it names stages, --workdir is the run that has finished them. Killed and run
-again, the command goes on with the rows that are missing. DIR/about.json says what
-it was made of (`okd_jax.store`).
+Of each token that counts: the K likeliest ids, their log-probabilities and the mass of
+the rest, of the distribution at method.temperature; the rows to train on in DIR/train,
+those held out in DIR/eval. The configuration is the run's own; where it names stages,
+--workdir is the run that has finished them. Killed and run again, the command goes on
+with the rows that are missing. Each folder's about.json says what it was made of
+(`okd_jax.store`).
 """
 
 from pathlib import Path
@@ -38,36 +39,36 @@ def main(arguments: list[str]) -> None:
     write(run, Path(args.output), args.k, args.dtype)
 
 
-def write(run: setup.Run, folder: Path, k: int, dtype: str) -> store.Store:
-  """Stores the teacher's top k for every row of `run.train`, or what is missing of it.
+def write(run: setup.Run, folder: Path, k: int, dtype: str) -> dict[str, store.Store]:
+  """Stores the teacher's top k for every row of the run, or what is missing of it.
 
   Every process calls it; each writes the rows that its devices computed.
+
+  Returns:
+    The stores by part: 'train' and, if the run holds out any rows, 'eval'.
   """
   size = min(run.decoders[role].config.vocab_size for role in ("student", "teacher"))
-  about = teachers.stored_key(run.config, run.train) | {
-    "k": min(k or size, size),
-    "dtype": dtype,
-    "vocab_size": size,
-  }
-  if jax.process_index() == 0:
-    store.begin(folder, len(run.train), about)
-  precompute.barrier("begun")
-  kept = store.Store(folder, len(run.train), about)
-  decoder = run.decoders["teacher"]
+  decoder, temperature = run.decoders["teacher"], run.config.method.temperature
   models = Models(None, None, None, run.config.train.loss_chunk, vocab_size=size)
+  k = min(k or size, size)
 
   @jax.jit
   def record(frozen, batch):
-    return stored.record(
-      models,
-      output(decoder, {"params": frozen}, batch),
-      batch["labels"],
-      about["k"],
-      about["temperature"],
-      jnp.dtype(dtype),
-    )
+    out = output(decoder, {"params": frozen}, batch)
+    labels, kind = batch["labels"], jnp.dtype(dtype)
+    return stored.record(models, out, labels, k, temperature, kind)
 
-  precompute.fill(run, kept, record, "mask")
+  parts = {"train": run.train} | ({"eval": run.eval} if run.eval else {})
+  kept = {}
+  for part, examples in parts.items():
+    about = teachers.stored_key(run.config, examples)
+    about |= {"k": k, "dtype": dtype, "vocab_size": size}
+    where = folder / part
+    if jax.process_index() == 0:
+      store.begin(where, len(examples), about)
+    precompute.barrier(f"{part} begun")
+    kept[part] = store.Store(where, len(examples), about)
+    precompute.fill(run, examples, kept[part], record, "mask")
   return kept
 
 

@@ -173,14 +173,16 @@ def check_sequences(config, method: Method, train) -> None:
     )
 
 
-def check_best(config, held_out, teacher) -> None:
+def check_best(config, held_out, beside: bool) -> None:
   """Raises a UserError unless evaluation measures what is to choose the best step.
 
-  teacher: one whose tokens are the student's, or None.
+  beside: whether there is a teacher, or what it said, in the student's own tokens.
   """
   names = ["loss", "perplexity"]
-  if teacher is not None:
-    names += ["forward_kl", "reverse_kl", "top1_agreement"]
+  if beside and not (config.teacher.cache and config.method.temperature != 1):
+    names += ["forward_kl", "reverse_kl"]
+  if beside:
+    names.append("top1_agreement")
   if config.eval.generate and answerable(held_out):
     names += ["rougeL", "exact_match"]
   if config.eval.patience and not config.eval.best:

@@ -28,6 +28,7 @@ from okd_jax.errors import UserError
 from okd_jax.files import write_text
 from okd_jax.losses import (
   Mean,
+  TokenLoss,
   cross_entropy,
   forward_kl,
   mixture,
@@ -36,6 +37,7 @@ from okd_jax.losses import (
   unembed,
   weighted_sums,
 )
+from okd_jax.methods import stored
 from okd_jax.metrics import table
 from okd_jax.models import Decoder, Model, ModelConfig, load, output
 from okd_jax.models.transformer import head_kernel, init_cache
@@ -88,18 +90,43 @@ def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
   return metrics["loss"], metrics
 
 
-def compile_token_step(decoders: Mapping[str, Decoder], chunk: int) -> Callable:
-  """A jitted (variables by role, batch) -> (sums of `token_metrics`, tokens)."""
+def stored_metrics(logits, labels, *, temperature: float) -> tuple:
+  """As `token_metrics`, beside a teacher of whom there is what it said (`stored`).
+
+  labels: (the gold tokens, what was stored at temperature T). The KLs are those of the
+    K + 1 buckets, so they are bounds from below; at T other than 1 there are none.
+  """
+  gold, said = labels
+  student = logits["student"]
+  found = stored.figures(student, said, temperature)
+  metrics = {"loss": cross_entropy(student, gold), "teacher_loss": found["teacher_nll"]}
+  metrics["top1_agreement"] = 100 * found["top1_agreement"]
+  metrics |= {k: found[k] for k in ("forward_kl", "reverse_kl") if k in found}
+  return metrics["loss"], metrics
+
+
+def compile_token_step(
+  decoders: Mapping[str, Decoder],
+  chunk: int,
+  metrics: TokenLoss = token_metrics,
+  vocab_size: int | None = None,
+) -> Callable:
+  """A jitted (variables by role, batch) -> (sums of `metrics`, tokens).
+
+  vocab_size: ids that count, where a stored teacher knows fewer than the student.
+  """
 
   def step(variables, batch):
     outputs = {
       role: output(decoder, variables[role], batch)
       for role, decoder in decoders.items()
     }
-    size = min(o.head.shape[0] for o in outputs.values())
+    size = vocab_size or min(o.head.shape[0] for o in outputs.values())
     outputs = {role: o._replace(head=o.head[:size]) for role, o in outputs.items()}
-    weights = batch["mask"].astype(jnp.float32)
-    _, sums = weighted_sums(token_metrics, outputs, batch["labels"], weights, chunk)
+    weights, labels = batch["mask"].astype(jnp.float32), batch["labels"]
+    if "stored" in batch:
+      labels = labels, batch["stored"]
+    _, sums = weighted_sums(metrics, outputs, labels, weights, chunk)
     return sums, weights.sum()
 
   return jax.jit(step)
@@ -117,9 +144,12 @@ def evaluate_tokens(
       mean = Mean(float(total), float(count))
       means[name] = means[name] + mean if name in means else mean
   metrics = {name: mean.compute() for name, mean in means.items()}
-  # Beyond e^700 a float overflows; such a model's perplexity is as good as infinite.
-  loss = metrics["loss"]
-  return metrics | {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+  return metrics | {"perplexity": perplexity(metrics["loss"])}
+
+
+def perplexity(loss: float) -> float:
+  """exp(loss); beyond e^700, where a float overflows, as good as infinite."""
+  return math.exp(loss) if loss < 700 else math.inf
 
 
 def source_of(decoder: Decoder):

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,20 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from okd_jax import sharding
-from okd_jax.data import pad_row
+from okd_jax.data import Example, pad_row
 
 _BATCHES = 8  # whose rows are written at once
 _log = logging.getLogger("okd_jax")
 
 
-def fill(run, kept, compute: Callable[[Any, Mapping], dict], where: str) -> None:
-  """Computes the rows of `run.train` that `kept` lacks.
+def fill(
+  run,
+  examples: Sequence[Example],
+  kept,
+  compute: Callable[[Any, Mapping], dict],
+  where: str,
+) -> None:
+  """Computes those rows of `examples` that `kept` lacks.
 
   Every process calls it; each keeps the rows that its own devices computed. Rows are
   always computed in the same company, so that it does not matter where a run was cut.
@@ -26,7 +32,7 @@ def fill(run, kept, compute: Callable[[Any, Mapping], dict], where: str) -> None
   compute: jitted (frozen, batch) -> {name: [B, L, ...]}.
   where: the array of a batch that is true, or above 0, where a row has values.
   """
-  todo, total = set(kept.missing()), len(run.train)
+  todo, total = set(kept.missing()), len(examples)
   if not todo:
     return
   size = _batch_size(run)
@@ -41,13 +47,13 @@ def fill(run, kept, compute: Callable[[Any, Mapping], dict], where: str) -> None
     for first in range(0, total, _BATCHES * size):
       rows = range(first, min(first + _BATCHES * size, total))
       if missing := todo.intersection(rows):
-        own = _compute_rows(run, compute, where, rows, size)
+        own = _compute_rows(run, examples, compute, where, rows, size)
         if new := {row: own[row] for row in sorted(own) if row in missing}:
           kept.write(list(new), list(new.values()))
         bar.update(len(missing))
   barrier("computed")
   kept.reload()
-  tokens = sum(len(example.tokens) - 1 for example in run.train)
+  tokens = sum(len(example.tokens) - 1 for example in examples)
   _log.info(
     "%s: %d rows, %.1f MB, %.0f bytes per token",
     kept.name,
@@ -57,14 +63,16 @@ def fill(run, kept, compute: Callable[[Any, Mapping], dict], where: str) -> None
   )
 
 
-def _compute_rows(run, compute, where: str, rows: range, size: int) -> dict[int, dict]:
+def _compute_rows(
+  run, examples, compute, where: str, rows: range, size: int
+) -> dict[int, dict]:
   """{row: its arrays} of those rows that this process computed."""
   own = {}
   share = size // jax.process_count()
   for first in range(rows.start, rows.stop, size):
     batch = [min(row, rows.stop - 1) for row in range(first, first + size)]
     mine = batch[jax.process_index() * share :][:share]
-    padded = [pad_row(run.train[row], run.config.data.max_length, 0) for row in mine]
+    padded = [pad_row(examples[row], run.config.data.max_length, 0) for row in mine]
     arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
     values = compute(run.frozen, sharding.put_batch(arrays, run.mesh))
     values = jax.tree.map(_local, values)

@@ -107,7 +107,7 @@ class Sampler:
       hidden = self._trunk.read(rows, gold["segment_ids"] > 0)["hidden"]
       (beside["gold"] if plan.gold else beside)["trunk"] = hidden
     if run.stored:
-      beside["stored"] = run.stored.read(rows, gold["mask"])
+      beside["stored"] = run.stored["train"].read(rows, gold["mask"])
     if run.reading:
       beside["teacher"] = self._rows([run.reading.train[row] for row in rows])
     if plan.source != "teacher":

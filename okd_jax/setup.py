@@ -49,7 +49,8 @@ class Run:
     where the method trains an online module; of several 'teacher:NAME' and so on.
   choice: which of the teacher's blocks learn, where adapter.kind is 'blocks'.
   frozen: the teacher's parameters, of several by name, or None.
-  stored: what the teacher said about `train`, in place of the teacher.
+  stored: what the teacher said about the rows, by part, 'train' and 'eval', in place
+    of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
   abstract: that state's shapes.
   reading: the teacher's own, where it does not share the run's tokenizer.
@@ -64,7 +65,7 @@ class Run:
   adapter: AdapterConfig | None
   choice: Choice | None
   frozen: Any
-  stored: Store | None
+  stored: dict[str, Store] | None
   method: Method
   models: methods.Models
   optimizers: dict[str, Any]
@@ -106,8 +107,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   student_config = _student_config(config, first, start, tokenizer)
   stored = None
   if config.teacher.cache:
-    stored, teacher, kin = teachers.open_stored(config, train), None, None
-  checks.check_best(config, held_out, kin or several or None)
+    stored, teacher, kin = teachers.open_stored(config, train, held_out), None, None
+  checks.check_best(config, held_out, bool(kin or several or stored))
   if method.teacher == "several" and teacher:  # the only one
     several, teacher = {"only": teacher}, None
   decoders = _decoders(config, student_config, teacher, several)
@@ -313,7 +314,7 @@ def _apply_functions(decoders, config, stored) -> methods.Models:
   return methods.apply_functions(
     decoders | {"student": student},
     config.train.loss_chunk,
-    stored.about["vocab_size"] if stored else None,
+    stored["train"].about["vocab_size"] if stored else None,
   )
 
 

@@ -98,12 +98,13 @@ class Store:
     Raises:
       UserError: if a row is missing, or has another number of tokens.
     """
-    return _spread(self._row, self.name, rows, where)
+    return _spread(self.row, self.name, rows, where)
 
-  def _row(self, row: int) -> dict[str, np.ndarray]:
-    if row not in self._where:
-      raise UserError(f"{self.folder} lacks row {row}; let what writes it finish")
-    name, start, end = self._where[row]
+  def row(self, index: int) -> dict[str, Shaped[np.ndarray, "T ..."]]:
+    """The arrays of one row by name; a UserError if it is missing."""
+    if index not in self._where:
+      raise UserError(f"{self.folder} lacks row {index}; let what writes it finish")
+    name, start, end = self._where[index]
     file = self._files[name]
     keys = sorted({*file.keys()} - {"rows", "ends"})
     return {key: file.get_slice(key)[start:end] for key in keys}

@@ -44,25 +44,34 @@ def _adapter_folder(config) -> Path:
   return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
-def open_stored(config, train) -> Store:
-  """The stored teacher; a UserError if it is of other data or another teacher."""
-  store = Store(config.teacher.cache, len(train), stored_key(config, train))
-  if missing := store.missing():
-    raise UserError(
-      f"teacher.cache={config.teacher.cache} lacks {len(missing)} of {len(train)} "
-      "rows; run the command that wrote it again"
-    )
-  return store
+def open_stored(config, train, held_out) -> dict[str, Store]:
+  """What a stored teacher said about the rows of 'train' and, if there are any, 'eval'.
+
+  Raises:
+    UserError: if it is of other data or another teacher, or not complete.
+  """
+  found = {}
+  for part, examples in {"train": train, "eval": held_out}.items():
+    if not examples:
+      continue
+    folder = Path(config.teacher.cache) / part
+    found[part] = Store(folder, len(examples), stored_key(config, examples))
+    if missing := found[part].missing():
+      raise UserError(
+        f"teacher.cache: {folder} lacks {len(missing)} of {len(examples)} rows; run "
+        "the command that wrote it again"
+      )
+  return found
 
 
-def stored_key(config, train) -> dict[str, Any]:
+def stored_key(config, examples) -> dict[str, Any]:
   """What a stored teacher's words depend on."""
-  return teacher_key(config, train) | {"temperature": config.method.temperature}
+  return teacher_key(config, examples) | {"temperature": config.method.temperature}
 
 
-def teacher_key(config, train) -> dict[str, Any]:
+def teacher_key(config, examples) -> dict[str, Any]:
   """What a teacher's states depend on; the teacher itself only where it is named."""
-  key = {"data": rows_digest(train)}
+  key = {"data": rows_digest(examples)}
   if config.teacher.path:
     key["teacher"] = models.fingerprint(config.teacher.path)
     key["adapter"] = _adapter_digest(config)

@@ -1,5 +1,6 @@
 """The loop: dispatch step n, read the metrics of n-1, checkpoint, evaluate, export."""
 
+import functools
 import json
 import logging
 import signal
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from okd_jax import checkpoint, metrics, saliency, setup, sharding, trunk
@@ -20,6 +22,8 @@ from okd_jax.evaluate import (
   answerable,
   compile_token_step,
   evaluate_tokens,
+  perplexity,
+  stored_metrics,
 )
 from okd_jax.export import export_run, module_folder
 from okd_jax.files import write_text
@@ -282,12 +286,19 @@ class Evaluator:
     self._beside = parts.decoders  # the student and who can be compared with it
     if parts.reading:  # no vocabulary to compare in
       self._beside = {"student": parts.decoders["student"]}
-    self._step = compile_token_step(self._beside, config.train.loss_chunk)
+    self._stored = (parts.stored or {}).get("eval")
+    options = {}
+    if self._stored:
+      temperature = config.method.temperature
+      options["metrics"] = functools.partial(stored_metrics, temperature=temperature)
+      options["vocab_size"] = self._stored.about["vocab_size"]
+    self._step = compile_token_step(self._beside, config.train.loss_chunk, **options)
 
   def __call__(self, params) -> dict[str, float]:
     """The student's figures; beside a teacher, also the distances between them."""
     variables = {role: self._variables(role, params) for role in self._beside}
-    return self._tokens(self._step, variables, self._parts) | self._text(
+    scores = self._tokens(self._step, variables, self._parts, self._stored)
+    return scores | self._text(
       "student", variables["student"], self._parts
     )
 
@@ -298,6 +309,10 @@ class Evaluator:
     called so: `own_token_loss`.
     """
     decoders, found = self._parts.decoders, {}
+    if self._stored:
+      gold = [self._stored.row(i)["gold_log_prob"] for i in range(self._stored.count)]
+      loss = -float(np.concatenate(gold).mean())
+      found["teacher"] = {"loss": loss, "perplexity": perplexity(loss)}
     reading = self._parts.reading or self._parts
     for role in decoders:
       if role.partition(":")[0] == "teacher":
@@ -322,7 +337,7 @@ class Evaluator:
       variables["adapter"] = adapter[name] if name else adapter
     return variables
 
-  def _tokens(self, step, variables, reading):
+  def _tokens(self, step, variables, reading, stored=None):
     parts, config = self._parts, self._parts.config
     batches = eval_batches(
       reading.eval,
@@ -330,10 +345,19 @@ class Evaluator:
       length=config.data.max_length,
       pad_id=PAD_ID,
     )
-    arrays = ({k: v for k, v in batch.items() if k != "row"} for batch in batches)
+
+    def arrays(batch):
+      rows = batch.pop("row")
+      if stored:
+        batch["stored"] = stored.read(rows[rows >= 0], batch["mask"])
+      return batch
+
     where = sharding.batch_sharding(parts.mesh)
     return evaluate_tokens(
-      step, variables, arrays, put=lambda rows: jax.device_put(rows, where)
+      step,
+      variables,
+      map(arrays, batches),
+      put=lambda rows: jax.device_put(rows, where),
     )
 
   def _text(self, role, variables, reading) -> dict[str, float]:

@@ -51,7 +51,7 @@ def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
     hidden = output(decoder, {"params": frozen}, batch, stop=start).hidden
     return {"hidden": hidden.astype(jnp.bfloat16)}
 
-  precompute.fill(run, kept, below, "segment_ids")
+  precompute.fill(run, run.train, kept, below, "segment_ids")
   rows = run.steps * run.config.train.batch_size
   if rows < 2 * len(run.train):
     _log.warning(

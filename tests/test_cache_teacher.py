@@ -1,5 +1,7 @@
 """Stored teachers: at K = V the live one, below it a bound, and never another's."""
 
+import shutil
+
 import chex
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.sampler import Sampler
 from okd_jax.step import compile_step
+from okd_jax.train import Evaluator
 
 
 def config(**changes):
@@ -78,6 +81,45 @@ def test_the_whole_vocabulary_is_the_live_teacher(name, whole, folder):
   chex.assert_trees_all_close(same, student, atol=2e-4)
 
 
+def test_evaluation_is_that_beside_the_live_teacher(live, whole, folder):
+  """The teacher's own loss, and a fresh student's distances to it on held-out rows."""
+  run = setup.build(config(**{"teacher.cache": str(whole)}), folder)
+  found = []
+  for each in (live, run):
+    with jax.set_mesh(each.mesh):
+      evaluator = Evaluator(each)
+      found.append((evaluator(each.init().params), evaluator.teachers()["teacher"]))
+  (wanted, teacher), (got, said) = found
+  assert {"forward_kl", "reverse_kl", "top1_agreement", "teacher_loss"} < set(got)
+  chex.assert_trees_all_close(got, {k: wanted[k] for k in got}, rtol=2e-5)
+  chex.assert_trees_all_close(said, {k: teacher[k] for k in said}, rtol=2e-5)
+
+
+def test_a_store_without_the_held_out_rows_is_refused(whole, folder):
+  copy = folder / "without"
+  shutil.copytree(whole / "train", copy / "train")
+  with pytest.raises(UserError, match="without/eval"):
+    setup.build(config(**{"teacher.cache": str(copy)}), folder)
+  with pytest.raises(UserError, match="eval does not belong to this run: data was"):
+    setup.build(config(**{"teacher.cache": str(whole), "eval.limit": 4}), folder)
+
+
+def test_at_another_temperature_no_kl_is_measured(live, folder):
+  """What is stored is the distribution at T; the KL is that at 1."""
+  warm = config(**{"method.temperature": 2.0})
+  run = setup.build(warm, folder)
+  with jax.set_mesh(run.mesh):
+    cache_teacher.write(run, folder / "warm", 4, "float32")
+  warm.teacher.cache = str(folder / "warm")
+  run = setup.build(warm, folder)
+  with jax.set_mesh(run.mesh):
+    scores = Evaluator(run)(run.init().params)
+  assert "top1_agreement" in scores and "forward_kl" not in scores
+  warm.eval.best = "forward_kl"
+  with pytest.raises(UserError, match="not measured in this run"):
+    setup.build(warm, folder)
+
+
 @pytest.mark.slow
 def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
   """Guards A7: the divergence of buckets rises with K and ends at the whole one."""
@@ -97,10 +139,12 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
 def test_an_interrupted_store_ends_up_the_same(live, whole, folder):
   with jax.set_mesh(live.mesh):
     kept = cache_teacher.write(live, folder / "cut", 0, "float32")
-    names = sorted(path.name for path in whole.glob("0*"))
+    names = sorted(path.relative_to(whole) for path in whole.glob("*/0*"))
+    assert {name.parent.name for name in names} == {"train", "eval"}
     (folder / "cut" / names[-1]).unlink()
     again = cache_teacher.write(live, folder / "cut", 0, "float32")
-  assert kept.missing() == again.missing() == []
+  for part in ("train", "eval"):
+    assert kept[part].missing() == again[part].missing() == []
   for name in names:
     assert (folder / "cut" / name).read_bytes() == (whole / name).read_bytes()
 
@@ -163,4 +207,5 @@ def test_the_commands(tmp_path):
     list(losses(tmp_path / "live").values()),
     atol=2e-3,  # stored in float16
   )
-  assert "forward_kl" not in rows(tmp_path / "stored", "eval")[-1]
+  kl = [rows(tmp_path / name, "eval")[-1]["forward_kl"] for name in ("live", "stored")]
+  assert kl[0] > 0 and abs(kl[0] - kl[1]) < 2e-3

@@ -97,6 +97,7 @@ def test_okd_rests_where_student_and_teacher_agree():
   )
 
 
+@pytest.mark.slow
 def test_sequential_update_shows_the_student_the_moved_module():
   """The module's step comes first; the student's target is the updated teacher."""
   setup = Setup("okd", update_order="sequential")

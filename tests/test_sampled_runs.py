@@ -37,6 +37,7 @@ def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
   assert losses(whole) == losses(cut)
 
 
+@pytest.mark.slow
 def test_a_run_over_mixed_lengths_compiles_once_a_bucket(tmp_path):
   """One training step, and one sampling loop for each bucket of prompts."""
   data = tmp_path / "data.jsonl"

@@ -157,6 +157,7 @@ def test_every_method_runs(name, tmp_path):
   assert (tmp_path / name / "teacher").exists() == (name == "clda")
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(finished, tmp_path):
   workdir, _ = finished
   train(tmp_path / "eight", "--config.mesh.fsdp=4", "--config.mesh.data=2", devices=8)
@@ -167,6 +168,7 @@ def test_eight_devices_give_the_losses_of_one(finished, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_export_of_a_chosen_step(finished, tmp_path):
   workdir, _ = finished
   call("export", f"--workdir={workdir}", f"--output={tmp_path / 'six'}", "--step=6")
@@ -182,6 +184,7 @@ def test_export_of_a_chosen_step(finished, tmp_path):
   assert "--step=1" in done.stderr and not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_generate_evaluate_and_score_agree(finished, tmp_path):
   workdir, _ = finished
   prompt = "### Instruction:\nExplain abs.\n\n### Response:\n"

@@ -53,27 +53,27 @@ def record(models, output, labels, k: int, temperature: float, dtype) -> dict:
 
 
 def token_distance(distance: Callable, student, stored, *, temperature, **knobs):
-  """(distance * T^2 between the buckets, figures of the stored teacher) [B, C]."""
-  top = TopK(
-    stored["ids"].astype(jnp.int32),
-    stored["log_probs"].astype(jnp.float32),
-    stored["log_tail"],
-  )
-  p, q = buckets(top, student, temperature)
+  """(distance * T^2 between the buckets, `figures`) [B, C]."""
+  p, q = buckets(_top(stored), student, temperature)
   d = temperature**2 * distance(p, q, temperature=1.0, **knobs)
-  return d, _figures(student, stored, top, stop_gradient((p, q)), temperature)
+  return d, figures(student, stored, temperature)
 
 
-def _figures(student, stored, top: TopK, pair, temperature):
+def figures(student, stored, temperature) -> dict:
   """As `method.diagnostics`; the KLs are those of the buckets, at T = 1 only."""
-  student = stop_gradient(student)
-  figures = {
+  student, top = stop_gradient(student), _top(stored)
+  found = {
     "teacher_nll": -stored["gold_log_prob"],
     "teacher_entropy": stored["entropy"],
     "student_entropy": entropy(student),
     "top1_agreement": (student.argmax(-1) == top.ids[..., 0]).astype(jnp.float32),
   }
   if isinstance(temperature, jax.Array) or temperature != 1:
-    return figures
-  p, q = map(log_probs, pair)
-  return figures | {"forward_kl": forward_kl(p, q), "reverse_kl": reverse_kl(p, q)}
+    return found
+  p, q = map(log_probs, buckets(top, student, temperature))
+  return found | {"forward_kl": forward_kl(p, q), "reverse_kl": reverse_kl(p, q)}
+
+
+def _top(stored) -> TopK:
+  log_probs = stored["log_probs"].astype(jnp.float32)
+  return TopK(stored["ids"].astype(jnp.int32), log_probs, stored["log_tail"])
