@@ -30,6 +30,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from okd_jax.errors import UserError
+from okd_jax.linear import project
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
 KINDS = ("lora", "prefix", "prompt", "blocks")
@@ -146,7 +147,8 @@ def lora_delta(
 
   down = module.variable("adapter", "down", init_down).value
   up = module.variable("adapter", "up", jnp.zeros, (config.rank, features)).value
-  return config.scale * (x @ down.astype(x.dtype)) @ up.astype(x.dtype)
+  inner = config.scale * project(x, down.astype(x.dtype))
+  return project(inner, up.astype(x.dtype))
 
 
 def merge(params, adapter, config: AdapterConfig):

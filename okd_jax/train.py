@@ -298,9 +298,7 @@ class Evaluator:
     """The student's figures; beside a teacher, also the distances between them."""
     variables = {role: self._variables(role, params) for role in self._beside}
     scores = self._tokens(self._step, variables, self._parts, self._stored)
-    return scores | self._text(
-      "student", variables["student"], self._parts
-    )
+    return scores | self._text("student", variables["student"], self._parts)
 
   def teachers(self) -> dict[str, dict[str, float]]:
     """The frozen teachers' own figures, by role; they never change.

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+EXPORTED = ("student", "adapter", "teacher")
 CACHE = ROOT / ".pytest_cache" / "xla"
 QUICK = [
   "--config.train.steps=6",
@@ -60,6 +62,24 @@ def train(workdir, *changes, **options):
     *changes,
     **options,
   )
+
+
+def second_half(whole, cut, *changes):
+  """A finished run of QUICK, cut back to step 4 in another folder, gone on with there.
+
+  Asserts that it ends as the whole one did, to the last bit.
+  """
+  shutil.copytree(whole, cut)
+  exported = [name for name in EXPORTED if (whole / name).exists()]
+  for name in ("checkpoints/6", *exported):
+    shutil.rmtree(cut / name)
+  (cut / "report.html").unlink()
+  done = train(cut, *changes)
+  assert "resuming at step 4" in done.stderr
+  assert losses(whole) == losses(cut)
+  for name in exported:
+    assert same_folder(whole / name, cut / name)
+  return done
 
 
 def rows(workdir, kind):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from commands import call, rows
+from commands import call, losses, rows
 from trial import KNOBS, LogitTrial, make_batch
 
 from configs import default
@@ -440,10 +441,9 @@ def test_stages_of_another_method_share_one_vocabulary(folder, tmp_path):
 def test_a_whole_run_with_two_tokenizers(folder, tmp_path):
   """Its loss falls, its tables render, and the student keeps its own tokenizer."""
   workdir = tmp_path / "run"
-  done = call(
+  command = [
     "main",
     "--config=configs/default.py",
-    f"--workdir={workdir}",
     f"--config.teacher.path={folder / 'teacher'}",
     f"--config.data.train={folder / 'data.jsonl'}",
     "--config.student.model.hidden_size=16",
@@ -461,7 +461,9 @@ def test_a_whole_run_with_two_tokenizers(folder, tmp_path):
     "--config.optim.lr=1e-2",
     "--config.eval.best=loss",
     "--config.eval.max_new_tokens=4",
-  )
+    "--config.checkpoint.every=12",
+  ]
+  done = call(*command, f"--workdir={workdir}")
   train = rows(workdir, "train")
   assert train[-1]["loss"] < 0.8 * train[0]["loss"]
   assert train[-1]["divergence"] < train[0]["divergence"] and train[0]["aligned"] > 0.5
@@ -470,3 +472,11 @@ def test_a_whole_run_with_two_tokenizers(folder, tmp_path):
   assert "teacher" in done.stdout and "KL(" not in done.stdout
   assert "The teacher reads other tokens" in (workdir / "report.html").read_text()
   assert len(models.load(workdir / "student").tokenizer) == 280
+  # Cut back to step 24, it goes on with the same pairs of rows.
+  cut = tmp_path / "cut"
+  shutil.copytree(workdir, cut)
+  for name in ("checkpoints/30", "student"):
+    shutil.rmtree(cut / name)
+  (cut / "report.html").unlink()
+  done = call(*command, f"--workdir={cut}")
+  assert "resuming at step 24" in done.stderr and losses(workdir) == losses(cut)

@@ -3,14 +3,13 @@
 import collections
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from commands import QUICK, ROOT, environment, losses, rows, same_folder, train
+from commands import QUICK, ROOT, environment, rows, second_half, train
 
 
 @pytest.mark.parametrize(
@@ -27,14 +26,18 @@ def test_sampled_text_goes_on_where_it_was(knobs, tmp_path):
   knobs = [f"--config.method.{knob}" for knob in knobs]
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   train(whole, *knobs)
-  shutil.copytree(whole, cut)
-  for name in ("checkpoints/6", "student"):
-    shutil.rmtree(cut / name)
-  (cut / "report.html").unlink()
-  done = train(cut, *knobs)
-  assert "resuming at step 4" in done.stderr
-  assert same_folder(whole / "student", cut / "student")
-  assert losses(whole) == losses(cut)
+  second_half(whole, cut, *knobs)
+
+
+@pytest.mark.parametrize("weighting", ["gated", "reinforced"])
+@pytest.mark.slow
+def test_gate_and_policy_go_on_where_they_were(weighting, tmp_path):
+  """Their parameters and moments come back, and so does what the policy draws."""
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  knobs = ["--config.method.name=ensemble", "--config.adapter.kind=lora"]
+  knobs += [f"--config.method.weighting={weighting}", "--config.method.gate_lr=0.1"]
+  train(whole, *knobs)
+  second_half(whole, cut, *knobs)
 
 
 @pytest.mark.slow

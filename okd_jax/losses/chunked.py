@@ -113,13 +113,13 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
         hidden_grads[name] = product
       if trained[name][1]:
         head_grads[name] += jnp.einsum(
-          "bcv,bcd->vd", grad, h, preferred_element_type=jnp.float32
+          "bcd,bcv->dv", h, grad, preferred_element_type=jnp.float32
         )
     return (sums, head_grads), hidden_grads
 
   chunks = _split(outputs, labels, weights, chunk)
   head_grads = {
-    name: jnp.zeros(outputs[name].head.shape, jnp.float32)
+    name: jnp.zeros(outputs[name].head.shape[::-1], jnp.float32)
     for name in fitted
     if trained[name][1]
   }
@@ -129,7 +129,7 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
   grads = {
     name: Output(
       hidden=_join(hidden_grads[name], length) if name in hidden_grads else None,
-      head=head_grads[name].astype(output.head.dtype) if name in head_grads else None,
+      head=head_grads[name].T.astype(output.head.dtype) if name in head_grads else None,
     )
     for name, output in outputs.items()
   }

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from okd_jax import adapters
 from okd_jax.adapters import AdapterConfig
+from okd_jax.linear import project
 from okd_jax.losses import Output
 from okd_jax.models.attention import (
   Cache,
@@ -335,7 +336,7 @@ class _Projection(nn.Module):
   def __call__(self, x):
     init = nn.initializers.normal(self.config.init_std)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    y = x @ kernel.astype(self.dtype)
+    y = project(x, kernel.astype(self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y += bias.astype(self.dtype)[None, None]
