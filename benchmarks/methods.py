@@ -26,11 +26,10 @@ import jax
 from ml_collections import ConfigDict
 
 from okd_jax import METHODS, bench, cli, configuration, setup, trunk
-from okd_jax.data import train_loader
+from okd_jax.data import PAD_ID, train_loader
 from okd_jax.errors import UserError
 from okd_jax.sampler import Sampler, answers_beforehand
 from okd_jax.step import compile_step
-from okd_jax.train import PAD_ID
 
 
 @dataclasses.dataclass
@@ -58,7 +57,8 @@ class Racer:
       for name in run.method.sequences.beforehand
     }
     self.beforehand = time.perf_counter() - start
-    self._sampler = Sampler(run, answers, PAD_ID, trunk.prepare(run))
+    kept = trunk.prepare(run, trunk.opened(run))
+    self._sampler = Sampler(run, answers, PAD_ID, kept)
     self._state = run.init()
     self._train_step = compile_step(
       run.method,

@@ -33,6 +33,11 @@ def main(arguments: list[str]) -> None:
   if config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
   run = setup.build(config, workdir)
+  if run.method.teacher == "several" or run.reading:
+    raise UserError(
+      "a store holds the words of one teacher in the student's own tokens; set "
+      "method.name=kd and teacher.path, and leave out method.cross_tokenizer"
+    )
   if "teacher" not in run.decoders:
     raise UserError("the configuration names no teacher")
   with jax.set_mesh(run.mesh):
@@ -62,7 +67,7 @@ def write(run: setup.Run, folder: Path, k: int, dtype: str) -> dict[str, store.S
   kept = {}
   for part, examples in parts.items():
     about = teachers.stored_key(run.config, examples)
-    about |= {"k": k, "dtype": dtype, "vocab_size": size}
+    about |= {"k": k, "dtype": dtype, "vocab_size": size} | teachers.dtypes(run.config)
     where = folder / part
     if jax.process_index() == 0:
       store.begin(where, len(examples), about)

@@ -101,21 +101,27 @@ def _several_problems(config, method: Method):
   one = config.teacher
   if several and not (names or one.path or one.model.hidden_size):
     yield f"method {config.method.name} needs --config.teachers.NAME=PATH for each one"
-  legal = re.compile(r"(?!student$)\w[\w-]*")
+  # Figures are named after teachers, beside those of these roles.
+  legal = re.compile(r"(?!(student|teacher|.*adapted)$)\w[\w-]*")
   if wrong := [name for name in names if not legal.fullmatch(name)]:
-    yield f"teachers: {wrong[0]!r} is no name of letters, digits, - and _, or 'student'"
+    yield (
+      f"teachers: {wrong[0]!r} cannot be a name; use letters, digits, - and _, and "
+      "neither 'student' nor 'teacher' nor an end in 'adapted'"
+    )
   if names and not several:
     yield (
       f"method {config.method.name} has one teacher, teacher.path; several "
       f"({', '.join(names)}) are for method ensemble"
     )
   if several and names:
-    for key in ("path", "adapter", "cache", "trunk"):
+    for key in ("path", "adapter", "cache"):
       if one[key]:
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
     if config.student.layers:
       yield "student.layers takes layers from a single teacher; set student.path"
   if several:
+    if one.trunk:
+      yield f"teacher.trunk={one.trunk}: method {config.method.name} keeps no trunk"
     if config.adapter.text or config.adapter.kind == "blocks":
       yield "adapter.text and adapter.kind=blocks are for a single teacher"
   if unknown := sorted(set(config.adapter.teachers) - set(names)):
@@ -131,7 +137,9 @@ def _several_problems(config, method: Method):
 def check_stored(config, method: Method) -> None:
   """Raises a UserError unless a stored teacher is all that the method needs."""
   plan, problem = method.sequences, ""
-  if not method.takes_stored or plan.sampled or plan.beforehand:
+  if method.teacher == "none":
+    problem = f"method {config.method.name} has no use for a teacher"
+  elif not method.takes_stored or plan.sampled or plan.beforehand:
     problem = (
       f"method {config.method.name} needs the teacher itself, not what it said; use "
       "kd or one of its named forms, with method.top_k=0 and no adapter.kind"

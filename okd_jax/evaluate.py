@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from okd_jax import cli
 from okd_jax.data import (
+  PAD_ID,
   Example,
   compare_tokenizers,
   eval_batches,
@@ -55,11 +56,15 @@ COLUMNS = {
 }
 
 
-def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
+def token_metrics(
+  logits: Mapping[str, jax.Array], labels, *, teacher_weights: Sequence[float] = ()
+) -> tuple:
   """Per-token figures of 'student' beside 'teacher' and 'adapted', where given.
 
   Of several teachers, 'teacher:NAME', each has its own, and 'the teacher' is their
-  mean in probability space. A `TokenLoss`: its loss is the student's cross-entropy.
+  mean in probability space by `teacher_weights`, in the order of the names; () is
+  equal, as it is under a gate or a policy, which move. A `TokenLoss`: its loss is the
+  student's cross-entropy.
   """
   student = logits["student"]
   metrics = {"loss": cross_entropy(student, labels)}
@@ -70,8 +75,9 @@ def token_metrics(logits: Mapping[str, jax.Array], labels) -> tuple:
     metrics[f"{prefix}_loss"] = cross_entropy(z, labels)
     metrics[f"{prefix}_forward_kl"] = forward_kl(z, student)
   if teachers := [z for role, z in several.items() if role.startswith("teacher:")]:
-    equal = jnp.ones((*labels.shape, len(teachers)))
-    logits = dict(logits) | {"teacher": mixture(teachers, equal)}
+    weights = jnp.array(teacher_weights or [1.0] * len(teachers))
+    weights = jnp.broadcast_to(weights, (*labels.shape, len(teachers)))
+    logits = dict(logits) | {"teacher": mixture(teachers, weights)}
   if "teacher" in logits:
     teacher = logits["teacher"]
     metrics |= {
@@ -259,7 +265,7 @@ def _token_results(args, model: Model, teacher: Model | None, examples):
     examples,
     batch_size=args.batch_size,
     length=_width(examples),
-    pad_id=0,
+    pad_id=PAD_ID,
   )
   variables = {role: {"params": m.params} for role, m in models.items()}
   return evaluate_tokens(step, variables, batches)

@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from okd_jax import sharding
-from okd_jax.data import Example, pad_row
+from okd_jax.data import PAD_ID, Example, pad_row
 
 _BATCHES = 8  # whose rows are written at once
 _log = logging.getLogger("okd_jax")
@@ -33,6 +33,7 @@ def fill(
   where: the array of a batch that is true, or above 0, where a row has values.
   """
   todo, total = set(kept.missing()), len(examples)
+  barrier("listed")  # before anyone writes, so that all agree on what is missing
   if not todo:
     return
   size = _batch_size(run)
@@ -70,13 +71,14 @@ def _compute_rows(
   own = {}
   share = size // jax.process_count()
   for first in range(rows.start, rows.stop, size):
-    batch = [min(row, rows.stop - 1) for row in range(first, first + size)]
-    mine = batch[jax.process_index() * share :][:share]
-    padded = [pad_row(examples[row], run.config.data.max_length, 0) for row in mine]
+    mine = range(first, first + size)[jax.process_index() * share :][:share]
+    # The last batch is filled up with its last row, which is nobody's twice.
+    real = [examples[min(row, rows.stop - 1)] for row in mine]
+    padded = [pad_row(example, run.config.data.max_length, PAD_ID) for example in real]
     arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
     values = compute(run.frozen, sharding.put_batch(arrays, run.mesh))
     values = jax.tree.map(_local, values)
-    for i, row in enumerate(mine):
+    for i, row in enumerate(row for row in mine if row < rows.stop):
       valid = arrays[where][i] > 0
       own[row] = {name: array[i][valid] for name, array in values.items()}
   return own

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from okd_jax import checks, methods, models, optim, sharding, teachers
 from okd_jax.adapters import AdapterConfig, take_blocks
 from okd_jax.data import (
+  PAD_ID,
   Example,
   compare_tokenizers,
   eval_batches,
@@ -94,7 +95,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     checks.check_stored(config, method)
   several = teachers.load_several(config, put)
   apart = method.sequences.own_tokens
-  own = several | {"teacher": None if apart else teacher, "student": start}
+  own = {f"teachers.{name}": model for name, model in several.items()}
+  own |= {"teacher": None if apart else teacher, "student": start}
   tokenizer = _tokenizer(config, workdir, own, records)
   if config.teacher.model.hidden_size and not (config.teacher.cache or several):
     teacher = _random_teacher(config, mesh, tokenizer)
@@ -107,7 +109,9 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   student_config = _student_config(config, first, start, tokenizer)
   stored = None
   if config.teacher.cache:
-    stored, teacher, kin = teachers.open_stored(config, train, held_out), None, None
+    size = student_config.vocab_size
+    stored = teachers.open_stored(config, train, held_out, size)
+    teacher, kin = None, None
   checks.check_best(config, held_out, bool(kin or several or stored))
   if method.teacher == "several" and teacher:  # the only one
     several, teacher = {"only": teacher}, None
@@ -249,7 +253,7 @@ def _choose(config, mesh, decoder, params, held_out) -> Choice:
     held_out,
     batch_size=sharding.whole_rows(config.eval.batch_size, mesh),
     length=config.data.max_length,
-    pad_id=0,  # any id would do: padding counts for nothing
+    pad_id=PAD_ID,
   )
   saliency = block_saliency(decoder, params, batches, mesh, config.train.loss_chunk)
   return choose(saliency, config.adapter.share)

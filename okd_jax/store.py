@@ -153,9 +153,11 @@ def _spread(find, name: str, rows, where) -> dict[str, np.ndarray]:
 def begin(folder: str | os.PathLike, count: int, about: Mapping[str, Any]) -> Store:
   """The store that `about` describes, as JSON; begun if it is not there."""
   folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file; name an empty folder")
   if not (folder / _ABOUT).exists():
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
       raise UserError(f"{folder} holds other files; name an empty folder")
     about_it = json.dumps(dict(about) | {"rows": count}, indent=2)
     write_text(folder / _ABOUT, about_it + "\n")

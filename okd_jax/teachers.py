@@ -44,11 +44,14 @@ def _adapter_folder(config) -> Path:
   return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
-def open_stored(config, train, held_out) -> dict[str, Store]:
+def open_stored(config, train, held_out, vocab_size: int) -> dict[str, Store]:
   """What a stored teacher said about the rows of 'train' and, if there are any, 'eval'.
 
+  vocab_size: the student's.
+
   Raises:
-    UserError: if it is of other data or another teacher, or not complete.
+    UserError: if it is of other data or another teacher, speaks of tokens that the
+      student lacks, or is not complete.
   """
   found = {}
   for part, examples in {"train": train, "eval": held_out}.items():
@@ -56,12 +59,24 @@ def open_stored(config, train, held_out) -> dict[str, Store]:
       continue
     folder = Path(config.teacher.cache) / part
     found[part] = Store(folder, len(examples), stored_key(config, examples))
+    known = found[part].about["vocab_size"]
+    if known > vocab_size:
+      raise UserError(
+        f"teacher.cache: {folder} was written for a student of {known} tokens, this "
+        f"one has {vocab_size}; write another with this student's configuration"
+      )
     if missing := found[part].missing():
       raise UserError(
         f"teacher.cache: {folder} lacks {len(missing)} of {len(examples)} rows; run "
         "the command that wrote it again"
       )
   return found
+
+
+def dtypes(config) -> dict[str, str]:
+  """What a teacher is computed in, and its weights."""
+  weights = config.teacher.dtype or config.train.dtype
+  return {"computed_in": config.train.dtype, "weights": weights}
 
 
 def stored_key(config, examples) -> dict[str, Any]:

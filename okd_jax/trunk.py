@@ -21,13 +21,16 @@ MEMORY = "memory"
 _log = logging.getLogger("okd_jax")
 
 
-def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
-  """What `teacher.trunk` asks for, complete; None if it asks for nothing.
+Kept = store.Store | store.Memory
+
+
+def opened(run: setup.Run) -> Kept | None:
+  """Where `teacher.trunk` wants it kept, empty or not; None if it asks for nothing.
 
   Raises:
     UserError: if there is no such trunk, or the folder holds another.
   """
-  where = run.config.teacher.trunk
+  where, config = run.config.teacher.trunk, run.config
   if not where:
     return None
   start = _start(run)
@@ -36,15 +39,20 @@ def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
       raise UserError(
         "teacher.trunk=memory is for one process; name a folder that all can read"
       )
-    kept = store.Memory(len(run.train), "trunk")
-  else:
-    about = teachers.teacher_key(run.config, run.train)
-    about |= {"layers": start, "dtype": run.config.train.dtype}
-    if jax.process_index() == 0:
-      store.begin(where, len(run.train), about)
-    precompute.barrier("begun")
-    kept = store.Store(where, len(run.train), about)
-  decoder = run.decoders["teacher"]
+    return store.Memory(len(run.train), "trunk")
+  about = teachers.teacher_key(config, run.train)
+  about |= {"layers": start} | teachers.dtypes(config)
+  if jax.process_index() == 0:
+    store.begin(where, len(run.train), about)
+  precompute.barrier("begun")
+  return store.Store(where, len(run.train), about)
+
+
+def prepare(run: setup.Run, kept: Kept | None) -> Kept | None:
+  """What `opened` gave, complete."""
+  if kept is None:
+    return None
+  start, decoder = _start(run), run.decoders["teacher"]
 
   @jax.jit
   def below(frozen, batch):
@@ -56,7 +64,7 @@ def prepare(run: setup.Run) -> "store.Store | store.Memory | None":
   if rows < 2 * len(run.train):
     _log.warning(
       "%s: the run sees its %d rows %.1f times; a trunk pays from the second time on",
-      Path(where).name,
+      Path(kept.name).name,
       len(run.train),
       rows / len(run.train),
     )

@@ -1,5 +1,6 @@
 """Stored teachers: at K = V the live one, below it a bound, and never another's."""
 
+import json
 import shutil
 
 import chex
@@ -104,6 +105,32 @@ def test_a_store_without_the_held_out_rows_is_refused(whole, folder):
     setup.build(config(**{"teacher.cache": str(whole), "eval.limit": 4}), folder)
 
 
+def test_a_store_for_a_larger_vocabulary_is_refused(whole, folder):
+  """Its tokens would be looked up where the student has none."""
+  copy = folder / "wide"
+  shutil.copytree(whole, copy)
+  about = json.loads((copy / "train" / "about.json").read_text())
+  wide = json.dumps(about | {"vocab_size": about["vocab_size"] + 16})
+  (copy / "train" / "about.json").write_text(wide)
+  with pytest.raises(UserError, match="written for a student of .* tokens"):
+    setup.build(config(**{"teacher.cache": str(copy)}), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--config.method.name=ensemble"], "the words of one teacher"),
+    (["--config.teacher.model.hidden_size=0"], "needs teacher.path"),
+    (["--config.teacher.cache=there"], "name it by --output"),
+  ],
+)
+def test_whose_words_are_not_stored(flags, words, tmp_path):
+  where = f"--output={tmp_path / 'store'}"
+  done = call("cache_teacher", "--config=configs/debug.py", *flags, where, status=2)
+  assert words in done.stderr and not (tmp_path / "store").exists()
+
+
 def test_at_another_temperature_no_kl_is_measured(live, folder):
   """What is stored is the distribution at T; the KL is that at 1."""
   warm = config(**{"method.temperature": 2.0})
@@ -168,6 +195,7 @@ def test_a_foreign_store_is_refused(changes, words, whole, folder):
   [
     ({"method.name": "okd"}, "needs the teacher itself"),
     ({"method.name": "gkd"}, "needs the teacher itself"),
+    ({"method.name": "sft"}, "no use for a teacher"),
     ({"adapter.kind": "lora"}, "needs the teacher itself"),
     ({"method.top_k": 4}, "method.top_k=0"),
     ({"method.end.temperature": 2.0}, "has one temperature"),

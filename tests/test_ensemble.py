@@ -10,6 +10,7 @@ from trial import KNOBS, LogitTrial, Setup, make_batch, make_logits, total, weig
 from configs import debug
 from okd_jax import methods, setup
 from okd_jax.errors import UserError
+from okd_jax.evaluate import token_metrics
 from okd_jax.losses import log_probs, mixture
 from okd_jax.methods import gate, policy
 
@@ -241,6 +242,17 @@ class TestPolicy:
     want = jax.grad(lambda q: sft(q, b, a, batch)[0])(student)
     np.testing.assert_allclose(grad, 0.5 * want, atol=1e-7)
 
+  def test_a_student_that_stays_gains_nothing(self):
+    """Whatever the temperature does meanwhile: before and after are one measure."""
+    trial = LogitTrial(
+      "ensemble",
+      weighting="reinforced",
+      reward="gold_and_teachers",
+      end={"temperature": 4.0},
+    )
+    _, metrics = trial(*make_logits(), make_batch(), progress=1.0)
+    np.testing.assert_allclose(metrics["policy_gain"], 0, atol=1e-6)
+
   @pytest.mark.slow
   def test_it_finds_the_better_teacher(self):
     """A real step: the student moves first, then the policy by what that did."""
@@ -300,6 +312,29 @@ def test_micro_batches_change_nothing(weighting):
     jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True
   ):
     np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
+def test_evaluation_is_beside_the_weighted_mean(weights):
+  student, a, b = make_logits()
+  labels = make_batch()["labels"]
+  logits = {"student": student, "teacher:a": a, "teacher:b": b}
+  _, metrics = token_metrics(logits, labels, teacher_weights=weights)
+  share = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))
+  p = share[0] * softmax(a) + share[1] * softmax(b)
+  np.testing.assert_allclose(metrics["forward_kl"], kl(p, softmax(student)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "name", ["teacher", "student", "adapted", "old_adapted", "a b"]
+)
+def test_names_that_would_hide_other_figures(name, tmp_path):
+  """A teacher called 'teacher' once took the place of the one that was checked."""
+  config = debug.get_config()
+  config.method.name = "ensemble"
+  config.teachers[name] = "somewhere"
+  with pytest.raises(UserError, match="cannot be a name"):
+    setup.build(config, tmp_path)
 
 
 def test_the_mixture_is_normalised():

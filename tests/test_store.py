@@ -53,6 +53,13 @@ def test_a_writer_goes_on_with_what_is_missing(tmp_path):
     again.read([1, 0], np.ones((2, 2), bool))
 
 
+def test_a_store_begun_by_a_writer_that_was_killed(tmp_path):
+  """What is left of a file that was never complete does not count."""
+  (tmp_path / ".about.json.tmp").write_text("{")
+  store.begin(tmp_path, 1, {"data": "a"})
+  assert (tmp_path / "about.json").exists()
+
+
 def test_a_damaged_file_is_refused(tmp_path):
   kept = store.begin(tmp_path / "s", 1, ABOUT)
   kept.write([0], [arrays(0, 4)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_cache_teacher import config
 
-from okd_jax import setup, trunk
+from okd_jax import setup, train, trunk
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.sampler import Sampler
@@ -23,7 +23,8 @@ def steps(settings, folder, count=3, hide=False):
   run = setup.build(settings, folder)
   loader = train_loader(run.train, batch_size=8, length=96, pad_id=0, seed=0)
   with jax.set_mesh(run.mesh):
-    sampler, state = Sampler(run, {}, 0, trunk.prepare(run)), run.init()
+    kept = trunk.prepare(run, trunk.opened(run))
+    sampler, state = Sampler(run, {}, 0, kept), run.init()
     step = compile_step(
       run.method, run.models, run.optimizers, 2, run.steps, run.abstract, run.mesh
     )
@@ -85,4 +86,19 @@ def test_sampled_rows_have_no_trunk_but_gold_ones_have(tmp_path):
 def test_where_there_is_no_trunk(changes, words, tmp_path):
   run = setup.build(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
   with pytest.raises(UserError, match=words):
-    trunk.prepare(run)
+    trunk.opened(run)
+
+
+def test_an_ensemble_keeps_none(tmp_path):
+  changes = {"method.name": "ensemble", "adapter.kind": "lora"}
+  with pytest.raises(UserError, match="method ensemble keeps no trunk"):
+    setup.build(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
+
+
+def test_a_refused_trunk_leaves_the_workdir_free(tmp_path):
+  """Else the corrected configuration would not be the one the workdir belongs to."""
+  (tmp_path / "file").write_text("")
+  workdir = tmp_path / "run"
+  with pytest.raises(UserError):
+    train.run(okd(**{"teacher.trunk": str(tmp_path / "file")}), workdir)
+  assert not (workdir / "config.json").exists()

@@ -10,12 +10,13 @@ from okd_jax.data.encode import (
   stop_ids,
 )
 from okd_jax.data.loader import eval_batches, train_loader
-from okd_jax.data.pack import pad_row
+from okd_jax.data.pack import PAD_ID, pad_row
 from okd_jax.data.pairing import pair, shared_text
 from okd_jax.data.sources import Record, load_records, read_references
 from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
 
 __all__ = [
+  "PAD_ID",
   "Counts",
   "Example",
   "Limits",

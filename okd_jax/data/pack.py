@@ -5,6 +5,9 @@ from jaxtyping import Bool, Int, Int32
 
 from okd_jax.data.encode import Example
 
+# Fills rows up. Any legal id would do: what counts follows from lengths alone.
+PAD_ID = 0
+
 
 def pad_row(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]:
   """A row for next-token prediction: at position t, `labels[t]` follows `tokens[t]`.

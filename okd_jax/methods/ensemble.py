@@ -75,10 +75,11 @@ def build(
   divergence = divergence or "forward_kl"
   distance = find_divergence("method.divergence", divergence, shape)
   token_loss, look = _token_loss(weighting, distance), _look(distance)
+  # What the policy sees, before and after a step, is measured by one unmoving rule.
+  settled = _settled(own_shape(shape, divergence) | {"temperature": temperature})
 
   def prepare(models, params, frozen, batch, key):
-    knobs = _settled(own_shape(shape, divergence) | {"temperature": temperature})
-    facts, hidden = look(models, params, frozen, batch, knobs)
+    facts, hidden = look(models, params, frozen, batch, settled)
     return batch | policy.choose(params["policy"], facts, hidden, batch["mask"], key)
 
   def loss(models, params, frozen, batch, key, knobs):
@@ -93,7 +94,7 @@ def build(
       more["gate_loss"] = value
     else:
       weights = policy.share(batch["actions"])[:, None]
-      facts, _ = look(models, params, frozen, batch, rest)
+      facts, _ = look(models, params, frozen, batch, settled)
       value, more = policy.loss(params["policy"], facts, batch, reward, knobs)
     weights = jnp.broadcast_to(stop_gradient(weights), (*shape_, len(names)))
     outputs = _outputs(models, params, frozen, batch, key)
@@ -208,5 +209,5 @@ def _fixed(weights, names) -> jax.Array:
 
 
 def _settled(knobs) -> dict[str, Any]:
-  """The knobs at the start of the run: what the policy sees need not move."""
+  """The knobs at the start of the run."""
   return {k: getattr(v, "start", v) for k, v in knobs.items()}
