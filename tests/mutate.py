@@ -1,6 +1,6 @@
 """Plants known bugs one at a time and shows that the tests catch each of them.
 
-    python tests/mutate.py            # all of them, about 15 minutes on 2 cores
+    python tests/mutate.py            # all of them, about 20 minutes on 2 cores
     python tests/mutate.py anchor     # those with 'anchor' in their description
 
 Works on a copy of the repository in a temporary folder. For each bug the tests named

@@ -4,8 +4,10 @@ import json
 
 import families
 import pytest
+from commands import call
 
 from okd_jax import bench
+from okd_jax.bench import measure
 from okd_jax.errors import UserError
 
 NAME = "llama_gqa"
@@ -58,7 +60,7 @@ def test_every_row_runs_to_the_limit_whatever_the_settings(folder, monkeypatch):
     seen.append(call())
     return 1.0
 
-  monkeypatch.setattr(bench, "seconds", seconds)
+  monkeypatch.setattr(measure, "seconds", seconds)
   flags = ["--batch_size=16", "--prompt_tokens=5", "--max_new_tokens=40", "--repeats=2"]
   flags += ["--temperature=9", "--dtype=bfloat16", "--warmup=0"]
   bench.main(["generate", f"--model={folder}", *flags])
@@ -90,6 +92,62 @@ def test_the_model_must_have_room(folder):
 )
 def test_bad_flags_are_one_line_and_status_2(flag, capsys):
   _refused(["generate", "--model=nowhere", flag], flag.partition("=")[0], capsys)
+
+
+TINY = ["--config.train.batch_size=2", "--config.data.max_length=16", "--repeats=2"]
+TINY += ["--vocab_size=50", "--config.train.loss_chunk=4"]
+
+
+@pytest.mark.parametrize("method", ["okd", pytest.param("sft", marks=pytest.mark.slow)])
+def test_a_step_beside_its_arithmetic(method, tmp_path):
+  output = tmp_path / "step.json"
+  shapes = ["--teacher=3x64", "--student=1x64", f"--method={method}"]
+  done = call("bench", "step", *TINY, *shapes, f"--output={output}")
+  result = json.loads(output.read_text())
+  total = sum(result["operations"].values())
+  assert result["floor_ms"] == pytest.approx(1e3 * total / result["matmul_rate"])
+  ratio = result["ms"]["median"] / result["floor_ms"]
+  assert result["to_floor"] == pytest.approx(ratio)
+  memory = {"student", "optimizers", "temporaries"}
+  memory |= {"teacher", "module"} if method == "okd" else set()
+  assert set(result["memory_bytes"]) == memory
+  assert result["settings"]["teacher"] == [3, 64]
+  for title in ("step", "GFLOP", "floor", "compile", "memory"):
+    assert f"\n{title} " in done.stdout
+
+
+@pytest.mark.slow
+def test_the_loss_beside_a_dense_one(tmp_path):
+  """On this many tokens a chunk is an eighth of all logits."""
+  output = tmp_path / "loss.json"
+  shapes = ["--vocab_size=4096", "--student_size=32", "--teacher_size=48"]
+  more = ["--config.data.max_length=64", "--config.train.loss_chunk=8"]
+  call("bench", "loss", *TINY[::2], *shapes, *more, f"--output={output}")
+  sizes = json.loads(output.read_text())["temporary_bytes"]
+  assert sizes["chunked"] < sizes["dense"] / 4
+
+
+@pytest.mark.slow
+def test_depth_costs_no_compilation():
+  """Layers are scanned: a program of twelve is as long as one of two."""
+  flags = [*TINY[:2], "--vocab_size=50", "--hidden_size=64", "--layers=2,12"]
+  done = call("bench", "compile", *flags)
+  assert "2 layers" in done.stdout and "12 layers" in done.stdout
+
+
+@pytest.mark.parametrize(
+  ("flags", "words"),
+  [
+    (["--method=gkd"], "--method=gkd is more than a step on given rows"),
+    (["--teacher=8"], "no LAYERSxCHANNELS"),
+    (["--config.train.batch=3"], "batch"),
+    (["--what=3"], "unrecognized arguments: --what=3"),
+  ],
+)
+@pytest.mark.slow
+def test_what_a_step_refuses(flags, words):
+  done = call("bench", "step", *flags, status=2)
+  assert words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_benchmark_must_be_named(capsys):

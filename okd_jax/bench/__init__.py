@@ -1,0 +1,92 @@
+"""Measures how fast this machine runs a part of the package, and prints a table.
+
+    python -m okd_jax.bench generate --model=M --batch_size=8 --max_new_tokens=128
+    python -m okd_jax.bench step --method=okd --teacher=8x512 --student=4x256
+    python -m okd_jax.bench loss --method=okd --vocab_size=50257
+    python -m okd_jax.bench compile --layers=4,48
+
+All but `generate` also take --config=FILE (by default configs/default.py) and
+--config.key=value: the method's knobs, the modules, dtype, chunks and row lengths.
+`benchmarks/` compares with other libraries and methods with each other; what was
+measured is in BENCHMARKS.md.
+"""
+
+import json
+
+import jax
+
+from okd_jax import cli, configuration
+from okd_jax.bench import compilation, generate, loss, step
+from okd_jax.bench.generate import generate_flags, random_prompts
+from okd_jax.bench.measure import (
+  Command,
+  at_least,
+  describe,
+  environment,
+  seconds,
+  spread,
+)
+from okd_jax.files import write_text
+
+__all__ = [
+  "at_least",
+  "describe",
+  "environment",
+  "generate_flags",
+  "main",
+  "random_prompts",
+  "seconds",
+  "spread",
+]
+
+COMMANDS = {
+  "generate": Command("tokens/s of the sampler", generate.add_flags, generate.run),
+  "step": Command(
+    "a training step beside its arithmetic", step.add_flags, step.run, True
+  ),
+  "loss": Command(
+    "the chunked loss beside a dense one", loss.add_flags, loss.run, True
+  ),
+  "compile": Command(
+    "time to compile a step, by depth", compilation.add_flags, compilation.run, True
+  ),
+}
+
+
+def main(arguments: list[str]) -> None:
+  """Runs the benchmark that the arguments name."""
+  parser = _parser()
+  flags, rest = parser.parse_known_args(arguments)
+  command = COMMANDS[flags.command]
+  foreign = [a for a in rest if not (command.configured and a.startswith("--config"))]
+  if foreign:
+    parser.error(f"unrecognized arguments: {' '.join(foreign)}")
+  if command.configured:
+    if not any(argument.startswith("--config=") for argument in rest):
+      rest = ["--config=configs/default.py", *rest]
+    flags.config = configuration.read(rest)
+  # A program read from the cache has no time of compilation.
+  jax.config.update("jax_enable_compilation_cache", False)
+  results, rows = command.measure(flags)
+  where = environment()
+  results = {"benchmark": flags.command} | where | results
+  rows = {"machine": describe(where), **rows}
+  width = max(map(len, rows))
+  print(
+    "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items()), flush=True
+  )
+  if flags.output:
+    write_text(flags.output, json.dumps(results, indent=2) + "\n")
+
+
+def _parser() -> cli.Parser:
+  parser = cli.Parser(
+    prog="python -m okd_jax.bench",
+    description="Measures the speed of one part of the package on this machine.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
+  for name, command in COMMANDS.items():
+    part = commands.add_parser(name, help=command.help, description=command.help)
+    command.add_flags(part)
+    part.add_argument("--output", default="", help="write the results to this JSON")
+  return parser

@@ -1,0 +1,59 @@
+"""What a step must compute, counted from shapes: the arithmetic, not the clock.
+
+A product of [T, D] and [D, F] is 2 T D F operations; its backward pass is as much again
+for each side that somebody differentiates. Attention is counted as it is computed on a
+CPU, all pairs of a row. Norms, activations and softmax are not counted.
+"""
+
+from okd_jax.models import ModelConfig
+
+
+def step(
+  student: ModelConfig,
+  teacher: ModelConfig | None,
+  tokens: int,
+  length: int,
+  *,
+  adapted_layers: int = 0,
+  module_size: int = 0,
+) -> dict[str, float]:
+  """{part: operations} of one step on `tokens` tokens in rows of `length`.
+
+  adapted_layers: how many of the teacher's top layers hold modules. The backward pass
+    goes through these and the head, and takes no gradient of a frozen weight.
+  module_size: parameters of all modules together.
+  """
+  forward, backward = 1, 2
+  parts = {"student": (forward + backward) * _layers(student, tokens, length)}
+  heads = (forward + backward) * _head(student, tokens)
+  if teacher:
+    parts["teacher forward"] = _layers(teacher, tokens, length)
+    heads += _head(teacher, tokens)
+  if teacher and adapted_layers:
+    share = adapted_layers / teacher.num_layers
+    attention = _attention(teacher, tokens, length) * adapted_layers
+    # Of a product with a frozen weight one side, of attention's products both.
+    backward_layers = share * _layers(teacher, tokens, length) + attention
+    parts["teacher backward"] = backward_layers
+    parts["modules"] = 3 * 2 * module_size * tokens
+    heads += _head(teacher, tokens)
+  return parts | {"heads": heads}
+
+
+def _layers(config: ModelConfig, tokens: int, length: int) -> float:
+  """All layers, forwards."""
+  size, heads = config.hidden_size, config.num_heads * config.head_dim
+  kv = config.num_kv_heads * config.head_dim
+  mlp = (3 if config.gated_mlp else 2) * size * config.mlp_size
+  weights = 2 * size * heads + 2 * size * kv + mlp
+  each = 2 * tokens * weights + _attention(config, tokens, length)
+  return config.num_layers * each
+
+
+def _attention(config: ModelConfig, tokens: int, length: int) -> float:
+  """Scores and their use in one layer, forwards."""
+  return 2 * 2 * tokens * length * config.num_heads * config.head_dim
+
+
+def _head(config: ModelConfig, tokens: int) -> float:
+  return 2 * tokens * config.vocab_size * config.hidden_size

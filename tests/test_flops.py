@@ -1,0 +1,56 @@
+"""The arithmetic of a step, against counts made by hand."""
+
+import pytest
+
+from okd_jax.bench import flops
+from okd_jax.models import ModelConfig
+
+LLAMA = ModelConfig(
+  vocab_size=100,
+  hidden_size=8,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  mlp_size=16,
+)
+GPT = ModelConfig(
+  vocab_size=100, hidden_size=4, num_layers=2, num_heads=2, gated_mlp=False
+)
+TOKENS, LENGTH = 10, 5
+# A layer: query and out 8x8, key and value 8x4, three of the MLP 8x16.
+LAYER = 2 * TOKENS * (2 * 64 + 2 * 32 + 3 * 128)
+ATTENTION = 4 * TOKENS * LENGTH * 8
+SMALL = 2 * TOKENS * (4 * 16 + 2 * 4 * GPT.mlp_size) + 4 * TOKENS * LENGTH * 4
+
+
+def head(size):
+  return 2 * TOKENS * 100 * size
+
+
+def test_alone():
+  assert flops.step(GPT, None, TOKENS, LENGTH) == {
+    "student": 3 * 2 * SMALL,
+    "heads": 3 * head(4),
+  }
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_modules_in_the_top_layers(layers):
+  """The backward pass stops there: no weight's gradient, both sides of attention."""
+  assert flops.step(
+    GPT, LLAMA, TOKENS, LENGTH, adapted_layers=layers, module_size=7
+  ) == pytest.approx(
+    {
+      "student": 3 * 2 * SMALL,
+      "teacher forward": 3 * (LAYER + ATTENTION),
+      "teacher backward": layers * (LAYER + 2 * ATTENTION),
+      "modules": 6 * 7 * TOKENS,
+      "heads": 3 * head(4) + 2 * head(8),
+    }
+  )
+
+
+def test_a_frozen_teacher_runs_forwards_only():
+  parts = flops.step(GPT, LLAMA, TOKENS, LENGTH)
+  assert "teacher backward" not in parts
+  assert parts["heads"] == 3 * head(4) + head(8)
