@@ -1,10 +1,13 @@
-"""Commands of okd_jax as the benchmarks run them."""
+"""Commands and configurations of okd_jax as the benchmarks run them."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 from okd_jax.errors import UserError
 
@@ -25,3 +28,14 @@ def rows(workdir: Path, kind: str) -> list[dict]:
   """The rows of one kind in a run's metrics.jsonl."""
   lines = (workdir / "metrics.jsonl").read_text(encoding="utf8").splitlines()
   return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def vary(config: ConfigDict, name: str) -> ConfigDict:
+  """A copy for the method of 'NAME' or of 'NAME@KEY=VALUE@...', with these keys."""
+  config = config.copy_and_resolve_references()
+  config.method.name, *changes = name.split("@")
+  for key, _, value in (change.partition("=") for change in changes):
+    *path, last = key.split(".")
+    section = functools.reduce(getattr, path, config)
+    section[last] = type(section[last])(value)
+  return config

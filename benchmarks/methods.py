@@ -12,7 +12,6 @@ a section of BENCHMARKS.md; keys of the configuration are set as for okd_jax.mai
 """
 
 import dataclasses
-import functools
 import logging
 import statistics
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from command import vary
 from ml_collections import ConfigDict
 
 from okd_jax import METHODS, bench, cli, configuration, setup, trunk
@@ -111,13 +111,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
-  config = config.copy_and_resolve_references()
-  config.method.name, *changes = name.split("@")
-  for key, _, value in (change.partition("=") for change in changes):
-    *path, last = key.split(".")
-    section = functools.reduce(getattr, path, config)
-    section[last] = type(section[last])(value)
-  run = setup.build(config, folder)
+  run = setup.build(vary(config, name), folder)
   # Few enough that what is answered beforehand does not take longer than the rest.
   return dataclasses.replace(run, train=run.train[: args.rows])
 
