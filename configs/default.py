@@ -146,7 +146,8 @@ def get_config() -> ConfigDict:
   config.train.dtype = "float32"  # of activations and matmuls, or 'bfloat16'
   config.train.remat = False  # recompute activations in the backward pass
   config.train.dropout = 0.0  # on the student's embeddings and residual branches
-  config.train.loss_chunk = 64  # positions a row whose logits are in memory at once
+  # Positions a row whose logits are in memory at once; 0: as many as fit some MB.
+  config.train.loss_chunk = 0
   config.train.log_every = 10  # steps between rows of metrics.jsonl
   config.train.tensorboard = False  # also write TensorBoard files
   config.train.wandb = ""  # also log to this Weights & Biases project

@@ -25,7 +25,7 @@ def check_settings(config: ConfigDict, method: Method) -> None:
   for key, value, least in (
     ("train.steps", config.train.steps, 0),
     ("train.batch_size", config.train.batch_size, 1),
-    ("train.loss_chunk", config.train.loss_chunk, 1),
+    ("train.loss_chunk", config.train.loss_chunk, 0),
     ("train.log_every", config.train.log_every, 1),
     ("checkpoint.every", config.checkpoint.every, 1),
     ("checkpoint.keep", config.checkpoint.keep, 1),

@@ -259,7 +259,7 @@ def _token_results(args, model: Model, teacher: Model | None, examples):
   models = {"student": model} | ({"teacher": teacher} if teacher else {})
   dtype = jnp.dtype(args.dtype)
   step = compile_token_step(
-    {role: Decoder(m.config, dtype=dtype) for role, m in models.items()}, chunk=64
+    {role: Decoder(m.config, dtype=dtype) for role, m in models.items()}, chunk=0
   )
   batches = eval_batches(
     examples,

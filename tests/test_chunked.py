@@ -18,6 +18,7 @@ from okd_jax.losses import (
   unembed,
   weighted_sums,
 )
+from okd_jax.losses.chunked import fitting_chunk
 
 BATCH, LENGTH, VOCAB = 3, 10, 31
 LOSSES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
@@ -79,6 +80,20 @@ def test_equals_the_dense_form(name, chunk):
   want = grads_of(dense, loss, outputs, labels, weights)
   got = grads_of(weighted_sums, loss, outputs, labels, weights, chunk)
   chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("vocab", "rows", "chunk"),
+  [(50257, 8, 8), (50257, 4, 16), (512, 16, 512), (128256, 64, 1), (1 << 24, 1, 1)],
+)
+def test_a_chunk_that_fits(vocab, rows, chunk):
+  """float32 logits of one model in 16 MiB of a CPU, at least a position a row."""
+  head = jax.ShapeDtypeStruct((vocab, 2), jnp.float32)
+  outputs = {"student": Output(None, head)}
+  assert fitting_chunk(outputs, rows) == chunk
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    assert fitting_chunk(outputs, 4 * rows) == chunk
 
 
 @settings(max_examples=15, deadline=None)

@@ -21,6 +21,9 @@ TokenLoss = Callable[..., tuple[Float[Array, "B C"], dict[str, Float[Array, "B C
 Labels = PyTree[Shaped[Array, "B L ..."]]
 
 
+_CPU_BUDGET, _BUDGET = 16 << 20, 256 << 20  # bytes of a chunk's float32 logits
+
+
 class Output(NamedTuple):
   """What a model hands to a loss: logits, not yet multiplied out."""
 
@@ -60,10 +63,26 @@ def weighted_sums(
     labels: gold next tokens, or any tree of arrays [B, L, …]: what the loss wants to
       know about each position.
     weights: float weight of each position, 0 where masked (`mean.token_weights`).
-    chunk: positions per row that have their logits in memory at once.
+    chunk: positions per row that have their logits in memory at once; 0 is
+      `fitting_chunk`.
     knobs: traced scalars, which the loss gets as keywords.
   """
+  chunk = chunk or fitting_chunk(outputs, len(weights))
   return _sums(token_loss, chunk, dict(outputs), labels, weights, dict(knobs or {}))
+
+
+def fitting_chunk(outputs: Mapping[str, Output], rows: int) -> int:
+  """The power of two whose logits of one model fill the budget of a device, or less.
+
+  On a CPU that is what its caches hold: there a loss is bound by memory, and with
+  eight times as much took 1.5 times as long. Elsewhere it is what keeps the matrix
+  units busy and is small beside any model.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  rows = -(-rows // (mesh.get("data", 1) * mesh.get("fsdp", 1)))
+  vocab = max(output.head.shape[0] for output in outputs.values())
+  budget = _CPU_BUDGET if jax.default_backend() == "cpu" else _BUDGET
+  return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -203,8 +222,9 @@ def per_token(
 
   function: (logits by model [B, C, V], labels [B, C]) -> any tree of [B, C].
   """
-  length = jax.tree.leaves(labels)[0].shape[1]
-  everywhere = jnp.ones(jax.tree.leaves(labels)[0].shape[:2])
+  rows, length = jax.tree.leaves(labels)[0].shape[:2]
+  chunk = chunk or fitting_chunk(outputs, rows)
+  everywhere = jnp.ones((rows, length))
   outputs = jax.lax.stop_gradient(dict(outputs))
 
   def body(_, inputs):
