@@ -309,6 +309,7 @@ def _keep_fewest(logits: Float[Array, "B V"], enough) -> Float[Array, "B V"]:
   the vocabulary, exact, and much cheaper than sorting it (8 x 50257 logits on a CPU:
   3 ms, and 71 ms to sort them).
   """
+  logits = jnp.where(logits == 0, 0.0, logits)  # -0 is equal to 0, its bits are not
   bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
   sign = jnp.uint32(1 << 31)
   order = jnp.where(bits & sign, ~bits, bits | sign)

@@ -1,5 +1,7 @@
 """The chunked loss: dense values and gradients, without [B, L, V] in memory."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -94,6 +96,40 @@ def test_a_chunk_that_fits(vocab, rows, chunk):
   mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   with jax.set_mesh(mesh):
     assert fitting_chunk(outputs, 4 * rows) == chunk
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2)])
+def test_devices_wait_for_one_another_once(shape):
+  """Not in every chunk: the only sum over devices is that of the whole gradient."""
+  kind = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=kind)
+  rows, head = (
+    jax.NamedSharding(mesh, jax.P(*spec))
+    for spec in ((("data", "fsdp"),), (None, "fsdp"))
+  )
+
+  def loss(student, kernel, teacher, labels):
+    outputs = {"student": Output(student, kernel), "teacher": Output(teacher, kernel)}
+
+    def token_loss(z, _):
+      return forward_kl(jax.lax.stop_gradient(z["teacher"]), z["student"]), {}
+
+    return weighted_sums(token_loss, outputs, labels, jnp.ones(labels.shape), 8)[0]
+
+  hidden = jax.ShapeDtypeStruct((8, 32, 16), jnp.float32)
+  arguments = (
+    hidden,
+    jax.ShapeDtypeStruct((64, 16), jnp.float32),
+    hidden,
+    jax.ShapeDtypeStruct((8, 32), jnp.int32),
+  )
+  where = {"in_shardings": (rows, head, rows, rows), "out_shardings": (rows, head)}
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(jax.grad(loss, (0, 1)), **where).lower(*arguments)
+  loops, main = lowered.compile().as_text().split("\nENTRY ")
+  collectives = r" (all-\w+|reduce-scatter|collective-permute)\("
+  assert not re.findall(collectives, loops)
+  assert re.findall(collectives, main).count("all-reduce") == 1
 
 
 @settings(max_examples=15, deadline=None)

@@ -326,6 +326,10 @@ class TestWarp:
     for sampling in (Sampling(1.0, 1), Sampling(1.0, 0, 1e-9), Sampling(9.0, 1, 1e-9)):
       assert (self.warp(logits, sampling) > -jnp.inf).tolist() == [[False, True, False]]
 
+  def test_the_two_zeros_are_tied(self):
+    warped = self.warp(jnp.array([[0.0, -0.0, 0.0, -3.0]]), Sampling(1.0, 0, 0.2))
+    np.testing.assert_allclose(jax.nn.softmax(warped)[0], [1 / 3] * 3 + [0], atol=1e-6)
+
   def test_temperature_zero_leaves_the_most_likely_token_alone(self):
     warped = self.warp(jnp.array([[0.1, 0.3, 0.2, -jnp.inf]]), GREEDY)
     assert jax.nn.softmax(warped).tolist() == [[0.0, 1.0, 0.0, 0.0]]
