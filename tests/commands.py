@@ -92,6 +92,11 @@ def losses(workdir):
 
 
 def same_folder(one, two):
-  names = sorted(p.name for p in one.iterdir())
-  assert names == sorted(p.name for p in two.iterdir())
+  """Whether two folders hold the same files with the same bytes."""
+
+  def files(folder):
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+  names = files(one)
+  assert names == files(two)
   return all((one / n).read_bytes() == (two / n).read_bytes() for n in names)
