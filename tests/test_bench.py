@@ -98,7 +98,8 @@ TINY = ["--config.train.batch_size=2", "--config.data.max_length=16", "--repeats
 TINY += ["--vocab_size=50", "--config.train.loss_chunk=4"]
 
 
-@pytest.mark.parametrize("method", ["okd", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["okd", "sft"])
 def test_a_step_beside_its_arithmetic(method, tmp_path):
   output = tmp_path / "step.json"
   shapes = ["--teacher=3x64", "--student=1x64", f"--method={method}"]

@@ -140,6 +140,7 @@ def test_smollm2_in_two_steps(tiny, tmp_path):
   assert config["num_hidden_layers"] == smollm2.get_config().student.layers == 8
 
 
+@pytest.mark.slow
 def test_tokenizers_that_differ_are_refused(tiny, tmp_path):
   """Says which ids differ, before anything is trained."""
   other = tmp_path / "other"

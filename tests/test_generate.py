@@ -217,6 +217,7 @@ def _command(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_the_process(folder, tmp_path):
   done = _command(f"--model={folder}", "--prompt=u")
   assert (done.returncode, done.stdout) == (0, "vwxyz\n"), done.stderr
