@@ -124,7 +124,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
       choice = read(workdir / CHOICE) or _choose(
         config, mesh, decoders["teacher"], teacher.params, held_out
       )
-    adapter = _adapter_config(config, kind, choice.blocks if choice else ())
+    adapter = adapter_config(config, kind, choice.blocks if choice else ())
     decoders |= _adapted(decoders, adapter, config.adapter.teachers)
   steps = _steps(config, len(train))
   learning_rate = optim.schedule(
@@ -259,7 +259,8 @@ def _choose(config, mesh, decoder, params, held_out) -> Choice:
   return choose(saliency, config.adapter.share)
 
 
-def _adapter_config(config, kind: str, blocks: tuple[int, ...]) -> AdapterConfig:
+def adapter_config(config, kind: str, blocks: tuple[int, ...] = ()) -> AdapterConfig:
+  """What `config.adapter` says, of this kind; a UserError if it makes no sense."""
   own = {field.name for field in dataclasses.fields(AdapterConfig)}
   fields = {key: config.adapter[key] for key in config.adapter if key in own}
   return AdapterConfig(**fields | {"kind": kind, "blocks": blocks})

@@ -1,7 +1,6 @@
 """`bench step`: one training step of random models, beside what it must compute."""
 
 import argparse
-import dataclasses
 import re
 import statistics
 import time
@@ -11,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from okd_jax import methods, models, optim, sharding
-from okd_jax.adapters import AdapterConfig
+from okd_jax import methods, models, optim, setup, sharding
 from okd_jax.bench import flops, measure
 from okd_jax.bench.measure import at_least
 from okd_jax.errors import UserError
@@ -84,9 +82,7 @@ def build(flags: argparse.Namespace) -> Trial:
   apply = methods.apply_functions(decoders, config.train.loss_chunk)
   mesh = sharding.make_mesh()
   batch = sharding.put_batch(_batch(flags), mesh)
-  frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh)) if frozen else {}
-  if method.teacher == "none":
-    frozen = None
+  frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
   start = time.perf_counter()
   parts = config.train.microbatches
   step = compile_step(method, apply, optimizers, parts, 100, state, mesh)
@@ -114,10 +110,7 @@ def _decoders(flags, method, student: ModelConfig, teacher: ModelConfig):
   if method.teacher != "none":
     decoders["teacher"] = Decoder(teacher, **common)
   if method.teacher == "adapted":
-    own = {field.name for field in dataclasses.fields(AdapterConfig)}
-    given = {key: config.adapter[key] for key in config.adapter if key in own}
-    kind = config.adapter.kind or method.module
-    adapter = AdapterConfig(**given | {"kind": kind})
+    adapter = setup.adapter_config(config, config.adapter.kind or method.module)
     adapter.check(teacher.num_layers, teacher.gated_mlp)
     decoders["adapted"] = Decoder(teacher, adapter, **common)
   return decoders
