@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from okd_jax import METHODS, bench, cli, configuration, setup, trunk
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.errors import UserError
+from okd_jax.rows import make_packs
 from okd_jax.sampler import Sampler, answers_beforehand
 from okd_jax.step import compile_step
 
@@ -113,7 +114,8 @@ def main(arguments: list[str]) -> None:
 def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
   run = setup.build(vary(config, name), folder)
   # Few enough that what is answered beforehand does not take longer than the rest.
-  return dataclasses.replace(run, train=run.train[: args.rows])
+  train = run.train[: args.rows]
+  return dataclasses.replace(run, train=train, packs=make_packs(run.config, train))
 
 
 def _batches(args, run: setup.Run) -> list[dict[str, Any]]:
@@ -123,6 +125,7 @@ def _batches(args, run: setup.Run) -> list[dict[str, Any]]:
     batch_size=run.config.train.batch_size,
     length=run.config.data.max_length,
     pad_id=PAD_ID,
+    packs=run.packs,
     seed=run.config.train.seed,
     process_index=0,
     process_count=1,

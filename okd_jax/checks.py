@@ -74,6 +74,7 @@ def check_settings(config: ConfigDict, method: Method) -> None:
   if config.teacher.path and config.teacher.model.hidden_size:
     problems.append("set teacher.path or teacher.model.hidden_size, not both")
   problems += _several_problems(config, method)
+  problems += _packing_problems(config, method)
   teacher = config.teacher
   named = teacher.path or teacher.model.hidden_size or teacher.cache
   if not (named or method.teacher == "several"):
@@ -132,6 +133,19 @@ def _several_problems(config, method: Method):
       f"method.teacher_weights={weights} must hold a weight for each of the teachers "
       f"{', '.join(names) or 'teacher'}, in this order"
     )
+
+
+def _packing_problems(config, method: Method):
+  """Why rows cannot hold several texts."""
+  plan, name = method.sequences, config.method.name
+  if not config.data.pack:
+    return
+  if plan.sampled or plan.beforehand:
+    yield f"data.pack: {name} answers prompts, one in a row; set data.pack=False"
+  elif plan.own_tokens:
+    yield "data.pack: under method.cross_tokenizer rows are paired; set data.pack=False"
+  elif not method.takes_packed:
+    yield f"data.pack: {name} here looks at rows as wholes; set data.pack=False"
 
 
 def check_stored(config, method: Method) -> None:

@@ -91,7 +91,7 @@ class Evaluator:
     def arrays(batch):
       rows = batch.pop("row")
       if stored:
-        batch["stored"] = stored.read(rows[rows >= 0], batch["mask"])
+        batch["stored"] = stored.read(rows[rows >= 0][:, None], batch["mask"])
       return batch
 
     where = sharding.batch_sharding(parts.mesh)

@@ -50,11 +50,13 @@ class Progress:
     """
     values = {name: float(v) for name, v in jax.device_get(values).items()}
     if not values.pop("finite"):
-      where = ", ".join(self._parts.train[row].where for row in rows[:8])
+      texts = [i for row in rows for i in self._parts.packs[row]]
+      where = ", ".join(self._parts.train[i].where for i in texts[:8])
+      where += ", …" if len(texts) > 8 else ""
       raise UserError(
         f"step {step}: the loss or a gradient is not finite (loss {values['loss']}); "
-        f"its rows are {where}{', …' if len(rows) > 8 else ''}; the last checkpoint is "
-        "sound: look at these rows, or lower optim.lr"
+        f"its rows are {where}; the last checkpoint is sound: look at these rows, or "
+        "lower optim.lr"
       )
     self._tokens += values["tokens"]
     for name, value in sampled.items():

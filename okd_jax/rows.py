@@ -4,10 +4,15 @@ import dataclasses
 import logging
 from typing import Any
 
+import numpy as np
+
 from okd_jax.data import (
   Example,
+  each_alone,
   load_records,
+  pack,
   pair,
+  positions,
   prepare,
   shared_text,
   show_example,
@@ -47,6 +52,20 @@ def read_rows(
   (train, held_out), *other = rows
   _log.info("first row, trained part marked:\n%s", show_example(train[0], tokenizer))
   return train, held_out, Reading(readers[1][0], *other[0]) if other else None
+
+
+def make_packs(config, train: list[Example]) -> list[tuple[int, ...]]:
+  """Which texts share a row: with `data.pack` as many as fit, else each has its own."""
+  lengths, length = np.array([positions(e) for e in train]), config.data.max_length
+  packs = pack(lengths, length) if config.data.pack else each_alone(train)
+  _log.info(
+    "%d texts in %d rows of %d tokens, %.1f %% of them padding",
+    len(train),
+    len(packs),
+    length,
+    100 * (1 - lengths.sum() / (length * len(packs))),
+  )
+  return packs
 
 
 def paths(spec: str) -> list[str]:

@@ -79,10 +79,11 @@ class Sampler:
   ) -> tuple[dict[str, Any], dict[str, float]]:
     """(batch on the devices, figures) of the step after `step`.
 
-    gold: this process's rows of the data, with their indices as 'row'.
+    gold: this process's rows of the data, with their indices in `run.packs` as 'row'.
     """
     run, plan = self._run, self.plan
     rows, gold = gold["row"], {name: gold[name] for name in ROW}
+    texts = [run.packs[row] for row in rows]
     start = time.monotonic()
     figures, beside = {}, {}
     if plan.source == "teacher":
@@ -104,10 +105,10 @@ class Sampler:
     if plan.gold:
       beside["gold"] = gold
     if self._trunk:
-      hidden = self._trunk.read(rows, gold["segment_ids"] > 0)["hidden"]
+      hidden = self._trunk.read(texts, gold["segment_ids"] > 0)["hidden"]
       (beside["gold"] if plan.gold else beside)["trunk"] = hidden
     if run.stored:
-      beside["stored"] = run.stored["train"].read(rows, gold["mask"])
+      beside["stored"] = run.stored["train"].read(texts, gold["mask"])
     if run.reading:
       beside["teacher"] = self._rows([run.reading.train[row] for row in rows])
     if plan.source != "teacher":

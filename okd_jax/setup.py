@@ -31,7 +31,7 @@ from okd_jax.evaluate import check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.hf import load_tokenizer
-from okd_jax.rows import Reading, paths, read_rows
+from okd_jax.rows import Reading, make_packs, paths, read_rows
 from okd_jax.saliency import Choice, block_saliency, choose, read
 from okd_jax.step import TrainState, init_state
 from okd_jax.store import Store
@@ -54,6 +54,7 @@ class Run:
     of the teacher.
   init: makes the state of step 0; not called by a run that resumes.
   abstract: that state's shapes.
+  packs: the texts of `train` that are one row, by their indices: one or several.
   reading: the teacher's own, where it does not share the run's tokenizer.
   """
 
@@ -61,6 +62,7 @@ class Run:
   mesh: Mesh
   tokenizer: Any
   train: list[Example]
+  packs: list[tuple[int, ...]]
   eval: list[Example]
   decoders: dict[str, Decoder]
   adapter: AdapterConfig | None
@@ -126,7 +128,8 @@ def build(config: ConfigDict, workdir: Path) -> Run:
       )
     adapter = adapter_config(config, kind, choice.blocks if choice else ())
     decoders |= _adapted(decoders, adapter, config.adapter.teachers)
-  steps = _steps(config, len(train))
+  packs = make_packs(config, train)
+  steps = _steps(config, len(packs))
   learning_rate = optim.schedule(
     config.optim.schedule,
     config.optim.lr,
@@ -145,6 +148,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     mesh=mesh,
     tokenizer=tokenizer,
     train=train,
+    packs=packs,
     eval=held_out,
     decoders=decoders,
     adapter=adapter,

@@ -91,14 +91,16 @@ class Store:
     self._add(path)
 
   def read(
-    self, rows: Sequence[int], where: Bool[np.ndarray, "B L"]
+    self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]
   ) -> dict[str, Shaped[np.ndarray, "B L ..."]]:
-    """The arrays of some rows at the positions where each has them, else 0.
+    """A batch of what is stored of the texts of each row, 0 where there is none.
+
+    where: the positions that have values, text after text.
 
     Raises:
       UserError: if a row is missing, or has another number of tokens.
     """
-    return _spread(self.row, self.name, rows, where)
+    return _spread(self.row, self.name, texts, where)
 
   def row(self, index: int) -> dict[str, Shaped[np.ndarray, "T ..."]]:
     """The arrays of one row by name; a UserError if it is missing."""
@@ -130,19 +132,21 @@ class Memory:
   def write(self, rows: Sequence[int], arrays: Sequence[Mapping[str, Any]]) -> None:
     self._rows.update(zip(rows, arrays, strict=True))
 
-  def read(self, rows: Sequence[int], where: Bool[np.ndarray, "B L"]):
-    return _spread(self._rows.__getitem__, self.name, rows, where)
+  def read(self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]):
+    return _spread(self._rows.__getitem__, self.name, texts, where)
 
 
-def _spread(find, name: str, rows, where) -> dict[str, np.ndarray]:
-  """The rows' arrays at their places in a batch."""
+def _spread(find, name: str, texts, where) -> dict[str, np.ndarray]:
+  """The texts' arrays at their places in a batch."""
   out: dict[str, np.ndarray] = {}
-  for i, row in enumerate(rows):
-    for key, values in find(int(row)).items():
+  for i, indices in enumerate(texts):
+    found = [find(int(index)) for index in indices]
+    for key in found[0]:
+      values = np.concatenate([arrays[key] for arrays in found])
       if len(values) != where[i].sum():
         raise UserError(
-          f"{name}: row {row} has {len(values)} tokens there, but {where[i].sum()} in "
-          "this run"
+          f"{name}: row {', '.join(map(str, indices))} has {len(values)} tokens there, "
+          f"but {where[i].sum()} in this run"
         )
       if key not in out:
         out[key] = np.zeros((*where.shape, *values.shape[1:]), values.dtype)

@@ -172,6 +172,7 @@ def _start(parts: Run, checkpoints, sampler) -> tuple[TrainState, int, Iterator]
     batch_size=config.train.batch_size,
     length=config.data.max_length,
     pad_id=PAD_ID,
+    packs=parts.packs,
     seed=config.train.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),

@@ -61,12 +61,12 @@ def prepare(run: setup.Run, kept: Kept | None) -> Kept | None:
 
   precompute.fill(run, run.train, kept, below, "segment_ids")
   rows = run.steps * run.config.train.batch_size
-  if rows < 2 * len(run.train):
+  if rows < 2 * len(run.packs):
     _log.warning(
       "%s: the run sees its %d rows %.1f times; a trunk pays from the second time on",
       Path(kept.name).name,
-      len(run.train),
-      rows / len(run.train),
+      len(run.packs),
+      rows / len(run.packs),
     )
   return kept
 

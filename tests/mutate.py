@@ -262,6 +262,14 @@ BUGS = (
     "tests/test_transformer.py -k packed",
   ),
   Bug(
+    "packed rows are one text",
+    "maxtext",
+    "okd_jax/data/pack.py",
+    'row["segment_ids"][start:stop] = segment',
+    'row["segment_ids"][start:stop] = 1',
+    "tests/test_pack.py -k in_one_row",
+  ),
+  Bug(
     "positions do not restart in packed rows",
     "torchtune",
     "okd_jax/models/attention.py",

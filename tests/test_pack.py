@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from okd_jax.data import Example, pad_row
+from okd_jax.data import Example, pack, pack_row, pad_row, positions
 
 PAD = 7
 
@@ -94,3 +94,46 @@ def test_padding_changes_nothing_real(response, lengths):
   for name in ("tokens", "labels", "mask", "segment_ids"):
     a, b = (row[name][: len(ids) - 1].tolist() for row in rows)
     assert a == b
+
+
+def test_texts_in_one_row():
+  """Guards B6: no label is the next text's token (torchtune shifted packed labels)."""
+  texts = [example([5, 6, 7, 8], 2), example([1, 2], 1), example([3, 4, 9], 0)]
+  row = pack_row(texts, 8, PAD)
+  assert {name: values.astype(int).tolist() for name, values in row.items()} == {
+    "tokens": [5, 6, 7, 1, 3, 4, PAD, PAD],
+    "labels": [6, 7, 8, 2, 4, 9, PAD, PAD],
+    "mask": [0, 1, 1, 1, 1, 1, 0, 0],
+    "segment_ids": [1, 1, 1, 2, 3, 3, 0, 0],
+  }
+  assert row["mask"].dtype == bool
+  with pytest.raises(ValueError, match="3 tokens do not make a row of length 1"):
+    pack_row(texts, 5, PAD)
+
+
+def test_the_fullest_row_with_room():
+  # 9 6 5 3 3 2 into rows of 10: the 3s go beside the 6 and the 5, the 2 beside 5 + 3.
+  assert pack([3, 9, 5, 2, 6, 3], 10) == [(1,), (4, 0), (2, 5, 3)]
+  with pytest.raises(ValueError, match="text 1 takes 11 positions of a row of 10"):
+    pack([3, 11], 10)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60))
+def test_rows_are_few(lengths):
+  """Each text once, no row too long, and no two rows that could have been one."""
+  rows = pack(lengths, 30)
+  assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+  sums = sorted(sum(lengths[i] for i in row) for row in rows)
+  assert sums[-1] <= 30
+  assert len(sums) == 1 or sums[0] + sums[1] > 30
+
+
+@given(prompts=st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_a_packed_row_is_its_texts_rows(prompts):
+  texts = [example(range(i, i + 5), prompt) for i, prompt in enumerate(prompts)]
+  row = pack_row(texts, 30, PAD)
+  for i, text in enumerate(texts):
+    alone = pad_row(text, positions(text), PAD)
+    mine = row["segment_ids"] == i + 1
+    for name in ("tokens", "labels", "mask"):
+      np.testing.assert_array_equal(row[name][mine], alone[name])

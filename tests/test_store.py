@@ -35,12 +35,27 @@ def test_what_was_written_comes_back(tmp_path_factory, lengths, data):
   where = np.zeros((len(lengths), 6), bool)
   for place, row in enumerate(order):
     where[place, 1 : 1 + lengths[row]] = True
-  read = kept.read(order, where)
+  read = kept.read([[row] for row in order], where)
   for place, row in enumerate(order):
     for name, values in arrays(row, lengths[row]).items():
       assert read[name].dtype == values.dtype
       np.testing.assert_array_equal(read[name][place][where[place]], values)
       assert not read[name][place][~where[place]].any()
+
+
+def test_several_texts_in_a_row(tmp_path):
+  kept = store.begin(tmp_path / "s", 3, ABOUT)
+  texts = [arrays(index, 2 + index) for index in range(3)]
+  kept.write([0, 1, 2], texts)
+  where = np.arange(8)[None] < [[6], [3]]
+  read = kept.read([[2, 0], [1]], where)
+  for name in texts[0]:
+    both = np.concatenate([texts[2][name], texts[0][name]])
+    np.testing.assert_array_equal(read[name][0, :6], both)
+    np.testing.assert_array_equal(read[name][1, :3], texts[1][name])
+    assert not read[name][~where].any()
+  with pytest.raises(UserError, match="row 2, 0 has 6 tokens there, but 3 in this run"):
+    kept.read([[2, 0], [2, 0]], where)
 
 
 def test_a_writer_goes_on_with_what_is_missing(tmp_path):
@@ -50,7 +65,7 @@ def test_a_writer_goes_on_with_what_is_missing(tmp_path):
   again = store.begin(tmp_path / "s", 3, ABOUT)
   assert again.missing() == [0, 2]
   with pytest.raises(UserError, match="lacks row 0"):
-    again.read([1, 0], np.ones((2, 2), bool))
+    again.read([[1], [0]], np.ones((2, 2), bool))
 
 
 def test_a_store_begun_by_a_writer_that_was_killed(tmp_path):
@@ -96,4 +111,4 @@ def test_a_row_of_another_length_is_refused(tmp_path):
   kept = store.begin(tmp_path / "s", 1, ABOUT)
   kept.write([0], [arrays(0, 4)])
   with pytest.raises(UserError, match="row 0 has 4 tokens there, but 3"):
-    kept.read([0], np.ones((1, 3), bool))
+    kept.read([[0]], np.ones((1, 3), bool))

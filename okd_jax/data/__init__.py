@@ -9,8 +9,8 @@ from okd_jax.data.encode import (
   show_example,
   stop_ids,
 )
-from okd_jax.data.loader import eval_batches, train_loader
-from okd_jax.data.pack import PAD_ID, pad_row
+from okd_jax.data.loader import each_alone, eval_batches, train_loader
+from okd_jax.data.pack import PAD_ID, pack, pack_row, pad_row, positions
 from okd_jax.data.pairing import pair, shared_text
 from okd_jax.data.sources import Record, load_records, read_references
 from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
@@ -22,12 +22,16 @@ __all__ = [
   "Limits",
   "Record",
   "compare_tokenizers",
+  "each_alone",
   "encode",
   "eval_batches",
   "load_records",
   "make_tokenizer",
+  "pack",
+  "pack_row",
   "pad_row",
   "pair",
+  "positions",
   "prepare",
   "read_references",
   "shared_text",

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from okd_jax.data.encode import Example
-from okd_jax.data.pack import pad_row
+from okd_jax.data.pack import pack_row
 
 Batch = dict[str, np.ndarray]
 
@@ -18,6 +18,7 @@ def train_loader(
   length: int,
   pad_id: int,
   seed: int,
+  packs: Sequence[tuple[int, ...]] | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -33,10 +34,11 @@ def train_loader(
   Args:
     batch_size: the global one; process i yields rows i * B / P to (i + 1) * B / P.
     seed: any integer from 0 to 2^32 - 1.
+    packs: which of `examples` share a row (`pack`); None gives each a row of its own.
 
   Yields:
-    What `pad_row` gives, stacked to [B / P, L], and `row` int32 [B / P], the index
-    into `examples`.
+    What `pack_row` gives, stacked to [B / P, L], and `row` int32 [B / P], the index
+    into `packs`, or into `examples`.
   """
   if not examples:
     raise ValueError("there are no examples to train on")
@@ -44,13 +46,14 @@ def train_loader(
     raise ValueError(
       f"batch size {batch_size} cannot be divided among {process_count} processes"
     )
+  packs = packs or each_alone(examples)
   share = batch_size // process_count
   mine = slice(process_index * share, (process_index + 1) * share)
   # As good as endless; grain's own endless repetition overflows in batches of one row.
-  epochs = 2**40 // len(examples) + 1
-  order = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat(epochs)
+  epochs = 2**40 // len(packs) + 1
+  order = grain.MapDataset.range(len(packs)).seed(seed).shuffle().repeat(epochs)
   batches = order.batch(batch_size).map(
-    lambda rows: _batch(examples, rows[mine], length, pad_id)
+    lambda rows: _batch(examples, packs, rows[mine], length, pad_id)
   )
   # No threads: rows are in memory already, and nothing is ahead of the state.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -65,16 +68,27 @@ def eval_batches(
   The last batch is filled up with rows that count for nothing: `segment_ids` 0,
   `mask` false, `row` -1.
   """
+  packs = each_alone(examples)
   for start in range(0, len(examples), batch_size):
     rows = np.arange(start, min(start + batch_size, len(examples)))
-    batch = _batch(examples, rows, length, pad_id)
+    batch = _batch(examples, packs, rows, length, pad_id)
     yield _filled(batch, batch_size, pad_id)
 
 
+def each_alone(examples: Sequence[Example]) -> list[tuple[int, ...]]:
+  """The packs of rows with one text each."""
+  return [(index,) for index in range(len(examples))]
+
+
 def _batch(
-  examples: Sequence[Example], rows: np.ndarray, length: int, pad_id: int
+  examples: Sequence[Example],
+  packs: Sequence[tuple[int, ...]],
+  rows: np.ndarray,
+  length: int,
+  pad_id: int,
 ) -> Batch:
-  padded = [pad_row(examples[row], length, pad_id) for row in rows]
+  texts = [[examples[index] for index in packs[row]] for row in rows]
+  padded = [pack_row(row, length, pad_id) for row in texts]
   batch = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
   return batch | {"row": np.asarray(rows, np.int32)}
 

@@ -1,7 +1,9 @@
-"""Rows of one fixed length, shifted for training."""
+"""Rows of one fixed length, shifted for training; one text each, or packed."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Int32
 
 from okd_jax.data.encode import Example
 
@@ -10,41 +12,83 @@ PAD_ID = 0
 
 
 def pad_row(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]:
+  """`pack_row` of one text."""
+  return pack_row([example], length, pad_id)
+
+
+def pack_row(
+  examples: Sequence[Example], length: int, pad_id: int
+) -> dict[str, np.ndarray]:
   """A row for next-token prediction: at position t, `labels[t]` follows `tokens[t]`.
 
-  n tokens make n - 1 predictions, so a row of `length` tokens leaves the last
-  position empty; in return shapes are round numbers.
+  n tokens of a text make n - 1 predictions and take n - 1 positions, so no label is
+  another text's token; in return shapes are round numbers.
 
   Returns:
     `tokens` and `labels` int32 [L], padded on the right with `pad_id`; `mask` bool
-    [L], true from the position that predicts the first response token (the last of
-    the prompt) to the one that predicts the last; `segment_ids` int32 [L], 1 where
-    there is a token and 0 where there is padding. Mask and segments come from the
-    lengths alone: the padding id may well be EOS, or a token of the text.
+    [L], true from the position that predicts a text's first response token (the last
+    of its prompt) to the one that predicts the last; `segment_ids` int32 [L], 1 for
+    the first text, 2 for the second and so on, 0 where there is padding. Mask and
+    segments come from the lengths alone: the padding id may well be EOS, or a token of
+    the text.
+
+  Raises:
+    ValueError: if a text has no prediction, or all together do not fit.
   """
-  count = len(example.tokens) - 1
-  if not 0 < count <= length:
-    raise ValueError(
-      f"{example.where}: {count + 1} tokens do not make a row of length {length}"
-    )
-  position = np.arange(length)
-  return {
-    "tokens": _padded(example.tokens[:-1], length, pad_id),
-    "labels": _padded(example.tokens[1:], length, pad_id),
-    "mask": _mask(position, example.prompt_length, count),
-    "segment_ids": (position < count).astype(np.int32),
+  row = {
+    "tokens": np.full(length, pad_id, np.int32),
+    "labels": np.full(length, pad_id, np.int32),
+    "mask": np.zeros(length, bool),
+    "segment_ids": np.zeros(length, np.int32),
   }
-
-
-def _mask(
-  position: Int[np.ndarray, " L"], prompt_length: int, count: int
-) -> Bool[np.ndarray, " L"]:
-  return (position >= prompt_length - 1) & (position < count)
-
-
-def _padded(
-  tokens: Int32[np.ndarray, " _"], length: int, pad_id: int
-) -> Int32[np.ndarray, " L"]:
-  row = np.full(length, pad_id, np.int32)
-  row[: len(tokens)] = tokens
+  start = 0
+  for segment, example in enumerate(examples, 1):
+    stop = start + positions(example)
+    if not start < stop <= length:
+      raise ValueError(
+        f"{example.where}: {len(example.tokens)} tokens do not make a row of length "
+        f"{length - start}"
+      )
+    row["tokens"][start:stop] = example.tokens[:-1]
+    row["labels"][start:stop] = example.tokens[1:]
+    row["mask"][start + max(example.prompt_length - 1, 0) : stop] = True
+    row["segment_ids"][start:stop] = segment
+    start = stop
   return row
+
+
+def positions(example: Example) -> int:
+  """How many positions of a row a text takes."""
+  return len(example.tokens) - 1
+
+
+def pack(lengths: Int32[np.ndarray, " N"], length: int) -> list[tuple[int, ...]]:
+  """Which texts share a row of `length` positions: each once, as few rows as can be.
+
+  Best-fit decreasing: from the longest to the shortest, each text into the fullest row
+  that has room for it. At most 11/9 of the least number of rows (Johnson et al. 1974),
+  as first-fit decreasing, and one bit operation finds the row: bit r of `open_` is set
+  where some row has r positions left.
+
+  Raises:
+    ValueError: if a text is longer than a row.
+  """
+  rows: list[list[int]] = []
+  with_room: list[list[int]] = [[] for _ in range(length + 1)]
+  open_ = 0
+  for text in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+    need = int(lengths[text])
+    if need > length:
+      raise ValueError(f"text {text} takes {need} positions of a row of {length}")
+    fitting = open_ >> need
+    if fitting:
+      room = need + (fitting & -fitting).bit_length() - 1
+      row = with_room[room].pop()
+      open_ ^= 0 if with_room[room] else 1 << room
+    else:
+      row, room = len(rows), length
+      rows.append([])
+    rows[row].append(text)
+    with_room[room - need].append(row)
+    open_ |= 1 << (room - need)
+  return [tuple(row) for row in rows]

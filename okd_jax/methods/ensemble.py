@@ -109,6 +109,7 @@ def build(
       loss,
       updates=(("student", "gate"),),
       trees={"gate": (gate.init, gate_lr)},
+      takes_packed=gate_per == "token",
       **common,
     )
   if weighting == "reinforced":
@@ -118,6 +119,7 @@ def build(
       updates=(("student",), ("policy",)),
       trees={"policy": (policy.init, gate_lr)},
       sequences=Sequences(prepare=prepare),
+      takes_packed=False,
       **common,
     )
   return Method(loss, **common)

@@ -145,6 +145,7 @@ class Method:
   module: the kind of online module where adapter.kind leaves it open.
   takes_stored: whether the loss reads what a teacher said before, batch['stored'],
     where there is no teacher (`cache_teacher`).
+  takes_packed: whether a row may hold several texts, apart only by 'segment_ids'.
   """
 
   loss: Callable[[Models, Params, Any, Batch, Array, Mapping[str, Any]], Loss]
@@ -155,6 +156,7 @@ class Method:
   weights: Callable[[Array], Array] = token_weights
   module: str = "lora"
   takes_stored: bool = False
+  takes_packed: bool = True
   trees: Mapping[str, tuple[Callable, float]] = dataclasses.field(default_factory=dict)
 
   def knobs_at(self, progress) -> dict[str, Any]:

@@ -107,7 +107,8 @@ def build(
     "temperature": temperature,
     "gold_weight": gold_weight,
   }
-  return Method(loss=loss, teacher="frozen", knobs=knobs | own_shape(shape, divergence))
+  knobs |= own_shape(shape, divergence)
+  return Method(loss=loss, teacher="frozen", knobs=knobs, takes_packed=False)
 
 
 def mix_rows(batch, order, share):
