@@ -1,6 +1,7 @@
 """Losses over a vocabulary without ever holding [B, L, V].
 
-The hidden states of one or several models are walked over in chunks of positions.
+The hidden states of one or several models are walked over in chunks of positions,
+those that count alone: padding and prompts have no logits.
 Each chunk gets its logits, its per-token loss and, in the same pass, the gradient of
 that loss, so no logit is computed twice and none outlives its chunk. Any function of
 the logits can be chunked, of any number of models at once: that is what lets one
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PyTree, Shaped
 
 # (logits by model [B, C, V], labels [B, C], **knobs) -> (loss [B, C], metrics [B, C] by
-# name)
+# name): of any B * C positions, neither rows nor neighbours.
 TokenLoss = Callable[..., tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]]]
 Labels = PyTree[Shaped[Array, "B L ..."]]
 
@@ -67,7 +68,7 @@ def weighted_sums(
     labels: gold next tokens, or any tree of arrays [B, L, …]: what the loss wants to
       know about each position.
     weights: float weight of each position, 0 where masked (`mean.token_weights`).
-    chunk: positions per row that have their logits in memory at once; 0 is
+    chunk: positions, times rows, that have their logits in memory at once; 0 is
       `fitting_chunk`.
     knobs: traced scalars, which the loss gets as keywords.
   """
@@ -108,15 +109,15 @@ def _per_shard(x: Float[Array, "G ..."]):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(token_loss, chunk, outputs, labels, weights, knobs):
   token_loss = functools.partial(token_loss, **knobs)
+  chunks, used, _ = _counting_first(outputs, labels, weights, chunk)
 
-  def body(sums, inputs):
-    hidden, labels, weights = inputs
+  def body(i, sums):
+    hidden, labels, weights = _chunk(chunks, i)
     logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
     new = _chunk_sums(token_loss, logits, labels, weights)
-    return jax.tree.map(jnp.add, sums, new), None
+    return jax.tree.map(jnp.add, sums, new)
 
-  chunks = _split(outputs, labels, weights, chunk)
-  return jax.lax.scan(body, _zeros(token_loss, outputs, chunks), chunks)[0]
+  return jax.lax.fori_loop(0, used, body, _zeros(token_loss, outputs, chunks))
 
 
 def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
@@ -130,9 +131,12 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
   token_loss = functools.partial(token_loss, **knobs)
   fitted = [name for name in outputs if any(trained[name])]
 
-  def body(carry, inputs):
-    sums, head_grads = carry
-    hidden, labels, weights = inputs
+  chunks, used, order = _counting_first(outputs, labels, weights, chunk)
+  shards = len(order)
+
+  def body(i, carry):
+    sums, head_grads, hidden_grads = carry
+    hidden, labels, weights = _chunk(chunks, i)
     logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
 
     def loss_of(fitted_logits):
@@ -143,35 +147,37 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
     )
     grads = pull(jnp.ones_like(loss))[0]
     sums = jax.tree.map(jnp.add, sums, (loss, metrics))
-    hidden_grads = {}
+    head_grads, hidden_grads = dict(head_grads), dict(hidden_grads)
     for name, grad in grads.items():
       h, head = hidden[name], outputs[name].head
       grad = grad.astype(h.dtype)
       if trained[name][0]:
         product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
-        hidden_grads[name] = product
+        hidden_grads[name] = hidden_grads[name].at[i].set(product)
       if trained[name][1]:
         h, grad = (x.reshape(shards, -1, *x.shape[1:]) for x in (h, grad))
         product = jnp.einsum(
           "gbcd,gbcv->gdv", h, grad, preferred_element_type=jnp.float32
         )
         head_grads[name] += _per_shard(product)
-    return (sums, head_grads), hidden_grads
+    return sums, head_grads, hidden_grads
 
-  chunks = _split(outputs, labels, weights, chunk)
   # A sum of its own for each device, so that none waits for the others in the loop.
-  shards = _shards(len(weights))
   head_grads = {
     name: _per_shard(jnp.zeros((shards, *outputs[name].head.shape[::-1]), jnp.float32))
     for name in fitted
     if trained[name][1]
   }
-  init = (_zeros(token_loss, outputs, chunks), head_grads)
-  (sums, head_grads), hidden_grads = jax.lax.scan(body, init, chunks)
-  length = weights.shape[1]
+  hidden_grads = {
+    name: jnp.zeros_like(chunks[0][name]) for name in fitted if trained[name][0]
+  }
+  init = (_zeros(token_loss, outputs, chunks), head_grads, hidden_grads)
+  sums, head_grads, hidden_grads = jax.lax.fori_loop(0, used, body, init)
   grads = {
     name: Output(
-      hidden=_join(hidden_grads[name], length) if name in hidden_grads else None,
+      hidden=_put_back(hidden_grads[name], order, output.hidden.shape)
+      if name in hidden_grads
+      else None,
       head=head_grads[name].sum(0).T.astype(output.head.dtype)
       if name in head_grads
       else None,
@@ -198,23 +204,64 @@ def _chunk_sums(token_loss, logits, labels, weights):
   return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
 
 
-def _split(outputs, labels, weights, chunk: int):
-  """[B, L, …] to [chunks, B, C, …]; the last chunk is filled with weight 0."""
-  length = weights.shape[1]
-  size = min(chunk, length)
-  count = -(-length // size)
+def _counting_first(outputs, labels, weights, chunk: int):
+  """The positions that count, before all others, in chunks.
 
-  def split(x):
-    pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, pad).reshape(x.shape[0], count, size, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+  Those of one device's rows are one group, so that short rows and long prompts leave
+  no gaps: of padding and prompts hardly any logit is ever computed.
+
+  Returns:
+    ((hidden states, labels, weights) [chunks, B, C, …], how many chunks have a
+    position that counts, order [G, N]: where each one came from).
+  """
+  rows, length = weights.shape
+  shards = _shards(rows)
+  group = functools.partial(_grouped, shards=shards)
+  counts = group(weights) != 0
+  order = jnp.argsort(~counts, axis=1, stable=True)
+  size = min(chunk, length)
+
+  def lay_out(x):
+    x = _cut(_pick(group(x), order), size * rows // shards)
+    return x.reshape(-1, rows, size, *x.shape[3:])
 
   # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
   hidden = {
     name: jnp.where(weights[..., None] != 0, output.hidden, 0)
     for name, output in outputs.items()
   }
-  return jax.tree.map(split, (hidden, labels, weights))
+  chunks = jax.tree.map(lay_out, (hidden, labels, weights))
+  return chunks, -(-counts.sum(1).max() * shards // (size * rows)), order
+
+
+def _grouped(x, shards: int):
+  """[B, L, …] to [G, N, …]: what is on one device, or was meant to be, in one group."""
+  return _per_shard(x.reshape(shards, -1, *x.shape[2:]))
+
+
+def _pick(x, places):
+  """The values of each group at its `places`, [G, N, …] at [G, N]."""
+  return jax.vmap(lambda group, places: group[places])(x, places)
+
+
+def _cut(x, size: int):
+  """[G, N, …] to [chunks, G, C, …]; the last chunk is filled with zeros."""
+  groups, length = x.shape[:2]
+  count = -(-length // size)
+  pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad).reshape(groups, count, size, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def _chunk(chunks, i):
+  return jax.tree.map(lambda x: x[i], chunks)
+
+
+def _put_back(chunks, order, shape):
+  """[chunks, B, C, …] to [B, L, …], each value where `order` says it came from."""
+  groups, length = order.shape
+  joined = _join(chunks.reshape(len(chunks), groups, -1, *chunks.shape[3:]), length)
+  return _pick(joined, jnp.argsort(order, axis=1)).reshape(shape)
 
 
 def _join(chunks, length: int):
@@ -226,7 +273,7 @@ def _zeros(token_loss, outputs, chunks):
   """Zeros shaped like one chunk's sums, found without computing one."""
 
   def first(outputs, chunks):
-    hidden, labels, weights = jax.tree.map(lambda x: x[0], chunks)
+    hidden, labels, weights = _chunk(chunks, 0)
     logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
     return _chunk_sums(token_loss, logits, labels, weights)
 
@@ -250,13 +297,14 @@ def per_token(
   """
   rows, length = jax.tree.leaves(labels)[0].shape[:2]
   chunk = chunk or fitting_chunk(outputs, rows)
-  everywhere = jnp.ones((rows, length))
   outputs = jax.lax.stop_gradient(dict(outputs))
 
   def body(_, inputs):
-    hidden, labels, _ = inputs
+    hidden, labels = inputs
     logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
     return None, function(logits, labels)
 
-  _, values = jax.lax.scan(body, None, _split(outputs, labels, everywhere, chunk))
+  hidden = {name: output.hidden for name, output in outputs.items()}
+  cut = functools.partial(_cut, size=min(chunk, length))
+  _, values = jax.lax.scan(body, None, jax.tree.map(cut, (hidden, labels)))
   return jax.tree.map(lambda x: _join(x, length), values)
