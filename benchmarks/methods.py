@@ -4,6 +4,7 @@
     python benchmarks/methods.py --config=configs/stories.py
     python benchmarks/methods.py --config=configs/debug.py --names=kd,okd,gkd
     python benchmarks/methods.py --names=kd,okd@adapter.layers=2@teacher.trunk=memory
+    python benchmarks/methods.py --names=okd,okd@data.pack=True
 
 Every method trains the same student on the same rows. A round is a few steps of each
 method, so that whatever else the machine does hits all of them alike; the ratio to the
@@ -105,8 +106,10 @@ def main(arguments: list[str]) -> None:
     runs = {name: _build(args, config, name, Path(folder)) for name in args.names}
     first = runs[args.names[0]]
     with jax.set_mesh(first.mesh):
-      batches = _batches(args, first)
-      racers = {k: Racer(run, batches, Path(folder) / k) for k, run in runs.items()}
+      racers = {
+        name: Racer(run, _batches(args, run), Path(folder) / name)
+        for name, run in runs.items()
+      }
       rounds = _race(args, racers)
   print(_section(args, first, racers, rounds), flush=True)
 
@@ -119,7 +122,8 @@ def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
 
 
 def _batches(args, run: setup.Run) -> list[dict[str, Any]]:
-  """The rows of a round's steps; every round and every method has the same."""
+  """The rows of a round's steps; every round has the same, and so has every method
+  that does not pack them."""
   loader = train_loader(
     run.train,
     batch_size=run.config.train.batch_size,
