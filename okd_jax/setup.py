@@ -30,7 +30,6 @@ from okd_jax.errors import UserError
 from okd_jax.evaluate import check_vocabulary
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, ModelConfig
-from okd_jax.models.hf import load_tokenizer
 from okd_jax.rows import Reading, make_packs, paths, read_rows
 from okd_jax.saliency import Choice, block_saliency, choose, read
 from okd_jax.step import TrainState, init_state
@@ -208,13 +207,11 @@ def _tokenizer(config, workdir: Path, loaded, records):
     return next(iter(own.values()))
   made = workdir / "tokenizer"
   if made.exists():  # trained by the run that is resumed here
-    return load_tokenizer(made)
+    return models.load_tokenizer(made)
   if spec == "bytes" or spec.startswith("bpe:"):
     tokenizer = make_tokenizer(spec, records)
   else:
-    tokenizer = models.load(spec, params=False).tokenizer
-    if tokenizer is None:
-      raise UserError(f"data.tokenizer={spec} has no tokenizer")
+    tokenizer = models.load_tokenizer(spec)
   for name in own:
     compare_tokenizers(own[name], tokenizer)
   return tokenizer

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
+from okd_jax import models
 from okd_jax.data import Record, compare_tokenizers, load_records, make_tokenizer
 from okd_jax.data.tokenizer import _byte_chars
 from okd_jax.errors import UserError
@@ -162,3 +163,10 @@ def test_a_padding_id_that_is_text_to_the_other_does():
   another.add_tokens(["word"])
   with pytest.raises(UserError, match="id 270: '<pad>' in teacher, 'word' in student"):
     compare_tokenizers(other, another)
+
+
+def test_a_folder_with_nothing_but_a_tokenizer(shared):
+  tokenizer = models.load_tokenizer(shared / "tokenizers" / "gpt2")
+  assert tokenizer.decode(tokenizer.encode("Once upon")) == "Once upon"
+  with pytest.raises(UserError, match="there is no such file or folder"):
+    models.load_tokenizer("./nowhere")

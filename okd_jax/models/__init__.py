@@ -47,6 +47,7 @@ __all__ = [
   "init_cache",
   "load",
   "load_adapter",
+  "load_tokenizer",
   "output",
   "parameter_shapes",
   "positions_from_segments",
@@ -108,6 +109,21 @@ def load(
   place = _find(path)
   reader = gguf if place.is_file() else hf
   return Model(*reader.load(place, dtype=dtype, put=put, params=params))
+
+
+def load_tokenizer(path: str | os.PathLike):
+  """The tokenizer of a model, or of a folder that holds nothing else.
+
+  Raises:
+    UserError: as `load` does, and if there is none.
+  """
+  place, tokenizer = _find(path), None
+  if place.is_dir() and not hf.is_model(place):
+    tokenizer = hf.load_tokenizer(place)
+  tokenizer = tokenizer or load(place, params=False).tokenizer
+  if tokenizer is None:
+    raise UserError(f"{path} has no tokenizer")
+  return tokenizer
 
 
 def fingerprint(path: str | os.PathLike) -> str:
