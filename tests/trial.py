@@ -220,3 +220,17 @@ def make_batch(seed=0, rows=8, length=12):
     "segment_ids": real.astype(np.int32),
   }
   return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+def kept_by_layers(loss, *arguments):
+  """How many numbers each scan of layers keeps for the backward pass of `loss`.
+
+  Of the first argument's gradient; backward scans keep none.
+  """
+  program = jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr
+  scans = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
+  return [
+    sum(var.aval.size for var in eqn.outvars[eqn.params["num_carry"] :])
+    for eqn in scans
+    if not eqn.params["reverse"]
+  ]

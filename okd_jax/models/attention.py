@@ -10,6 +10,8 @@ Notable features:
 Plain functions: the modules that own the parameters are in `transformer.py`.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -94,8 +96,16 @@ def attend(
     key_BLKD, value_BLKD = map(_prepend, prefix, (key_BLKD, value_BLKD))
     width = ((0, 0), (0, 0), (0, 0), (prefix[0].shape[1], 0))
     mask = jnp.pad(mask, width, constant_values=True)
-  out = jax.nn.dot_product_attention(query_BLHD, key_BLKD, value_BLKD, mask=mask)
-  return out, written
+  attention = recomputed(functools.partial(jax.nn.dot_product_attention, mask=mask))
+  return attention(query_BLHD, key_BLKD, value_BLKD), written
+
+
+def recomputed(function: Callable) -> Callable:
+  """`function`, of which the backward pass keeps the arguments and nothing else.
+
+  For what costs little arithmetic beside the arrays it makes on its way.
+  """
+  return jax.checkpoint(function, prevent_cse=False)
 
 
 def _prepend(prefix, keys_BSKD):

@@ -38,6 +38,7 @@ from okd_jax.models.attention import (
   extend,
   init_cache,
   positions_from_segments,
+  recomputed,
   rope_frequencies,
 )
 from okd_jax.models.config import ModelConfig
@@ -317,9 +318,10 @@ class MLP(nn.Module):
     h = project(c.mlp_size, c.mlp_bias, name="up")(x)
     activate = _ACTIVATIONS[c.activation]
     if c.gated_mlp:
-      h = activate(project(c.mlp_size, c.mlp_bias, name="gate")(x)) * h
+      gate = project(c.mlp_size, c.mlp_bias, name="gate")(x)
+      h = recomputed(lambda gate, h: activate(gate) * h)(gate, h)
     else:
-      h = activate(h)
+      h = recomputed(activate)(h)
     return project(c.hidden_size, c.mlp_bias, name="down")(h)
 
 
@@ -353,15 +355,21 @@ class _Norm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    h = x.astype(jnp.float32)
+    scale, bias = self.param("scale", nn.initializers.ones, (x.shape[-1],)), None
     if self.config.norm == "layernorm":
-      h -= h.mean(-1, keepdims=True)
-    h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.config.norm_eps)
-    h *= scale.astype(jnp.float32)[None, None]
-    if self.config.norm == "layernorm":
-      h += self.param("bias", nn.initializers.zeros, (x.shape[-1],))[None, None]
-    return h.astype(self.dtype)
+      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+    normalize = functools.partial(_normalize, eps=self.config.norm_eps)
+    return recomputed(normalize)(x, scale, bias).astype(self.dtype)
+
+
+def _normalize(x, scale, bias, eps: float):
+  """LayerNorm, or RMSNorm where there is no bias; in float32."""
+  h = x.astype(jnp.float32)
+  if bias is not None:
+    h -= h.mean(-1, keepdims=True)
+  h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
+  h *= scale.astype(jnp.float32)[None, None]
+  return h if bias is None else h + bias[None, None]
 
 
 def _init_stack(block: Block, collection: str, key, count: int):
