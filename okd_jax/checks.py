@@ -4,6 +4,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from okd_jax import optim
 from okd_jax.errors import UserError
 from okd_jax.evaluate import answerable
 from okd_jax.methods import Method
@@ -15,13 +16,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 def check_settings(config: ConfigDict, method: Method) -> None:
   """Raises a UserError that names all that is wrong before anything is loaded."""
   problems = []
-  for key, value in (
-    ("train.dtype", config.train.dtype),
-    ("teacher.dtype", config.teacher.dtype or config.train.dtype),
-    ("export.dtype", config.export.dtype),
+  for key, value, allowed in (
+    ("train.dtype", config.train.dtype, DTYPES),
+    ("teacher.dtype", config.teacher.dtype or config.train.dtype, DTYPES),
+    ("export.dtype", config.export.dtype, DTYPES),
+    ("optim.dtype", config.optim.dtype or "float32", optim.DTYPES),
   ):
-    if value not in DTYPES:
-      problems.append(f"{key}={value!r} must be one of {', '.join(DTYPES)}")
+    if value not in allowed:
+      problems.append(f"{key}={value!r} must be one of {', '.join(allowed)}")
   for key, value, least in (
     ("train.steps", config.train.steps, 0),
     ("train.batch_size", config.train.batch_size, 1),

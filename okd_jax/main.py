@@ -1,11 +1,14 @@
 """Trains, evaluates and exports a student as a configuration file says.
 
-    python -m okd_jax.main --config=configs/X.py --workdir=DIR [--config.key=value …]
+    python -m okd_jax.main --config=configs/X.py --workdir=DIR [--config.key=value …] \\
+        [--profile]
 
 The same command resumes a run that was stopped or killed. Every key is listed, with
 its meaning, in configs/default.py. DIR gets config.json, metrics.jsonl, checkpoints/,
 student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online module;
 teacher/ and blocks.json instead where it is blocks of the teacher) and report.html.
+--profile adds profile/, a trace of the 3rd to the 7th step from here on, to be opened
+at ui.perfetto.dev or in TensorBoard; the run's results stay as they are.
 """
 
 from pathlib import Path
@@ -21,12 +24,13 @@ def main(arguments: list[str]) -> None:
     return
   parser = cli.Parser(prog="okd_jax.main", add_help=False)
   parser.add_argument("--workdir", default="")
+  parser.add_argument("--profile", action="store_true")
   args, rest = parser.parse_known_args(arguments)
   config = configuration.read(rest)
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
   cli.use_compilation_cache()
-  train.run(config, Path(args.workdir))
+  train.run(config, Path(args.workdir), args.profile)
 
 
 def _default_keys() -> str:

@@ -9,6 +9,7 @@ from okd_jax.errors import UserError
 from okd_jax.sharding import path_name
 
 SCHEDULES = ("constant", "cosine", "linear")
+DTYPES = ("float32", "bfloat16")  # float16 has no room for small gradients
 # Norm scales, biases and learned vectors are not decayed; matrices are.
 _DECAYED = ("kernel", "embedding", "head", "down", "up")
 
@@ -45,11 +46,16 @@ def build(
   eps: float,
   weight_decay: float,
   clip: float,
+  dtype: str = "",
 ) -> optax.GradientTransformation:
   """AdamW on one tree. `clip` bounds the tree's global gradient norm; 0 is off.
 
   Student and online module have one each, with norms of their own: a module's
   gradient never changes how the student's is clipped.
+
+  dtype: in which the first moment is kept and decayed; '' is the parameters' own. The
+    second moment is always as the parameters are: in bfloat16 it could never fall, as
+    x * .999 (b2) rounds to x. So would a first moment whose b1 is as near to 1.
   """
   parts = [optax.clip_by_global_norm(clip)] if clip else []
   adamw = optax.adamw(
@@ -59,6 +65,7 @@ def build(
     eps=eps,
     weight_decay=weight_decay,
     mask=decay_mask,
+    mu_dtype=dtype or None,
   )
   return optax.chain(*parts, adamw)
 

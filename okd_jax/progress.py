@@ -23,6 +23,9 @@ class Progress:
   def __init__(self, parts: Run, writer: Writer, step: int):
     self._parts, self._writer = parts, writer
     self._every = parts.config.train.log_every
+    # Now: a rate computed between two steps would wait for the one that runs then.
+    rates = jax.vmap(parts.learning_rate)(np.arange(parts.steps))
+    self._rates = jax.device_get(rates)
     self._tokens, self._since, self._total = 0.0, time.monotonic(), 0.0
     self._first, self._begin = step, time.monotonic()
     self._sampled: dict[str, list[float]] = {}
@@ -66,7 +69,7 @@ class Progress:
       now = time.monotonic()
       values["tokens_per_s"] = self._tokens / (now - self._since)
       values |= self._about_sampling(now - self._since)
-      values["lr"] = float(self._parts.learning_rate(step - 1))
+      values["lr"] = float(self._rates[step - 1])
       self._tokens, self._since, self._sampled = 0.0, now, {}
       self._writer.write(step, "train", values)
       self._show(step, values)

@@ -331,9 +331,8 @@ def _steps(config, rows: int) -> int:
 
 
 def _optimizers(config, learning_rate, adapter, method) -> dict[str, Any]:
-  options = {
-    key: config.optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip")
-  }
+  keys = ("b1", "b2", "eps", "weight_decay", "clip", "dtype")
+  options = {key: config.optim[key] for key in keys}
   optimizers = {"student": optim.build(learning_rate, **options)}
   if adapter:
     scale = config.adapter.lr_scale

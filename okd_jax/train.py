@@ -18,6 +18,7 @@ from okd_jax.evaluate import COLUMNS
 from okd_jax.evaluator import Evaluator
 from okd_jax.export import export_run, module_folder
 from okd_jax.files import write_text
+from okd_jax.profile import Profile
 from okd_jax.progress import Progress
 from okd_jax.sampler import Sampler, answers_beforehand
 from okd_jax.setup import Run
@@ -28,10 +29,11 @@ _log = logging.getLogger(__name__)
 TERMINATED = 128 + signal.SIGTERM
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, profile: bool = False) -> None:
   """Trains the stages that `config` names, in order, and then the run itself.
 
-  Whatever has finished is left alone, whatever was interrupted goes on.
+  Whatever has finished is left alone, whatever was interrupted goes on. With `profile`
+  each leaves a trace of some of its steps in its folder's profile/.
 
   Raises:
     UserError: for whatever is wrong with the configuration, a model or the data.
@@ -41,7 +43,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for name, part, folder in stages(config, workdir):
       if name:
         _log.info("stage %s, in %s", name, folder)
-      _run_one(part, folder, terminated)
+      _run_one(part, folder, terminated, profile)
 
 
 def stages(config: ConfigDict, workdir: Path):
@@ -79,7 +81,9 @@ def _resolve(config: ConfigDict, parts, workdir: Path) -> ConfigDict:
   return config
 
 
-def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> None:
+def _run_one(
+  config: ConfigDict, workdir: Path, terminated: "_Terminated", profile: bool
+) -> None:
   if _is_finished(config, workdir):
     _log.info("%s is finished already; name another workdir for another run", workdir)
     print(summary(workdir), flush=True)
@@ -108,8 +112,18 @@ def _run_one(config: ConfigDict, workdir: Path, terminated: "_Terminated") -> No
     )
     rows = metrics.read(workdir)
     evaluated = {row["step"]: row for row in rows if row["kind"] == "eval"}
+    trace = Profile(workdir / "profile" if profile else None, step, parts.steps)
     state = _loop(
-      parts, checkpoints, writer, state, step, loader, sampler, terminated, evaluated
+      parts,
+      checkpoints,
+      writer,
+      state,
+      step,
+      loader,
+      sampler,
+      terminated,
+      evaluated,
+      trace,
     )
     terminated.check()
     chosen = checkpoints.best_step()
@@ -189,7 +203,16 @@ def _start(parts: Run, checkpoints, sampler) -> tuple[TrainState, int, Iterator]
 
 
 def _loop(
-  parts: Run, checkpoints, writer, state, step, loader, sampler, terminated, evaluated
+  parts: Run,
+  checkpoints,
+  writer,
+  state,
+  step,
+  loader,
+  sampler,
+  terminated,
+  evaluated,
+  trace,
 ) -> TrainState:
   """Trains to the last step; returns the final state, saved and evaluated.
 
@@ -227,8 +250,9 @@ def _loop(
   progress = Progress(parts, writer, step)
   pending = None
   best, patience = config.eval.best, config.eval.patience
-  with progress:
+  with progress, trace:
     while step < parts.steps and not metrics.stalled(evaluated, best, patience):
+      trace.begin(step + 1, state)
       batch = next(loader)
       rows = batch["row"]
       batch, figures = sampler.batch(step, state.params, batch)

@@ -16,6 +16,7 @@ from commands import (
   losses,
   rows,
   same_folder,
+  second_half,
   train,
 )
 from safetensors.numpy import load_file
@@ -72,6 +73,16 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
   assert losses(whole) == losses(workdir)
 
 
+@pytest.mark.slow
+def test_moments_in_bfloat16_are_resumed_to_the_last_bit(finished, tmp_path):
+  whole, changes = tmp_path / "whole", ["--config.optim.dtype=bfloat16"]
+  train(whole, *changes)
+  second_half(whole, tmp_path / "cut", *changes)
+  exact, rounded = losses(finished[0]), losses(whole)
+  assert exact != rounded and exact[1] == rounded[1]
+  np.testing.assert_allclose(list(rounded.values()), list(exact.values()), rtol=1e-2)
+
+
 def test_sigterm_saves_and_exits_143(finished, tmp_path):
   whole, _ = finished
   workdir = tmp_path / "stopped"
@@ -94,6 +105,38 @@ def test_sigterm_saves_and_exits_143(finished, tmp_path):
   assert "the same command goes on" in rest
   train(workdir, *far)
   assert same_folder(whole / "student", workdir / "student")
+
+
+@pytest.mark.slow
+def test_a_profiled_run_is_the_same_run_even_when_stopped(finished, tmp_path):
+  """Stopped while it is traced, it leaves the trace and goes on without --profile."""
+  whole, _ = finished
+  workdir = tmp_path / "profiled"
+  process = subprocess.Popen(
+    command(
+      "main", "--config=configs/debug.py", f"--workdir={workdir}", *QUICK, "--profile"
+    ),
+    cwd=ROOT,
+    env=environment(),
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  for line in process.stderr:
+    if "step 3/6" in line:  # the first that is traced
+      process.send_signal(signal.SIGTERM)
+      break
+  rest = process.stderr.read()
+  process.stderr.close()
+  assert process.wait(timeout=200) == 143
+  assert "profile of steps 3 to" in rest and "the same command goes on" in rest
+  [trace] = (workdir / "profile").rglob("perfetto_trace.json.gz")
+  assert str(trace) in rest
+  done = train(workdir)
+  assert "resuming at step" in done.stderr and "profile" not in done.stderr
+  for name in ("student", "adapter"):
+    assert same_folder(whole / name, workdir / name)
+  assert losses(whole) == losses(workdir)
+  assert (whole / "config.json").read_bytes() == (workdir / "config.json").read_bytes()
 
 
 @pytest.mark.slow
@@ -261,6 +304,7 @@ def test_stages_run_in_order_and_once(tmp_path):
     (["--config.eval.best=rougeL", "--config.eval.generate=False"], ["eval.best"]),
     (["--config.optim.clip=-1.0"], ["optim.clip=-1.0"]),
     (["--config.optim.lr=nan"], ["optim.lr=nan"]),
+    (["--config.optim.dtype=float16"], ["optim.dtype='float16'", "bfloat16"]),
     (["--config.train.seed=-1"], ["train.seed=-1"]),
     (["--config.mesh.data=3"], ["mesh.data=3", "1 devices"]),
     (["--config.data.max_length=4000"], ["4000", "1024"]),
@@ -337,5 +381,6 @@ def test_all_rows_too_long(tmp_path):
 def test_help_names_every_key():
   done = call("main", "--help")
   assert "--config.optim.lr" in done.stdout and "teacher_kl_weight" in done.stdout
+  assert "--profile adds profile/" in done.stdout
   for module in ("evaluate", "export", "generate", "sample", "score"):
     assert "--help" in call(module, "--help").stdout
