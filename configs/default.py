@@ -147,6 +147,9 @@ def get_config() -> ConfigDict:
   config.train.seed = 0
   config.train.dtype = "float32"  # of activations and matmuls, or 'bfloat16'
   config.train.remat = False  # recompute activations in the backward pass
+  # xla, cudnn (NVIDIA, bfloat16 or float16) or splash (TPU); '' is the platform's own
+  # where it can compute what is asked, xla elsewhere. With a cache it is always xla.
+  config.train.attention = ""
   config.train.dropout = 0.0  # on the student's embeddings and residual branches
   # Positions a row whose logits are in memory at once; 0: as many as fit some MB.
   config.train.loss_chunk = 0

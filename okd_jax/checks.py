@@ -9,6 +9,7 @@ from okd_jax.errors import UserError
 from okd_jax.evaluate import answerable
 from okd_jax.methods import Method
 from okd_jax.methods.knobs import Linear
+from okd_jax.models import kernels
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -24,6 +25,11 @@ def check_settings(config: ConfigDict, method: Method) -> None:
   ):
     if value not in allowed:
       problems.append(f"{key}={value!r} must be one of {', '.join(allowed)}")
+  if config.train.attention not in ("", *kernels.KERNELS):
+    problems.append(
+      f"train.attention={config.train.attention!r} must be one of "
+      f"{', '.join(kernels.KERNELS)} or empty"
+    )
   for key, value, least in (
     ("train.steps", config.train.steps, 0),
     ("train.batch_size", config.train.batch_size, 1),
@@ -233,3 +239,26 @@ def check_lengths(config, decoders) -> None:
         f"data.max_prompt_length={config.data.max_prompt_length} or "
         f"eval.max_new_tokens={config.eval.max_new_tokens}"
       )
+
+
+def check_attention(config, decoders) -> None:
+  """Raises a UserError unless the kernel of train.attention can do what it is for.
+
+  Whoever names a kernel means it: XLA's must not quietly take its place.
+  """
+  kernel = config.train.attention
+  if kernel in ("", "xla"):
+    return
+  way_out = "leave it empty to have it wherever it can run, or set it to xla"
+  if kernel != (own := kernels.of_platform()):
+    raise UserError(
+      f"train.attention={kernel} does not run on this machine, where it would be "
+      f"{own}; {way_out}"
+    )
+  length = config.data.max_length
+  for role, decoder in decoders.items():
+    adapter = decoder.adapter
+    prefix = adapter.length if adapter and adapter.kind in ("prefix", "prompt") else 0
+    sizes = (decoder.config.head_dim, length, length + prefix)
+    if problem := kernels.problem(kernel, decoder.dtype, *sizes):
+      raise UserError(f"train.attention={kernel} {problem} (the {role}); {way_out}")

@@ -127,6 +127,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
       )
     adapter = adapter_config(config, kind, choice.blocks if choice else ())
     decoders |= _adapted(decoders, adapter, config.adapter.teachers)
+  checks.check_attention(config, decoders)
   packs = make_packs(config, train)
   steps = _steps(config, len(packs))
   learning_rate = optim.schedule(
@@ -305,7 +306,11 @@ def _adapted(decoders, adapter: AdapterConfig, names) -> dict[str, Decoder]:
 
 
 def _decoders(config, student_config, teacher, several) -> dict[str, Decoder]:
-  common = dict(dtype=jnp.dtype(config.train.dtype), remat=config.train.remat)
+  common = dict(
+    dtype=jnp.dtype(config.train.dtype),
+    remat=config.train.remat,
+    attention=config.train.attention,
+  )
   decoders = {"student": Decoder(student_config, **common)}
   if teacher:
     decoders["teacher"] = Decoder(teacher.config, **common)

@@ -118,7 +118,7 @@ def settings(flags: argparse.Namespace) -> dict[str, Any]:
   given = {k: v for k, v in vars(flags).items() if k not in ("command", "output")}
   config = given.pop("config")
   parts = {name: config[name].to_dict() for name in ("method", "adapter")}
-  keys = ("dtype", "remat", "loss_chunk", "microbatches", "batch_size")
+  keys = ("dtype", "remat", "attention", "loss_chunk", "microbatches", "batch_size")
   parts["train"] = {key: config.train[key] for key in keys}
   return given | parts | {"length": config.data.max_length}
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from okd_jax import methods, models, optim, setup, sharding
+from okd_jax import checks, methods, models, optim, setup, sharding
 from okd_jax.bench import flops, measure
 from okd_jax.bench.measure import at_least
 from okd_jax.errors import UserError
@@ -78,6 +78,7 @@ def build(flags: argparse.Namespace) -> Trial:
   if plan.sampled or plan.beforehand or plan.prepare or method.teacher == "several":
     raise UserError(f"--method={flags.method} is more than a step on given rows")
   decoders = _decoders(flags, method, student, teacher)
+  checks.check_attention(config, decoders)
   state, frozen, optimizers = _state(decoders)
   apply = methods.apply_functions(decoders, config.train.loss_chunk)
   mesh = sharding.make_mesh()
@@ -105,7 +106,11 @@ def build(flags: argparse.Namespace) -> Trial:
 
 def _decoders(flags, method, student: ModelConfig, teacher: ModelConfig):
   config = flags.config
-  common = dict(dtype=jnp.dtype(config.train.dtype), remat=config.train.remat)
+  common = dict(
+    dtype=jnp.dtype(config.train.dtype),
+    remat=config.train.remat,
+    attention=config.train.attention,
+  )
   decoders = {"student": Decoder(student, **common)}
   if method.teacher != "none":
     decoders["teacher"] = Decoder(teacher, **common)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from okd_jax.models import kernels
 from okd_jax.models.config import ModelConfig, RopeScaling
 
 
@@ -53,10 +54,12 @@ class Inputs(NamedTuple):
 
   rotation: cosine and sine of each token's angles, None without rotary positions.
   mask: which keys a query sees.
+  segment_ids: what the mask was made of, for kernels that make their own.
   """
 
   rotation: tuple[Float[Array, "B L half"], Float[Array, "B L half"]] | None
   mask: Bool[Array, "B 1 L S"]
+  segment_ids: Int[Array, "B L"]
 
 
 class Slots(NamedTuple):
@@ -75,17 +78,19 @@ def attend(
   inputs: Inputs,
   prefix: tuple[Float[Array, "#B m K D"], Float[Array, "#B m K D"]] | None = None,
   slots: Slots | None = None,
+  kernel: str = "xla",
 ):
   """Grouped-query attention; scores and softmax in float32.
 
   prefix: keys and values before all others. Keys are taken as they are: turned for
     their positions, if they have any.
+  kernel: of `kernels.KERNELS`, or '' for the platform's; XLA's where it cannot do it.
 
   Returns:
     (out [B, L, H, D], (keys, values)): the latter as the new tokens have them, turned,
     or with `slots` all layers' stores with these written into them.
   """
-  rotation, mask = inputs
+  rotation, mask, segment_ids = inputs
   if rotation is not None:
     query_BLHD = rotate(query_BLHD, *rotation)
     key_BLKD = rotate(key_BLKD, *rotation)
@@ -96,8 +101,15 @@ def attend(
     key_BLKD, value_BLKD = map(_prepend, prefix, (key_BLKD, value_BLKD))
     width = ((0, 0), (0, 0), (0, 0), (prefix[0].shape[1], 0))
     mask = jnp.pad(mask, width, constant_values=True)
-  attention = recomputed(functools.partial(jax.nn.dot_product_attention, mask=mask))
-  return attention(query_BLHD, key_BLKD, value_BLKD), written
+  keys = (key_BLKD, value_BLKD)
+  sizes = (query_BLHD.shape[3], query_BLHD.shape[1], key_BLKD.shape[1])
+  match kernels.choose(kernel, query_BLHD.dtype, *sizes, cached=slots is not None):
+    case "splash":
+      return kernels.splash(query_BLHD, *keys, segment_ids), written
+    case "cudnn":
+      return kernels.cudnn(query_BLHD, *keys, mask), written
+  xla = recomputed(functools.partial(kernels.xla, mask=mask))
+  return xla(query_BLHD, *keys), written
 
 
 def recomputed(function: Callable) -> Callable:
@@ -173,7 +185,8 @@ def attention_inputs(
   if cache is not None:
     seen_ids, offset = cache.segment_ids, cache.length
     seen_ids = seen_ids[:, : _visible(offset, *index.shape, seen_ids.shape[1])]
-  return Inputs(rotation, _causal_mask(index + offset, segment_ids, seen_ids))
+  mask = _causal_mask(index + offset, segment_ids, seen_ids)
+  return Inputs(rotation, mask, segment_ids)
 
 
 def _causal_mask(index, segment_ids, seen_ids) -> Bool[Array, "B 1 L S"]:

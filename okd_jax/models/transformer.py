@@ -83,6 +83,7 @@ class Decoder(nn.Module):
     remat: recompute each layer in the backward pass instead of storing it.
     dropout: rate on the embeddings and on each residual branch's output; needs
       the rng 'dropout' unless it is 0.
+    attention: the kernel, of `kernels.KERNELS`; '' is the platform's.
   """
 
   config: ModelConfig
@@ -90,6 +91,7 @@ class Decoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
   remat: bool = False
   dropout: float = 0.0
+  attention: str = ""
 
   @nn.compact
   def __call__(
@@ -203,8 +205,9 @@ class Decoder(nn.Module):
     stacked = self._has("lora") or self._has("prefix")
     adapted = self.adapter.num_layers(total) if stacked else 0
     low = total - adapted
+    options = (self.dtype, self.dropout, self.attention)
     plain, block = (
-      Block(self.config, module, self.dtype, self.dropout, parent=None)
+      Block(self.config, module, *options, parent=None)
       for module in (None, self.adapter)
     )
     params = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
@@ -265,13 +268,15 @@ class Block(nn.Module):
   adapter: AdapterConfig | None
   dtype: jnp.dtype
   dropout: float = 0.0
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
     drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
     common = (self.config, self.adapter, self.dtype)
     h = _Norm(self.config, self.dtype, name="attention_norm")(x)
-    h, written = Attention(*common, name="attention")(h, inputs, prefix, slots)
+    attention = Attention(*common, self.kernel, name="attention")
+    h, written = attention(h, inputs, prefix, slots)
     x += drop(h)
     h = _Norm(self.config, self.dtype, name="mlp_norm")(x)
     return x + drop(MLP(*common, name="mlp")(h)), written
@@ -283,6 +288,7 @@ class Attention(nn.Module):
   config: ModelConfig
   adapter: AdapterConfig | None
   dtype: jnp.dtype
+  kernel: str = "xla"
 
   @nn.compact
   def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
@@ -299,7 +305,8 @@ class Attention(nn.Module):
     if self.adapter and self.adapter.kind == "prefix":
       size = (c.num_kv_heads, c.head_dim)
       prefix = adapters.prefix(self, self.adapter, *size, self.dtype)
-    out, written = attend(query_BLHD, key_BLKD, value_BLKD, inputs, prefix, slots)
+    heads = (query_BLHD, key_BLKD, value_BLKD)
+    out, written = attend(*heads, inputs, prefix, slots, self.kernel)
     out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
     return project(c.hidden_size, c.out_bias, name="out")(out), written
 
