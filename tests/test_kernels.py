@@ -22,6 +22,7 @@ CONFIG = ModelConfig(
   vocab_size=40, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16
 )
 LENGTH = 128
+slow = pytest.mark.slow
 
 
 def segments(rows: int, length: int = LENGTH) -> np.ndarray:
@@ -75,7 +76,12 @@ def assert_splash_is_xla(config, rows, length, dtype=jnp.float32, atol=2e-5):
 
 @pytest.mark.parametrize(
   "num_heads, num_kv_heads, head_dim, length",
-  [(2, 2, 64, 128), (4, 2, 64, 384), (2, 1, 128, 256), (2, 2, 80, 128)],
+  [
+    pytest.param(2, 2, 64, 128, marks=slow),
+    (4, 2, 64, 384),
+    pytest.param(2, 1, 128, 256, marks=slow),
+    (2, 2, 80, 128),
+  ],
 )
 def test_splash_attention_is_xlas(num_heads, num_kv_heads, head_dim, length):
   shape = dict(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
@@ -89,7 +95,7 @@ def test_splash_attention_takes_bfloat16():
 
 @pytest.mark.parametrize(
   "rows, num_heads, num_kv_heads",
-  [(4, 4, 2), (3, 4, 2), (4, 3, 1)],
+  [(4, 4, 2), pytest.param(3, 4, 2, marks=slow), pytest.param(4, 3, 1, marks=slow)],
   ids=["even", "odd_rows", "odd_heads"],
 )
 def test_splash_attention_runs_on_every_device_of_a_mesh(rows, num_heads, num_kv_heads):
@@ -112,7 +118,7 @@ def interpreted(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", [pytest.param(False, marks=slow), True])
 def test_a_decoder_computes_the_same_with_splash_attention(interpreted, remat):
   params, segment_ids = families.params(CONFIG), jnp.asarray(segments(3))
   tokens = families.tokens(CONFIG, 3, LENGTH)
