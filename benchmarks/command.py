@@ -1,5 +1,6 @@
 """Commands and configurations of okd_jax as the benchmarks run them."""
 
+import ast
 import functools
 import json
 import os
@@ -37,5 +38,6 @@ def vary(config: ConfigDict, name: str) -> ConfigDict:
   for key, _, value in (change.partition("=") for change in changes):
     *path, last = key.split(".")
     section = functools.reduce(getattr, path, config)
-    section[last] = type(section[last])(value)
+    text = section.get_type(last) is str
+    section[last] = value if text else ast.literal_eval(value)
   return config

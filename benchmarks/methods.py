@@ -6,9 +6,10 @@
     python benchmarks/methods.py --names=kd,okd@adapter.layers=2@teacher.trunk=memory
     python benchmarks/methods.py --names=okd,okd@data.pack=True
 
-Every method trains the same student on the same rows. A round is a few steps of each
-method, so that whatever else the machine does hits all of them alike; the ratio to the
-first method is taken round by round. Each step is waited for, sampling included. Prints
+Every method trains the same student on the same texts. A round is a few steps of each
+method, so that whatever else the machine does hits all of them alike; the ratio of a
+step's time to the first method's is taken round by round. Packed rows hold more text:
+there tokens/s says what they gain. Each step is waited for, sampling included. Prints
 a section of BENCHMARKS.md; keys of the configuration are set as for okd_jax.main.
 """
 

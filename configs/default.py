@@ -136,8 +136,10 @@ def get_config() -> ConfigDict:
   config.data.max_prompt_length = 256
   config.data.overlong_prompt = "drop"  # or 'truncate': keep its last tokens
   config.data.overlong_row = "truncate"  # or 'drop'
-  # Put as many texts into a row of max_length as fit; they do not see one another.
-  config.data.pack = False  # not for methods that answer prompts
+  # Put as many texts into a row of max_length as fit; they do not see one another. An
+  # epoch is then fewer and fuller steps. Not for methods that answer prompts or look
+  # at rows as wholes: mixkd, an ensemble weighted by rows, cross_tokenizer.
+  config.data.pack = False
 
   config.train = ConfigDict()
   config.train.steps = 0  # 0: use train.epochs

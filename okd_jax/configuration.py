@@ -1,7 +1,9 @@
 """A configuration from the command line: --config=FILE and --config.key=value."""
 
 import difflib
+import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from okd_jax.errors import UserError
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 
 _TEACHERS = "config.teachers."
+
+DEFAULTS = Path(__file__).parents[1] / "configs" / "default.py"  # not in a wheel
 
 
 def read(arguments: list[str]) -> ConfigDict:
@@ -43,6 +47,30 @@ def read(arguments: list[str]) -> ConfigDict:
   with config.unlocked():
     config.teachers.update({k.removeprefix(_TEACHERS): v for k, v in named.items()})
   return config
+
+
+def saved(path: Path) -> dict:
+  """A workdir's config.json; keys younger than the run have their defaults.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  try:
+    values = json.loads(path.read_text(encoding="utf8"))
+  except ValueError as error:
+    raise UserError(f"{path} is damaged ({error}); name another workdir") from error
+  if not DEFAULTS.exists():
+    return values
+  defaults = runpy.run_path(str(DEFAULTS))["get_config"]().to_dict()
+  return _filled(values, json.loads(json.dumps(defaults)))
+
+
+def _filled(values, defaults):
+  """`values`, where these lack a key with that of `defaults`."""
+  if not (isinstance(values, dict) and isinstance(defaults, dict)):
+    return values
+  both = {key: _filled(value, defaults.get(key)) for key, value in values.items()}
+  return defaults | both
 
 
 def _parse(arguments: list[str], prefix: str = "") -> ConfigDict:

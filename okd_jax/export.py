@@ -6,15 +6,15 @@ student's.
 python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
 
-import json
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import checkpoint, cli, models, setup
+from okd_jax import checkpoint, cli, configuration, models, setup
 from okd_jax.adapters import replace_blocks
 from okd_jax.errors import UserError
+from okd_jax.initial import named
 from okd_jax.metrics import score_by
 from okd_jax.setup import Run
 
@@ -51,7 +51,7 @@ def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
       | {"Trained blocks": ", ".join(map(str, parts.adapter.blocks))},
     )
     return
-  for name in setup.named(parts.decoders, "adapted") or [""]:
+  for name in named(parts.decoders, "adapted") or [""]:
     models.save_adapter(
       adapter / name,
       params["adapter"][name] if name else params["adapter"],
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
   path = workdir / "config.json"
   if not (workdir / "checkpoints").is_dir() or not path.exists():
     raise UserError(f"{workdir} is no run: it has no checkpoints/ or no config.json")
-  config = ConfigDict(json.loads(path.read_text(encoding="utf8")))
+  config = ConfigDict(configuration.saved(path))
   parts = setup.build(config, workdir)
   keep = config.checkpoint.keep
   with (

@@ -35,10 +35,9 @@ def main(arguments: list[str]) -> None:
 
 def _default_keys() -> str:
   """configs/default.py as the list of its keys."""
-  path = Path(__file__).parents[1] / "configs" / "default.py"
-  if not path.exists():
+  if not configuration.DEFAULTS.exists():
     return "  see configs/default.py in the repository\n"
-  lines = path.read_text(encoding="utf8").splitlines()
+  lines = configuration.DEFAULTS.read_text(encoding="utf8").splitlines()
   wanted = [line.strip() for line in lines if line.startswith(("  config.", "  # "))]
   return "".join(
     f"  {line}\n" if line.startswith("#") else f"  --{line}\n"

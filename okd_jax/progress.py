@@ -53,13 +53,10 @@ class Progress:
     """
     values = {name: float(v) for name, v in jax.device_get(values).items()}
     if not values.pop("finite"):
-      texts = [i for row in rows for i in self._parts.packs[row]]
-      where = ", ".join(self._parts.train[i].where for i in texts[:8])
-      where += ", …" if len(texts) > 8 else ""
       raise UserError(
         f"step {step}: the loss or a gradient is not finite (loss {values['loss']}); "
-        f"its rows are {where}; the last checkpoint is sound: look at these rows, or "
-        "lower optim.lr"
+        f"its rows are {self._where(rows)}; the last checkpoint is sound: look at "
+        "these rows, or lower optim.lr"
       )
     self._tokens += values["tokens"]
     for name, value in sampled.items():
@@ -69,10 +66,19 @@ class Progress:
       now = time.monotonic()
       values["tokens_per_s"] = self._tokens / (now - self._since)
       values |= self._about_sampling(now - self._since)
-      values["lr"] = float(self._rates[step - 1])
+      values["lr"] = float(str(self._rates[step - 1]))  # 0.0005, not 0.00050000002
       self._tokens, self._since, self._sampled = 0.0, now, {}
       self._writer.write(step, "train", values)
       self._show(step, values)
+
+  def _where(self, rows: np.ndarray) -> str:
+    """Where the first rows come from; a packed one says how many texts it holds."""
+    named = []
+    for row in rows[:8]:
+      first, *others = self._parts.packs[row]
+      more = f" and {len(others)} texts with it" if others else ""
+      named.append(self._parts.train[first].where + more)
+    return ", ".join(named) + (", …" if len(rows) > 8 else "")
 
   def _about_sampling(self, elapsed: float) -> dict[str, float]:
     """Means since the last row of those steps that have them, and the time's share."""

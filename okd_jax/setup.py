@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from okd_jax import checks, methods, models, optim, sharding, teachers
-from okd_jax.adapters import AdapterConfig, take_blocks
+from okd_jax.adapters import AdapterConfig
 from okd_jax.data import (
   PAD_ID,
   Example,
@@ -28,11 +28,12 @@ from okd_jax.data import (
 )
 from okd_jax.errors import UserError
 from okd_jax.evaluate import check_vocabulary
+from okd_jax.initial import first_state, random_state
 from okd_jax.methods import Method
-from okd_jax.models import Decoder, ModelConfig
+from okd_jax.models import Decoder, ModelConfig, kernels
 from okd_jax.rows import Reading, make_packs, paths, read_rows
 from okd_jax.saliency import Choice, block_saliency, choose, read
-from okd_jax.step import TrainState, init_state
+from okd_jax.step import TrainState
 from okd_jax.store import Store
 
 _log = logging.getLogger(__name__)
@@ -78,19 +79,25 @@ class Run:
   reading: Reading | None = None
 
 
+def check(config: ConfigDict) -> Method:
+  """The method that `config` names; a UserError if its settings make no sense."""
+  method = methods.build(config.method.name, config.method, config.adapter.kind)
+  checks.check_settings(config, method)
+  return method
+
+
 def build(config: ConfigDict, workdir: Path) -> Run:
   """Loads the models and the data that `config` names.
 
   Raises:
     UserError: for whatever is wrong with the configuration, a model or the data.
   """
-  method = methods.build(config.method.name, config.method, config.adapter.kind)
-  checks.check_settings(config, method)
+  method = check(config)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.microbatches, mesh)
   start = _load_start(config)
   records = load_records(paths(config.data.train))
-  put = functools.partial(_put, mesh)
+  put = functools.partial(sharding.put, mesh)
   teacher = teachers.load_teacher(config, put) if config.teacher.path else None
   if config.teacher.cache:
     checks.check_stored(config, method)
@@ -128,6 +135,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     adapter = adapter_config(config, kind, choice.blocks if choice else ())
     decoders |= _adapted(decoders, adapter, config.adapter.teachers)
   checks.check_attention(config, decoders)
+  _log.info("attention: %s", _kernel(config, decoders["student"]))
   packs = make_packs(config, train)
   steps = _steps(config, len(packs))
   learning_rate = optim.schedule(
@@ -140,7 +148,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
   optimizers = _optimizers(config, learning_rate, adapter, method)
   prompt_ids = _prompt_ids(config, adapter, tokenizer)
   random = functools.partial(
-    _random_state, config, decoders, optimizers, prompt_ids, method
+    random_state, config, decoders, optimizers, prompt_ids, method
   )
   abstract = jax.eval_shape(random)
   return Run(
@@ -160,7 +168,7 @@ def build(config: ConfigDict, workdir: Path) -> Run:
     optimizers=optimizers,
     learning_rate=learning_rate,
     steps=steps,
-    init=lambda: _first_state(
+    init=lambda: first_state(
       config, mesh, first, random, abstract, prompt_ids, adapter
     ),
     abstract=abstract,
@@ -257,7 +265,8 @@ def _choose(config, mesh, decoder, params, held_out) -> Choice:
     length=config.data.max_length,
     pad_id=PAD_ID,
   )
-  saliency = block_saliency(decoder, params, batches, mesh, config.train.loss_chunk)
+  with jax.set_mesh(mesh):
+    saliency = block_saliency(decoder, params, batches, mesh, config.train.loss_chunk)
   return choose(saliency, config.adapter.share)
 
 
@@ -319,6 +328,12 @@ def _decoders(config, student_config, teacher, several) -> dict[str, Decoder]:
   return decoders
 
 
+def _kernel(config, decoder: Decoder) -> str:
+  """What computes attention in training rows that no learned prefix comes before."""
+  length, size = config.data.max_length, decoder.config.head_dim
+  return kernels.choose(config.train.attention, decoder.dtype, size, length, length)
+
+
 def _apply_functions(decoders, config, stored) -> methods.Models:
   """The apply functions a method calls; dropout is the training student's alone."""
   student = decoders["student"].clone(dropout=config.train.dropout)
@@ -344,69 +359,3 @@ def _optimizers(config, learning_rate, adapter, method) -> dict[str, Any]:
     optimizers["adapter"] = optim.build(learning_rate, lr_scale=scale, **options)
   trees = {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
   return optimizers | trees
-
-
-def named(decoders, role: str = "teacher") -> list[str]:
-  """The names of several teachers, or of those that adapt."""
-  prefix = f"{role}:"
-  return [key.removeprefix(prefix) for key in decoders if key.startswith(prefix)]
-
-
-def _random_state(config, decoders, optimizers, prompt_ids, method) -> TrainState:
-  """The state of step 0 with a student drawn at random, a prompt of `prompt_ids` 0."""
-  student_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  params = {"student": decoders["student"].init(student_key, tokens)["params"]}
-  if "adapted" in decoders:
-    params["adapter"] = decoders["adapted"].init(adapter_key, tokens)["adapter"]
-  modules = {
-    name: decoders[f"adapted:{name}"].init(jax.random.fold_in(adapter_key, i), tokens)
-    for i, name in enumerate(named(decoders, "adapted"))
-  }
-  if modules:
-    params["adapter"] = {name: tree["adapter"] for name, tree in modules.items()}
-  count, width = len(named(decoders)), decoders["student"].config.hidden_size
-  for i, (name, (init, _)) in enumerate(sorted(method.trees.items())):
-    params[name] = init(jax.random.fold_in(key, i), count, width)
-  if prompt_ids is not None:
-    size = decoders["adapted"].config.hidden_size
-    vectors = jnp.zeros((len(prompt_ids), size))
-    params["adapter"] = {"prompt": {"vectors": vectors}}  # no MLP: a text is a start
-  return init_state(params, optimizers, key)
-
-
-def _first_state(
-  config, mesh, teacher, random, abstract, prompt_ids, adapter
-) -> TrainState:
-  """The state of step 0; no array is ever whole on one device."""
-  where = sharding.shardings(abstract, mesh)
-  state = jax.jit(random, out_shardings=where)()
-  if prompt_ids is not None:
-    vectors = teacher.params["embed"]["embedding"][prompt_ids].astype(jnp.float32)
-    prompt = {"prompt": {"vectors": vectors}}
-    prompt = jax.device_put(prompt, where.params["adapter"])
-    state = state.replace(params=state.params | {"adapter": prompt})
-  if adapter and adapter.kind == "blocks":
-    take = functools.partial(take_blocks, config=adapter)
-    own = where.params["adapter"]["layers"]
-    layers = jax.jit(take, out_shardings=own)(teacher.params["layers"])
-    state = state.replace(params=state.params | {"adapter": {"layers": layers}})
-  if config.student.path:
-    put = functools.partial(_put, mesh)
-    params = models.load(config.student.path, put=put).params
-  elif config.student.layers:
-    # Copies, in float32: the step donates the student's buffers, not the teacher's.
-    params, _ = models.take_layers(
-      teacher.params, teacher.config, config.student.layers
-    )
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    params = jax.device_put(params, where.params["student"])
-  else:
-    return state
-  return state.replace(params=state.params | {"student": params})
-
-
-def _put(mesh: Mesh, path: str, array) -> jax.Array:
-  """Places one parameter by the sharding rules."""
-  where = NamedSharding(mesh, sharding.spec(path, array.shape, mesh))
-  return jax.device_put(array, where)

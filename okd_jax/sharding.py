@@ -71,6 +71,12 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   return PartitionSpec()
 
 
+def put(mesh: Mesh, path: str, array) -> jax.Array:
+  """Places the parameter of this path by the rules."""
+  where = NamedSharding(mesh, spec(path, array.shape, mesh))
+  return jax.device_put(array, where)
+
+
 def path_name(path) -> str:
   """'a/b/c' for a key path of jax.tree_util."""
   return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import checkpoint, metrics, saliency, setup, trunk
+from okd_jax import checkpoint, configuration, metrics, saliency, setup, trunk
 from okd_jax.analysis import report
 from okd_jax.data import PAD_ID, Example, train_loader
 from okd_jax.errors import UserError
@@ -40,7 +40,13 @@ def run(config: ConfigDict, workdir: Path, profile: bool = False) -> None:
     SystemExit: with status 143 after SIGTERM, everything being saved.
   """
   with _Terminated() as terminated:
-    for name, part, folder in stages(config, workdir):
+    parts = list(stages(config, workdir))
+    for name, part, _ in parts:
+      try:
+        setup.check(part)  # of all, before the first of them is trained
+      except UserError as error:
+        raise UserError(f"stage {name}: {error}" if name else str(error)) from error
+    for name, part, folder in parts:
       if name:
         _log.info("stage %s, in %s", name, folder)
       _run_one(part, folder, terminated, profile)
@@ -151,10 +157,7 @@ def _is_finished(config: ConfigDict, workdir: Path) -> bool:
   path = workdir / "config.json"
   if not path.exists():
     return False
-  try:
-    saved = json.loads(path.read_text(encoding="utf8"))
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); name another workdir") from error
+  saved = configuration.saved(path)
   wanted = json.loads(json.dumps(config.to_dict()))
   different = [
     f"{key}={before!r} there, {now!r} here"

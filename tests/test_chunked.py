@@ -134,7 +134,7 @@ def test_devices_wait_for_one_another_once(shape):
   assert sorted(sums) == ["f32[16,64]", "f32[]", "s32[]"]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 999), chunk=st.integers(1, 12), valid=st.integers(0, 10))
 def test_chunks_without_a_valid_token(seed, chunk, valid):
   """Guards B5, D1: axolotl gives NaN where its dense form gives .158; DLM NaN."""
@@ -216,7 +216,9 @@ def test_no_array_holds_all_logits():
       return weighted_sums(both_sides(forward_kl), outputs, labels, weights, chunk)[0]
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
-    assert (chunk == length) == (f"{batch * length},{vocab}]" in compiled.as_text())
+    program = compiled.as_text()
+    whole = (f"[{batch * length},{vocab}]", f"[{batch},{length},{vocab}]")
+    assert (chunk == length) == any(shape in program for shape in whole)
     return compiled.memory_analysis().temp_size_in_bytes
 
   all_logits = 4 * batch * length * vocab

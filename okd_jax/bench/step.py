@@ -79,7 +79,7 @@ def build(flags: argparse.Namespace) -> Trial:
     raise UserError(f"--method={flags.method} is more than a step on given rows")
   decoders = _decoders(flags, method, student, teacher)
   checks.check_attention(config, decoders)
-  state, frozen, optimizers = _state(decoders)
+  state, frozen, optimizers = _state(decoders, config.optim.dtype)
   apply = methods.apply_functions(decoders, config.train.loss_chunk)
   mesh = sharding.make_mesh()
   batch = sharding.put_batch(_batch(flags), mesh)
@@ -121,7 +121,7 @@ def _decoders(flags, method, student: ModelConfig, teacher: ModelConfig):
   return decoders
 
 
-def _state(decoders) -> tuple[TrainState, Any, dict]:
+def _state(decoders, moments: str) -> tuple[TrainState, Any, dict]:
   keys = iter(jax.random.split(jax.random.key(0), 3))
   tokens = jnp.zeros((1, 1), jnp.int32)
   dtype = decoders["student"].dtype
@@ -134,6 +134,7 @@ def _state(decoders) -> tuple[TrainState, Any, dict]:
     params["adapter"] = jax.jit(decoders["adapted"].init)(next(keys), tokens)["adapter"]
   rate = optim.schedule("constant", 1e-4, 100, 0, 0.0)
   options = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
+  options["dtype"] = moments
   optimizers = {name: optim.build(rate, **options) for name in params}
   return init_state(params, optimizers, jax.random.key(1)), frozen, optimizers
 

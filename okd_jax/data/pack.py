@@ -63,12 +63,12 @@ def positions(example: Example) -> int:
 
 
 def pack(lengths: Int32[np.ndarray, " N"], length: int) -> list[tuple[int, ...]]:
-  """Which texts share a row of `length` positions: each once, as few rows as can be.
+  """Which texts share a row of `length` positions: each text once, in few rows.
 
   Best-fit decreasing: from the longest to the shortest, each text into the fullest row
-  that has room for it. At most 11/9 of the least number of rows (Johnson et al. 1974),
-  as first-fit decreasing, and one bit operation finds the row: bit r of `open_` is set
-  where some row has r positions left.
+  that has room for it. Like first-fit decreasing it needs at most 11/9 of the least
+  number of rows and a few (Johnson et al. 1974), but one bit operation finds the row:
+  bit r of `open_` is set where some row has r positions left.
 
   Raises:
     ValueError: if a text is longer than a row.

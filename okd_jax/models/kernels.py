@@ -92,8 +92,10 @@ def cudnn(
 ) -> Float[Array, "B L H D"]:
   """The same by cuDNN's flash attention.
 
-  cuDNN's packed layout would need no mask, but it is for Hopper and later, wants the
-  offsets of at most so many segments, and has no public interface.
+  The mask costs it an array [B, 1, L, L] in the dtype of the heads, and the backward
+  pass its gradient, which nobody reads. cuDNN's packed layout would need neither, but
+  is for Hopper and later, wants the offsets of at most so many segments, and has no
+  public interface.
   """
 
   def attend(query, key, value, mask):
