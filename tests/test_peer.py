@@ -1,10 +1,11 @@
-"""The comparison with TRL: what it refuses, and what it makes of measured times."""
+"""The benchmarks' own code: what they refuse, and what they make of measured times."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+from configs import default
 from okd_jax.errors import UserError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -14,6 +15,19 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 def peer(monkeypatch):
   monkeypatch.syspath_prepend(FOLDER)
   return importlib.import_module("peer_trl")
+
+
+def test_contenders_of_a_benchmark_are_configurations(monkeypatch):
+  """NAME@KEY=VALUE sets keys of every type, and leaves the given configuration."""
+  monkeypatch.syspath_prepend(FOLDER)
+  vary = importlib.import_module("command").vary
+  config = default.get_config()
+  name = "okd@adapter.layers=2@optim.lr=1e-3@train.remat=True"
+  got = vary(config, f"{name}@method.sampled_share=1.0@data.pack=True")
+  assert (got.method.name, got.adapter.layers) == ("okd", 2)
+  assert (got.optim.lr, got.train.remat, got.data.pack) == (1e-3, True, True)
+  assert got.method.sampled_share == 1.0  # None before
+  assert config.to_dict() == default.get_config().to_dict()
 
 
 def test_without_trl_it_says_what_to_install(peer, monkeypatch):
