@@ -32,12 +32,23 @@ def rows(workdir: Path, kind: str) -> list[dict]:
 
 
 def vary(config: ConfigDict, name: str) -> ConfigDict:
-  """A copy for the method of 'NAME' or of 'NAME@KEY=VALUE@...', with these keys."""
+  """A copy for the method of 'NAME' or of 'NAME@KEY=VALUE@...', with these keys.
+
+  Raises:
+    UserError: for a key that does not exist, or a value of another type.
+  """
   config = config.copy_and_resolve_references()
   config.method.name, *changes = name.split("@")
-  for key, _, value in (change.partition("=") for change in changes):
+  for change in changes:
+    key, _, value = change.partition("=")
     *path, last = key.split(".")
-    section = functools.reduce(getattr, path, config)
-    text = section.get_type(last) is str
-    section[last] = value if text else ast.literal_eval(value)
+    try:
+      section = functools.reduce(getattr, path, config)
+      text = section.get_type(last) is str
+      section[last] = value if text else ast.literal_eval(value)
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+      raise UserError(
+        f"--names={name}: {change!r} sets no key of configs/default.py to a value "
+        "of its type"
+      ) from error
   return config

@@ -16,52 +16,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def check_settings(config: ConfigDict, method: Method) -> None:
   """Raises a UserError that names all that is wrong before anything is loaded."""
-  problems = []
-  for key, value, allowed in (
-    ("train.dtype", config.train.dtype, DTYPES),
-    ("teacher.dtype", config.teacher.dtype or config.train.dtype, DTYPES),
-    ("export.dtype", config.export.dtype, DTYPES),
-    ("optim.dtype", config.optim.dtype or "float32", optim.DTYPES),
-  ):
-    if value not in allowed:
-      problems.append(f"{key}={value!r} must be one of {', '.join(allowed)}")
-  if config.train.attention not in ("", *kernels.KERNELS):
-    problems.append(
-      f"train.attention={config.train.attention!r} must be one of "
-      f"{', '.join(kernels.KERNELS)} or empty"
-    )
-  for key, value, least in (
-    ("train.steps", config.train.steps, 0),
-    ("train.batch_size", config.train.batch_size, 1),
-    ("train.loss_chunk", config.train.loss_chunk, 0),
-    ("train.log_every", config.train.log_every, 1),
-    ("checkpoint.every", config.checkpoint.every, 1),
-    ("checkpoint.keep", config.checkpoint.keep, 1),
-    ("eval.every", config.eval.every, 0),
-    ("eval.batch_size", config.eval.batch_size, 1),
-    ("data.max_length", config.data.max_length, 2),
-    ("train.seed", config.train.seed, 0),
-    ("optim.lr", config.optim.lr, 0),
-    ("optim.clip", config.optim.clip, 0),
-    ("optim.weight_decay", config.optim.weight_decay, 0),
-    ("adapter.lr_scale", config.adapter.lr_scale, 0),
-    ("eval.limit", config.eval.limit, 0),
-    ("eval.patience", config.eval.patience, 0),
-    ("eval.generate_limit", config.eval.generate_limit, 0),
-    ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
-    ("eval.temperature", config.eval.temperature, 0),
-  ):
-    if not value >= least:  # so that NaN is caught, too
-      problems.append(f"{key}={value} must be at least {least}")
-  if not config.train.steps and config.train.epochs <= 0:
-    problems.append("set train.steps or train.epochs above 0")
-  if not 0 <= config.train.dropout < 1:
-    problems.append(f"train.dropout={config.train.dropout} must lie in [0, 1)")
-  if not 0 < config.adapter.share <= 1:
-    problems.append(
-      f"adapter.share={config.adapter.share} must be above 0 and at most 1 (where "
-      "nothing of the teacher is to learn, use method.name=kd)"
-    )
+  problems = list(_value_problems(config))
   student = config.student
   given = [
     key
@@ -102,6 +57,61 @@ def check_settings(config: ConfigDict, method: Method) -> None:
     )
   if problems:
     raise UserError("; ".join(problems))
+
+
+def check_values(config: ConfigDict) -> None:
+  """Raises a UserError for values that no run could use, whatever else is set."""
+  if problems := list(_value_problems(config)):
+    raise UserError("; ".join(problems))
+
+
+def _value_problems(config):
+  """What is wrong with single keys, whatever the others say."""
+  for key, value, allowed in (
+    ("train.dtype", config.train.dtype, DTYPES),
+    ("teacher.dtype", config.teacher.dtype or config.train.dtype, DTYPES),
+    ("export.dtype", config.export.dtype, DTYPES),
+    ("optim.dtype", config.optim.dtype or "float32", optim.DTYPES),
+  ):
+    if value not in allowed:
+      yield f"{key}={value!r} must be one of {', '.join(allowed)}"
+  if config.train.attention not in ("", *kernels.KERNELS):
+    yield (
+      f"train.attention={config.train.attention!r} must be one of "
+      f"{', '.join(kernels.KERNELS)} or empty"
+    )
+  for key, value, least in (
+    ("train.steps", config.train.steps, 0),
+    ("train.batch_size", config.train.batch_size, 1),
+    ("train.loss_chunk", config.train.loss_chunk, 0),
+    ("train.log_every", config.train.log_every, 1),
+    ("checkpoint.every", config.checkpoint.every, 1),
+    ("checkpoint.keep", config.checkpoint.keep, 1),
+    ("eval.every", config.eval.every, 0),
+    ("eval.batch_size", config.eval.batch_size, 1),
+    ("data.max_length", config.data.max_length, 2),
+    ("train.seed", config.train.seed, 0),
+    ("optim.lr", config.optim.lr, 0),
+    ("optim.clip", config.optim.clip, 0),
+    ("optim.weight_decay", config.optim.weight_decay, 0),
+    ("adapter.lr_scale", config.adapter.lr_scale, 0),
+    ("eval.limit", config.eval.limit, 0),
+    ("eval.patience", config.eval.patience, 0),
+    ("eval.generate_limit", config.eval.generate_limit, 0),
+    ("eval.max_new_tokens", config.eval.max_new_tokens, 1),
+    ("eval.temperature", config.eval.temperature, 0),
+  ):
+    if not value >= least:  # so that NaN is caught, too
+      yield f"{key}={value} must be at least {least}"
+  if not config.train.steps and config.train.epochs <= 0:
+    yield "set train.steps or train.epochs above 0"
+  if not 0 <= config.train.dropout < 1:
+    yield f"train.dropout={config.train.dropout} must lie in [0, 1)"
+  if not 0 < config.adapter.share <= 1:
+    yield (
+      f"adapter.share={config.adapter.share} must be above 0 and at most 1 (where "
+      "nothing of the teacher is to learn, use method.name=kd)"
+    )
 
 
 def _several_problems(config, method: Method):

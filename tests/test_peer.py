@@ -28,6 +28,9 @@ def test_contenders_of_a_benchmark_are_configurations(monkeypatch):
   assert (got.optim.lr, got.train.remat, got.data.pack) == (1e-3, True, True)
   assert got.method.sampled_share == 1.0  # None before
   assert config.to_dict() == default.get_config().to_dict()
+  for wrong in ("bogus.key=1", "train.bogus=1", "train.batch_size=x", "train=1", "a"):
+    with pytest.raises(UserError, match=f"kd@{wrong}: '{wrong}' sets no key"):
+      vary(config, f"kd@{wrong}")
 
 
 def test_without_trl_it_says_what_to_install(peer, monkeypatch):

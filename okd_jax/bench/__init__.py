@@ -15,7 +15,7 @@ import json
 
 import jax
 
-from okd_jax import cli, configuration
+from okd_jax import checks, cli, configuration
 from okd_jax.bench import compilation, generate, loss, step
 from okd_jax.bench.generate import generate_flags, random_prompts
 from okd_jax.bench.measure import (
@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> None:
     if not any(argument.startswith("--config=") for argument in rest):
       rest = ["--config=configs/default.py", *rest]
     flags.config = configuration.read(rest)
+    checks.check_values(flags.config)
   # A program read from the cache has no time of compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   results, rows = command.measure(flags)

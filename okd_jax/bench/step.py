@@ -69,7 +69,8 @@ def build(flags: argparse.Namespace) -> Trial:
   """Random models, a method and a batch of whole rows of random tokens.
 
   Raises:
-    UserError: for shapes that make no model, or a method that must sample its text.
+    UserError: for shapes that make no model, rows that devices and microbatches cannot
+      share, or a method that must sample its text.
   """
   student, teacher = (_model(flags, getattr(flags, n)) for n in ("student", "teacher"))
   config = flags.config
@@ -77,15 +78,15 @@ def build(flags: argparse.Namespace) -> Trial:
   plan = method.sequences
   if plan.sampled or plan.beforehand or plan.prepare or method.teacher == "several":
     raise UserError(f"--method={flags.method} is more than a step on given rows")
+  mesh, parts = sharding.make_mesh(), config.train.microbatches
+  sharding.check_batch(config.train.batch_size, parts, mesh)
   decoders = _decoders(flags, method, student, teacher)
   checks.check_attention(config, decoders)
   state, frozen, optimizers = _state(decoders, config.optim.dtype)
   apply = methods.apply_functions(decoders, config.train.loss_chunk)
-  mesh = sharding.make_mesh()
   batch = sharding.put_batch(_batch(flags), mesh)
   frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
   start = time.perf_counter()
-  parts = config.train.microbatches
   step = compile_step(method, apply, optimizers, parts, 100, state, mesh)
   with jax.set_mesh(mesh):
     program = step.lower(state, frozen, batch).compile()
