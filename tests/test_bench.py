@@ -140,12 +140,12 @@ def test_depth_costs_no_compilation():
   ("flags", "words"),
   [
     (["--method=gkd"], "--method=gkd is more than a step on given rows"),
-    (["--teacher=8"], "no LAYERSxCHANNELS"),
     (["--config.train.batch=3"], "config.train.batch is no configuration key"),
     (["--config.train.batch_size=0"], "train.batch_size=0 must be at least 1"),
     (["--config.train.microbatches=3"], "must be a multiple of train.microbatches=3"),
   ],
 )
+@pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")  # ml_collections
 def test_what_a_step_refuses(flags, words):
   with pytest.raises(UserError, match=words):
     bench.main(["step", *flags])
@@ -155,6 +155,7 @@ def test_a_benchmark_must_be_named(capsys):
   _refused([], "BENCHMARK", capsys)
   _refused(["nothing", "--model=nowhere"], "nothing", capsys)
   _refused(["generate"], "--model", capsys)
+  _refused(["step", "--teacher=8"], "no LAYERSxCHANNELS", capsys)
   _refused(["step", "--what=3"], "unrecognized arguments: --what=3", capsys)
 
 
