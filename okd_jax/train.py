@@ -109,38 +109,45 @@ def _run_one(
     jax.set_mesh(parts.mesh),
     checkpoint.opened(folder, config.checkpoint.keep, best) as checkpoints,
   ):
-    fresh = not checkpoints.steps()
-    kept = trunk.prepare(parts, kept)
-    sampler = Sampler(parts, _answers(parts, workdir), PAD_ID, kept)
-    state, step, loader = _start(parts, checkpoints, sampler)
-    writer = metrics.Writer(
-      workdir, -1 if fresh else step, config.train.tensorboard, config.train.wandb
-    )
-    rows = metrics.read(workdir)
-    evaluated = {row["step"]: row for row in rows if row["kind"] == "eval"}
-    trace = Profile(workdir / "profile" if profile else None, step, parts.steps)
-    state = _loop(
-      parts,
-      checkpoints,
-      writer,
-      state,
-      step,
-      loader,
-      sampler,
-      terminated,
-      evaluated,
-      trace,
-    )
-    terminated.check()
-    chosen = checkpoints.best_step()
-    writer.write(parts.steps, "export", {"exported_step": chosen})
-    writer.close()
+    state, chosen = _train(parts, workdir, checkpoints, kept, terminated, profile)
     if chosen != parts.steps:
       state = checkpoints.restore_step(chosen, parts.abstract, None, parts.mesh)
     _log.info("exporting the student of step %d", chosen)
     export_run(parts, state.params, workdir / "student", workdir / module_folder(parts))
   report.write(workdir)
   print(summary(workdir), flush=True)
+
+
+def _train(
+  parts: Run, workdir: Path, checkpoints, kept, terminated, profile: bool
+) -> tuple[TrainState, int]:
+  """The last state, and the step of which the student is to be exported."""
+  fresh = not checkpoints.steps()
+  kept = trunk.prepare(parts, kept)
+  sampler = Sampler(parts, _answers(parts, workdir), PAD_ID, kept)
+  state, step, loader = _start(parts, checkpoints, sampler)
+  writer = metrics.Writer(
+    workdir,
+    -1 if fresh else step,
+    parts.config.train.tensorboard,
+    parts.config.train.wandb,
+  )
+  evaluations = _Evaluations(parts, writer, sampler, metrics.read(workdir))
+  if evaluations.begin(step, state.params) and step:
+    # A signal had cut this step's evaluation off.
+    checkpoints.save(step, state, loader, evaluations.scores[step], sampler.state())
+  terminated.check()
+  trace = Profile(workdir / "profile" if profile else None, step, parts.steps)
+  start = state, step, loader
+  with Progress(parts, writer, step) as progress, trace:
+    state = _loop(
+      parts, start, checkpoints, sampler, evaluations, terminated, progress, trace
+    )
+  terminated.check()
+  chosen = checkpoints.best_step()
+  writer.write(parts.steps, "export", {"exported_step": chosen})
+  writer.close()
+  return state, chosen
 
 
 def _keep_tokenizer(tokenizer, folder: Path) -> None:
@@ -205,85 +212,94 @@ def _start(parts: Run, checkpoints, sampler) -> tuple[TrainState, int, Iterator]
   return state, step, loader
 
 
-def _loop(
-  parts: Run,
-  checkpoints,
-  writer,
-  state,
-  step,
-  loader,
-  sampler,
-  terminated,
-  evaluated,
-  trace,
-) -> TrainState:
-  """Trains to the last step; returns the final state, saved and evaluated.
+class _Evaluations:
+  """The student's scores: found, written down and told to the sampler.
 
-  Or to where eval.patience ends. `evaluated` holds the scores that are written down
-  already, by step.
+  scores: by step, those of the run's earlier parts among them.
   """
-  config = parts.config
-  train_step = compile_step(
+
+  def __init__(self, parts: Run, writer, sampler, rows: list[dict]):
+    self._config, self._steps = parts.config.eval, parts.steps
+    self._evaluator = Evaluator(parts)
+    self._writer, self._sampler = writer, sampler
+    self.scores = {row["step"]: row for row in rows if row["kind"] == "eval"}
+
+  def begin(self, step: int, params) -> bool:
+    """Scores the teachers, at step 0, and the student where that is still missing."""
+    if step == 0:
+      for role, figures in self._evaluator.teachers().items():
+        self._writer.write(0, role, figures)
+    due = self.due(step)
+    if due:
+      self(step, params)
+    return due
+
+  def due(self, step: int) -> bool:
+    every = self._config.every
+    wanted = step in (0, self._steps) or bool(every and step % every == 0)
+    return wanted and step not in self.scores
+
+  def __call__(self, step: int, params) -> dict[str, float]:
+    scores = self._evaluator(params)
+    self._writer.write(step, "eval", scores)
+    self.scores[step] = scores
+    self._sampler.observe(scores["loss"])
+    return scores
+
+  def stalled(self) -> bool:
+    """Whether eval.patience has run out."""
+    return metrics.stalled(self.scores, self._config.best, self._config.patience)
+
+
+def _loop(
+  parts: Run, start, checkpoints, sampler, evaluations, terminated, progress, trace
+) -> TrainState:
+  """Trains from start = (state, step, loader) to the last step, or to where patience
+  ends; returns the final state, saved and evaluated."""
+  state, step, loader = start
+  train_step = _train_step(parts)
+  pending = None
+  while step < parts.steps and not evaluations.stalled():
+    trace.begin(step + 1, state)
+    batch = next(loader)
+    rows = batch["row"]
+    batch, figures = sampler.batch(step, state.params, batch)
+    state, values = train_step(state, parts.frozen, batch)
+    step += 1
+    if pending:
+      progress.read(*pending)
+    pending = (step, rows, values, figures)
+    stop = bool(terminated)
+    due = evaluations.due(step) and not stop
+    if stop or due or step % parts.config.checkpoint.every == 0:
+      progress.read(*pending)  # never save beyond a step that was not finite
+      pending = None
+      scores = None
+      if due:
+        with progress.paused():
+          scores = evaluations(step, state.params)
+        progress.show_scores(scores)
+      checkpoints.save(step, state, loader, scores, sampler.state())
+    if terminated and pending is None:
+      checkpoints.wait()
+      terminated.check()
+  if step < parts.steps:
+    best, patience = parts.config.eval.best, parts.config.eval.patience
+    _log.info("%s has not improved in %d evaluations: stopped early", best, patience)
+  checkpoints.wait()
+  return state
+
+
+def _train_step(parts: Run):
+  return compile_step(
     parts.method,
     parts.models,
     parts.optimizers,
-    config.train.microbatches,
+    parts.config.train.microbatches,
     parts.steps,
     parts.abstract,
     parts.mesh,
   )
-  evaluator = Evaluator(parts)
-
-  def due(step: int) -> bool:
-    every = config.eval.every
-    return step in (0, parts.steps) or bool(every and step % every == 0)
-
-  if step == 0:
-    for role, figures in evaluator.teachers().items():
-      writer.write(0, role, figures)
-  if due(step) and step not in evaluated:
-    # The start, or a step whose evaluation a signal cut off.
-    scores = evaluator(state.params)
-    writer.write(step, "eval", scores)
-    evaluated[step] = scores
-    sampler.observe(scores["loss"])
-    if step:
-      checkpoints.save(step, state, loader, scores, sampler.state())
-  terminated.check()
-  progress = Progress(parts, writer, step)
-  pending = None
-  best, patience = config.eval.best, config.eval.patience
-  with progress, trace:
-    while step < parts.steps and not metrics.stalled(evaluated, best, patience):
-      trace.begin(step + 1, state)
-      batch = next(loader)
-      rows = batch["row"]
-      batch, figures = sampler.batch(step, state.params, batch)
-      state, values = train_step(state, parts.frozen, batch)
-      step += 1
-      if pending:
-        progress.read(*pending)
-      pending = (step, rows, values, figures)
-      stop = bool(terminated)
-      if stop or due(step) or step % config.checkpoint.every == 0:
-        progress.read(*pending)  # never save beyond a step that was not finite
-        pending = None
-        scores = None
-        if due(step) and not stop:
-          with progress.paused():
-            scores = evaluator(state.params)
-          writer.write(step, "eval", scores)
-          evaluated[step] = scores
-          progress.show_scores(scores)
-          sampler.observe(scores["loss"])
-        checkpoints.save(step, state, loader, scores, sampler.state())
-      if terminated and pending is None:
-        checkpoints.wait()
-        terminated.check()
-  if step < parts.steps:
-    _log.info("%s has not improved in %d evaluations: stopped early", best, patience)
-  checkpoints.wait()
-  return state
 
 
 def _answers(parts: Run, workdir: Path) -> dict[str, list[Example]]:
