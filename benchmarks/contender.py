@@ -143,7 +143,7 @@ def _okd_jax(name: str, folder: Path, tokens: np.ndarray) -> Callable[[], float]
   import jax.numpy as jnp
 
   from okd_jax.errors import UserError
-  from okd_jax.step import compile_step
+  from okd_jax.run.step import compile_step
 
   run = _run(name, folder, tokens.shape)
   plan = run.method.sequences
@@ -177,7 +177,7 @@ def _run(name: str, folder: Path, shape: tuple[int, int]):
   from command import vary
 
   from configs import default
-  from okd_jax import setup
+  from okd_jax.run import build as setup
 
   text = folder / "unused.txt"
   text.write_text("unused " * shape[1])  # in bytes it is several rows

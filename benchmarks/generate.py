@@ -22,10 +22,12 @@ import numpy as np
 import torch
 import transformers
 
-from okd_jax import bench, cli, rollout
+from okd_jax import bench
 from okd_jax.errors import UserError
-from okd_jax.evaluate import source_of
 from okd_jax.models import Decoder, Model, load, save
+from okd_jax.runtime import cli
+from okd_jax.text import rollout
+from okd_jax.text.source import decoder_source
 
 OURS = "okd_jax"
 
@@ -55,7 +57,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _ours(model: Model, prompts: np.ndarray, new: int) -> Callable[[], np.ndarray]:
-  source = source_of(Decoder(model.config))
+  source = decoder_source(Decoder(model.config))
 
   def run():
     completions = rollout.generate(

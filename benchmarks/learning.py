@@ -14,8 +14,9 @@ from pathlib import Path
 
 from command import call, rows
 
-from okd_jax import METHODS, bench, cli
+from okd_jax import METHODS, bench
 from okd_jax.errors import UserError
+from okd_jax.runtime import cli
 
 HELD_OUT = {
   "loss": "loss",

@@ -27,12 +27,16 @@ import jax
 from command import vary
 from ml_collections import ConfigDict
 
-from okd_jax import METHODS, bench, cli, configuration, setup, trunk
+from okd_jax import METHODS, bench
+from okd_jax.config import read as configuration
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.errors import UserError
-from okd_jax.rows import make_packs
-from okd_jax.sampler import Sampler, answers_beforehand
-from okd_jax.step import compile_step
+from okd_jax.run import build as setup
+from okd_jax.run.batches import Sampler, answers_beforehand
+from okd_jax.run.data import make_packs
+from okd_jax.run.step import compile_step
+from okd_jax.runtime import cli
+from okd_jax.teachers import trunk
 
 
 @dataclasses.dataclass

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from okd_jax import cli, models
+from okd_jax import models
 from okd_jax.data import load_records, pack, positions, prepare
+from okd_jax.runtime import cli
 
 
 def main(arguments: list[str]) -> None:

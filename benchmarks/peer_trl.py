@@ -32,8 +32,9 @@ import jax
 import numpy as np
 from contender import RANK, TRL
 
-from okd_jax import METHODS, bench, cli, models
+from okd_jax import METHODS, bench, models
 from okd_jax.errors import UserError
+from okd_jax.runtime import cli
 
 TEACHER = {"num_layers": 8, "hidden_size": 512, "num_heads": 8}
 STUDENT = {"num_layers": 4, "hidden_size": 256, "num_heads": 4}

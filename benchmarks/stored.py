@@ -16,7 +16,8 @@ import numpy as np
 from command import call, rows
 from safetensors.numpy import load_file
 
-from okd_jax import bench, cli
+from okd_jax import bench
+from okd_jax.runtime import cli
 
 
 def main(arguments: list[str]) -> None:

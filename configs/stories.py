@@ -27,12 +27,12 @@ import zlib
 from pathlib import Path
 
 from configs import default
-from okd_jax import cli
 from okd_jax.data import Record
 from okd_jax.errors import UserError
-from okd_jax.files import write_text
 from okd_jax.models import Decoder, load
-from okd_jax.sample import write_samples
+from okd_jax.runtime import cli
+from okd_jax.runtime.files import write_text
+from okd_jax.text.answers_file import write_samples
 
 ROOT = Path(__file__).resolve().parents[1]  # loaded by a relative path
 TEACHER = ROOT.parent / "shared" / "models" / "stories260K"

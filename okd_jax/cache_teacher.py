@@ -14,12 +14,13 @@ with the rows that are missing. Each folder's about.json says what it was made o
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from okd_jax import cli, configuration, precompute, setup, store, teachers, train
+from okd_jax.config import read as configuration
 from okd_jax.errors import UserError
-from okd_jax.methods import Models, stored
-from okd_jax.models import output
+from okd_jax.run import build as setup
+from okd_jax.run import loop as train
+from okd_jax.runtime import cli
+from okd_jax.teachers import record
 
 
 def main(arguments: list[str]) -> None:
@@ -41,40 +42,7 @@ def main(arguments: list[str]) -> None:
   if "teacher" not in run.decoders:
     raise UserError("the configuration names no teacher")
   with jax.set_mesh(run.mesh):
-    write(run, Path(args.output), args.k, args.dtype)
-
-
-def write(run: setup.Run, folder: Path, k: int, dtype: str) -> dict[str, store.Store]:
-  """Stores the teacher's top k for every row of the run, or what is missing of it.
-
-  Every process calls it; each writes the rows that its devices computed.
-
-  Returns:
-    The stores by part: 'train' and, if the run holds out any rows, 'eval'.
-  """
-  size = min(run.decoders[role].config.vocab_size for role in ("student", "teacher"))
-  decoder, temperature = run.decoders["teacher"], run.config.method.temperature
-  models = Models(None, None, None, run.config.train.loss_chunk, vocab_size=size)
-  k = min(k or size, size)
-
-  @jax.jit
-  def record(frozen, batch):
-    out = output(decoder, {"params": frozen}, batch)
-    labels, kind = batch["labels"], jnp.dtype(dtype)
-    return stored.record(models, out, labels, k, temperature, kind)
-
-  parts = {"train": run.train} | ({"eval": run.eval} if run.eval else {})
-  kept = {}
-  for part, examples in parts.items():
-    about = teachers.stored_key(run.config, examples)
-    about |= {"k": k, "dtype": dtype, "vocab_size": size} | teachers.dtypes(run.config)
-    where = folder / part
-    if jax.process_index() == 0:
-      store.begin(where, len(examples), about)
-    precompute.barrier(f"{part} begun")
-    kept[part] = store.Store(where, len(examples), about)
-    precompute.fill(run, examples, kept[part], record, "mask")
-  return kept
+    record.write(run, Path(args.output), args.k, args.dtype)
 
 
 def _parser() -> cli.Parser:

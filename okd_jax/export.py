@@ -11,54 +11,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from okd_jax import checkpoint, cli, configuration, models, setup
-from okd_jax.adapters import replace_blocks
+from okd_jax.config import read as configuration
 from okd_jax.errors import UserError
-from okd_jax.initial import named
-from okd_jax.metrics import score_by
-from okd_jax.setup import Run
-
-
-def module_folder(parts: Run) -> str:
-  """The name of the folder of a workdir that the online module goes to."""
-  return "teacher" if parts.choice else "adapter"
-
-
-def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
-  """Writes the student to a folder and, if there is one, its module to another."""
-  config = parts.config
-  models.save(
-    student,
-    params["student"],
-    parts.decoders["student"].config,
-    parts.tokenizer,
-    dtype=config.export.dtype,
-    card=_card(config),
-  )
-  if not (parts.adapter and adapter):
-    return
-  if parts.choice:
-    new = replace_blocks(
-      parts.frozen["layers"], params["adapter"]["layers"], parts.adapter
-    )
-    models.save(
-      adapter,
-      parts.frozen | {"layers": new},
-      parts.decoders["teacher"].config,
-      parts.tokenizer,
-      dtype=config.export.dtype,
-      card=_card(config)
-      | {"Trained blocks": ", ".join(map(str, parts.adapter.blocks))},
-    )
-    return
-  for name in named(parts.decoders, "adapted") or [""]:
-    models.save_adapter(
-      adapter / name,
-      params["adapter"][name] if name else params["adapter"],
-      parts.adapter,
-      parts.decoders[f"adapted:{name}" if name else "adapted"].config,
-      config.teachers.get(name, config.teacher.path),
-    )
+from okd_jax.run import build as setup
+from okd_jax.run import checkpoint
+from okd_jax.run.export import export_run
+from okd_jax.runtime import cli
+from okd_jax.runtime.metrics import score_by
 
 
 def main(arguments: list[str]) -> None:
@@ -87,14 +46,6 @@ def main(arguments: list[str]) -> None:
   export_run(
     parts, state.params, Path(args.output), Path(args.adapter) if args.adapter else None
   )
-
-
-def _card(config) -> dict[str, str]:
-  return {
-    "Teacher": ", ".join(config.teachers.to_dict().values()) or config.teacher.path,
-    "Method": config.method.name,
-    "Data": config.data.train,
-  }
 
 
 def _parser() -> cli.Parser:

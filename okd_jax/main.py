@@ -13,8 +13,10 @@ at ui.perfetto.dev or in TensorBoard; the run's results stay as they are.
 
 from pathlib import Path
 
-from okd_jax import cli, configuration, train
+from okd_jax.config import read as configuration
 from okd_jax.errors import UserError
+from okd_jax.run import loop as train
+from okd_jax.runtime import cli
 
 
 def main(arguments: list[str]) -> None:

@@ -40,7 +40,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "return temperature**2 * _kl(log_p, log_q)",
     "return temperature**2 * _kl(log_q, log_p)",
-    "tests/test_divergences.py -k golden",
+    "tests/losses/test_divergences.py -k golden",
   ),
   Bug(
     "no T^2",
@@ -48,7 +48,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "return temperature**2 * _kl(log_p, log_q)",
     "return _kl(log_p, log_q)",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "a cross-entropy in place of the KL",
@@ -56,7 +56,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "jnp.exp(log_p) * (log_p - log_q)",
     "jnp.exp(log_p) * -log_q",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "JSD weighs the wrong side",
@@ -64,7 +64,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "log_m = _log_mix(log_p, log_q, beta)",
     "log_m = _log_mix(log_q, log_p, beta)",
-    "tests/test_divergences.py -k golden",
+    "tests/losses/test_divergences.py -k golden",
   ),
   Bug(
     "mixtures of log-probabilities",
@@ -72,7 +72,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "return jnp.logaddexp(log_p + numbers.log(share), log_q + numbers.log1p(-share))",
     "return share * log_p + (1 - share) * log_q",
-    "tests/test_divergences.py -k golden",
+    "tests/losses/test_divergences.py -k golden",
   ),
   Bug(
     "softmax in the dtype of the input",
@@ -80,7 +80,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "logits.astype(jnp.float32) / temperature",
     "logits / temperature",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "log 0 is -inf",
@@ -88,7 +88,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "return jnp.maximum(log_q, _LOG_ZERO)",
     "return log_q",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "negative values reported",
@@ -96,7 +96,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "jax.lax.stop_gradient(jnp.maximum(value, 0) - value)",
     "jax.lax.stop_gradient(0 * value)",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "AKL divides 0 by 0 at identity",
@@ -104,7 +104,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "in_head / jnp.where(total > 0, total, 1), 0.5)",
     "in_head / total, in_head / total)",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "AKL's weights carry gradient",
@@ -112,7 +112,7 @@ BUGS = (
     f"{LOSSES}/divergences.py",
     "p, q = jax.lax.stop_gradient((jnp.exp(log_p), jnp.exp(log_q)))",
     "p, q = jnp.exp(log_p), jnp.exp(log_q)",
-    "tests/test_divergences.py",
+    "tests/losses/test_divergences.py",
   ),
   Bug(
     "top-k renormalised, no tail",
@@ -120,7 +120,7 @@ BUGS = (
     f"{LOSSES}/sparse.py",
     "rest = _log_rest(log_q, top.ids)",
     "kept, rest = jax.nn.log_softmax(kept), jnp.full(kept.shape[:-1], -1e30)",
-    "tests/test_sparse.py",
+    "tests/losses/test_sparse.py",
   ),
   Bug(
     "ids in both top k rank twice",
@@ -128,7 +128,7 @@ BUGS = (
     f"{LOSSES}/ranking.py",
     "[jnp.ones_like(repeated), ~repeated]",
     "[jnp.ones_like(repeated), jnp.ones_like(repeated)]",
-    "tests/test_ranking.py",
+    "tests/losses/test_ranking.py",
   ),
   Bug(
     "labels not shifted",
@@ -136,7 +136,7 @@ BUGS = (
     "okd_jax/data/pack.py",
     'row["labels"][start:stop] = example.tokens[1:]',
     'row["labels"][start:stop] = example.tokens[:-1]',
-    "tests/test_pack.py",
+    "tests/data/test_pack.py",
   ),
   Bug(
     "the first response token is not trained",
@@ -144,7 +144,7 @@ BUGS = (
     "okd_jax/data/pack.py",
     "start + max(example.prompt_length - 1, 0) : stop",
     "start + example.prompt_length : stop",
-    "tests/test_pack.py",
+    "tests/data/test_pack.py",
   ),
   Bug(
     "EOS is not trained where it is the pad",
@@ -153,7 +153,7 @@ BUGS = (
     'row["segment_ids"][start:stop] = segment',
     'row["segment_ids"][start:stop] = segment\n'
     '    row["mask"] &= row["labels"] != pad_id',
-    "tests/test_pack.py",
+    "tests/data/test_pack.py",
   ),
   Bug(
     "pads counted in the mean",
@@ -161,16 +161,16 @@ BUGS = (
     f"{LOSSES}/mean.py",
     "count = jnp.sum(mask, dtype=jnp.float32)",
     "count = jnp.float32(mask.size)",
-    "tests/test_methods.py -k formula",
+    "tests/methods/test_methods.py -k formula",
   ),
   Bug(
     "a mean of the micro-batches' means",
     "TRL, verl, swift, NeMo",
-    "okd_jax/step.py",
+    "okd_jax/run/step.py",
     "return loss(params | moving, frozen, part, part_key)",
     'part = part | {"weights": token_weights(part["mask"]) / microbatches}\n'
     "    return loss(params | moving, frozen, part, part_key)",
-    "tests/test_step.py -k 'microbatches and 2'",
+    "tests/run/test_step.py -k 'microbatches and 2'",
   ),
   Bug(
     "masked positions multiplied by 0",
@@ -178,7 +178,7 @@ BUGS = (
     f"{LOSSES}/chunked.py",
     "jnp.sum(jnp.where(weights != 0, x, 0) * weights)",
     "jnp.sum(x * weights)",
-    "tests/test_chunked.py",
+    "tests/losses/test_chunked.py",
   ),
   Bug(
     "head gradients added up in bfloat16",
@@ -186,7 +186,7 @@ BUGS = (
     f"{LOSSES}/chunked.py",
     "*outputs[name].head.shape[::-1]), jnp.float32))",
     "*outputs[name].head.shape[::-1]), outputs[name].head.dtype))",
-    "tests/test_chunked.py",
+    "tests/losses/test_chunked.py",
   ),
   Bug(
     "the last positions of a row lost to the chunks",
@@ -194,7 +194,7 @@ BUGS = (
     f"{LOSSES}/chunked.py",
     "count = -(-length // size)",
     "count = max(length // size, 1)",
-    "tests/test_chunked.py",
+    "tests/losses/test_chunked.py",
   ),
   Bug(
     "a padded vocabulary keeps its mass",
@@ -203,7 +203,7 @@ BUGS = (
     "return {name: out._replace(head=out.head[:size]) for",
     "return {name: out._replace(head=jnp.pad(out.head, ((0, 16), (0, 0)))"
     "[: max(o.head.shape[0] for o in outputs.values())]) for",
-    "tests/test_methods.py -k padded_teacher",
+    "tests/methods/test_methods.py -k padded_teacher",
   ),
   Bug(
     "stop_gradient on the wrong side",
@@ -211,7 +211,7 @@ BUGS = (
     f"{METHODS}/okd.py",
     "student_distance(stop_gradient(teacher), student, **knobs)",
     "student_distance(teacher, stop_gradient(student), **knobs)",
-    "tests/test_okd.py -k closed_form",
+    "tests/methods/test_okd.py -k closed_form",
   ),
   Bug(
     "the module also follows the student's loss",
@@ -219,7 +219,7 @@ BUGS = (
     f"{METHODS}/okd.py",
     "student_distance(stop_gradient(teacher), student, **knobs)",
     "student_distance(teacher, student, **knobs)",
-    "tests/test_okd.py -k closed_form",
+    "tests/methods/test_okd.py -k closed_form",
   ),
   Bug(
     "the anchor pulls the other way",
@@ -227,7 +227,7 @@ BUGS = (
     f"{METHODS}/okd.py",
     'forward_kl(stop_gradient(logits["base"]), teacher)',
     'forward_kl(teacher, stop_gradient(logits["base"]))',
-    "tests/test_methods.py -k formula",
+    "tests/methods/test_methods.py -k formula",
   ),
   Bug(
     "the temperature is ignored",
@@ -235,7 +235,7 @@ BUGS = (
     f"{METHODS}/knobs.py",
     "return function(p_logits, q_logits, temperature, **own)",
     "return function(p_logits, q_logits, 1.0, **own)",
-    "tests/test_methods.py -k 'changes_something and temperature'",
+    "tests/methods/test_methods.py -k 'changes_something and temperature'",
   ),
   Bug(
     "what is logged is not what is trained",
@@ -243,15 +243,15 @@ BUGS = (
     f"{METHODS}/kd.py",
     '{"divergence": d, "student_nll"',
     '{"divergence": d / 2, "student_nll"',
-    "tests/test_methods.py -k logged_parts",
+    "tests/methods/test_methods.py -k logged_parts",
   ),
   Bug(
     "the module's learning rate is the student's",
     "ours",
-    "okd_jax/optim.py",
+    "okd_jax/run/optim.py",
     "lambda count: learning_rate(count) * lr_scale",
     "lambda count: learning_rate(count)",
-    "tests/test_okd.py -k held_module",
+    "tests/methods/test_okd.py -k held_module",
   ),
   Bug(
     "attention across packed documents",
@@ -259,7 +259,7 @@ BUGS = (
     "okd_jax/models/attention.py",
     "(causal & same & real)",
     "(causal & real)",
-    "tests/test_transformer.py -k packed",
+    "tests/models/test_transformer.py -k packed",
   ),
   Bug(
     "splash attention sees other texts of its row",
@@ -267,7 +267,7 @@ BUGS = (
     "okd_jax/models/kernels.py",
     "SegmentIds(segment_ids, segment_ids)",
     "SegmentIds(segment_ids * 0, segment_ids * 0)",
-    "tests/test_kernels.py",
+    "tests/models/test_kernels.py",
   ),
   Bug(
     "splash attention without the scale of its scores",
@@ -275,7 +275,7 @@ BUGS = (
     "okd_jax/models/kernels.py",
     "(query_BLHD * head_dim**-0.5, ",
     "(query_BLHD, ",
-    "tests/test_kernels.py",
+    "tests/models/test_kernels.py",
   ),
   Bug(
     "the last chunk of counting positions is left out",
@@ -283,7 +283,7 @@ BUGS = (
     "okd_jax/losses/chunked.py",
     "-(-counts.sum(1).max() * shards // (size * rows))",
     "counts.sum(1).max() * shards // (size * rows)",
-    "tests/test_chunked.py",
+    "tests/losses/test_chunked.py",
   ),
   Bug(
     "packed rows are one text",
@@ -291,7 +291,7 @@ BUGS = (
     "okd_jax/data/pack.py",
     'row["segment_ids"][start:stop] = segment',
     'row["segment_ids"][start:stop] = 1',
-    "tests/test_pack.py -k in_one_row",
+    "tests/data/test_pack.py -k in_one_row",
   ),
   Bug(
     "positions do not restart in packed rows",
@@ -299,7 +299,7 @@ BUGS = (
     "okd_jax/models/attention.py",
     "return index - jax.lax.cummax(starts, axis=1)",
     "return index + 0 * starts",
-    "tests/test_transformer.py -k packed",
+    "tests/models/test_transformer.py -k packed",
   ),
   Bug(
     "mixed-up rows: the teacher sees them unmixed",
@@ -307,15 +307,15 @@ BUGS = (
     f"{METHODS}/mixkd.py",
     '"teacher": models.teacher(frozen, None, mixed, mix)',
     '"teacher": models.teacher(frozen, None, mixed)',
-    "tests/test_mixkd.py -k swapping",
+    "tests/methods/test_mixkd.py -k swapping",
   ),
   Bug(
     "a step that is not finite is taken",
     "TRL, Liger, LMOps",
-    "okd_jax/step.py",
+    "okd_jax/run/step.py",
     "keep = functools.partial(jnp.where, finite)",
     "keep = functools.partial(jnp.where, True)",
-    "tests/test_step.py -k not_finite",
+    "tests/run/test_step.py -k not_finite",
   ),
   Bug(
     "several teachers averaged as logits",
@@ -323,7 +323,7 @@ BUGS = (
     f"{LOSSES}/mixture.py",
     "log_probs(z, temperature) + jnp.log(share[..., i, None])",
     "len(logits) * share[..., i, None] * log_probs(z, temperature)",
-    "tests/test_ensemble.py -k probabilities",
+    "tests/methods/test_ensemble.py -k probabilities",
   ),
   Bug(
     "the gate sees no data loss and picks whoever is easiest to imitate",
@@ -331,7 +331,7 @@ BUGS = (
     f"{METHODS}/gate.py",
     "pulled + own, 0.0",
     "pulled, 0.0",
-    "tests/test_ensemble.py -k 'its_loss or prefer'",
+    "tests/methods/test_ensemble.py -k 'its_loss or prefer'",
   ),
   Bug(
     "the policy's reward upside down",
@@ -339,15 +339,15 @@ BUGS = (
     f"{METHODS}/policy.py",
     'gain = stop_gradient((batch["before"] - after) @ weights)',
     'gain = stop_gradient((after - batch["before"]) @ weights)',
-    "tests/test_ensemble.py -k 'rewards or finds'",
+    "tests/methods/test_ensemble.py -k 'rewards or finds'",
   ),
   Bug(
     "the most salient blocks chosen",
     "planted",
-    "okd_jax/saliency.py",
+    "okd_jax/teachers/saliency.py",
     "key=saliency.__getitem__)",
     "key=saliency.__getitem__, reverse=True)",
-    "tests/test_saliency.py",
+    "tests/teachers/test_saliency.py",
   ),
   Bug(
     "the stored top k renormalised",
@@ -355,15 +355,15 @@ BUGS = (
     f"{LOSSES}/sparse.py",
     "return TopK(ids, values, _log_rest(log_p, ids))",
     "return TopK(ids, jax.nn.log_softmax(values), jnp.full(ids.shape[:-1], -1e30))",
-    "tests/test_sparse.py",
+    "tests/losses/test_sparse.py",
   ),
   Bug(
     "a store taken whatever it was made of",
     "stores known by their folder's name",
-    "okd_jax/store.py",
+    "okd_jax/teachers/store.py",
     "    if found.get(key) != value\n",
     "    if False\n",
-    "tests/test_store.py",
+    "tests/teachers/test_store.py",
   ),
   Bug(
     "the kept trunk entered a layer too late",
@@ -371,7 +371,7 @@ BUGS = (
     f"{METHODS}/method.py",
     'return {"hidden": batch["trunk"], "start": _trunk_layers(adapted)}',
     'return {"hidden": batch["trunk"], "start": _trunk_layers(adapted) + 1}',
-    "tests/test_trunk.py -k changes_no_loss",
+    "tests/teachers/test_trunk.py -k changes_no_loss",
   ),
   Bug(
     "ULD without the tokens that only one vocabulary has",
@@ -379,7 +379,7 @@ BUGS = (
     f"{LOSSES}/cross_tokenizer.py",
     "size = max(p.shape[-1], q.shape[-1])",
     "size = min(p.shape[-1], q.shape[-1])\n  p, q = p[..., -size:], q[..., -size:]",
-    "tests/test_cross_tokenizer.py -k 'papers or golden'",
+    "tests/methods/test_uld.py -k 'papers or golden'",
   ),
 )
 

@@ -8,27 +8,16 @@ import jax
 import numpy as np
 import pytest
 from commands import QUICK, call, losses, rows, train
+from small import config
 
-from configs import debug
-from okd_jax import METHODS, cache_teacher, methods, setup
+from okd_jax import METHODS, methods
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
-from okd_jax.sampler import Sampler
-from okd_jax.step import compile_step
-from okd_jax.train import Evaluator
-
-
-def config(**changes):
-  config = debug.get_config()
-  config.method.name = "kd"
-  config.data.train = "embedded:eval"
-  config.data.holdout = 8
-  config.data.max_length = 96
-  config.data.max_prompt_length = 80
-  config.train.steps = 4
-  config.unlock()
-  config.update_from_flattened_dict(changes)
-  return config
+from okd_jax.run import build as setup
+from okd_jax.run.batches import Sampler
+from okd_jax.run.loop import Evaluator
+from okd_jax.run.step import compile_step
+from okd_jax.teachers import record
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +34,7 @@ def live(folder):
 def whole(live, folder):
   """The whole vocabulary, in float32."""
   with jax.set_mesh(live.mesh):
-    cache_teacher.write(live, folder / "whole", 0, "float32")
+    record.write(live, folder / "whole", 0, "float32")
   return folder / "whole"
 
 
@@ -136,7 +125,7 @@ def test_at_another_temperature_no_kl_is_measured(live, folder):
   warm = config(**{"method.temperature": 2.0})
   run = setup.build(warm, folder)
   with jax.set_mesh(run.mesh):
-    cache_teacher.write(run, folder / "warm", 4, "float32")
+    record.write(run, folder / "warm", 4, "float32")
   warm.teacher.cache = str(folder / "warm")
   run = setup.build(warm, folder)
   with jax.set_mesh(run.mesh):
@@ -155,7 +144,7 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
   for k in (2, 16, 64):
     run = setup.build(config(), folder)
     with jax.set_mesh(run.mesh):
-      cache_teacher.write(run, folder / f"k{k}", k, "float32")
+      record.write(run, folder / f"k{k}", k, "float32")
     run = setup.build(config(**{"teacher.cache": str(folder / f"k{k}")}), folder)
     values.append(float(steps(run, 1)[0][0]["divergence"]))
   full = setup.build(config(**{"teacher.cache": str(whole)}), folder)
@@ -165,11 +154,11 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
 
 def test_an_interrupted_store_ends_up_the_same(live, whole, folder):
   with jax.set_mesh(live.mesh):
-    kept = cache_teacher.write(live, folder / "cut", 0, "float32")
+    kept = record.write(live, folder / "cut", 0, "float32")
     names = sorted(path.relative_to(whole) for path in whole.glob("*/0*"))
     assert {name.parent.name for name in names} == {"train", "eval"}
     (folder / "cut" / names[-1]).unlink()
-    again = cache_teacher.write(live, folder / "cut", 0, "float32")
+    again = record.write(live, folder / "cut", 0, "float32")
   for part in ("train", "eval"):
     assert kept[part].missing() == again[part].missing() == []
   for name in names:

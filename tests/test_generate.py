@@ -1,8 +1,4 @@
-"""The command: what it prints, where it stops, and how it refuses.
-
-The model is made by hand: it has learned the alphabet. After a letter it says the
-next one, after z it ends the text, after anything else it begins with a.
-"""
+"""The command: what it prints, where it stops, and how it refuses."""
 
 import io
 import subprocess
@@ -10,19 +6,22 @@ import sys
 from pathlib import Path
 
 import families
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
+from alphabet import (
+  BOS,
+  EOS,
+  PAD,
+  TURN,
+  alphabet_tokenizer,
+  save,
+)
 
 from okd_jax import generate, models
-from okd_jax.data import make_tokenizer
 from okd_jax.errors import UserError
+from okd_jax.text import complete
 
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260K"
-EOS, PAD, TURN, BOS = 256, 257, 258, 259
-VOCABULARY = 260
 # A question in parentheses; its first letter opens the answer.
 TEMPLATE = (
   "{% set opening = messages[0].content[0] %}"
@@ -31,43 +30,6 @@ TEMPLATE = (
   "{% else %}{{ opening + m.content }}<|turn|>{% endif %}"
   "{% endfor %}{% if add_generation_prompt %}{{ opening }}{% endif %}"
 )
-
-
-def alphabet_model(end=EOS, **changes):
-  """(parameters, config): embeddings are one-hot, layers add nothing to them."""
-  config = models.ModelConfig(
-    vocab_size=VOCABULARY,
-    hidden_size=VOCABULARY,
-    num_layers=1,
-    num_heads=1,
-    head_dim=2,
-    mlp_size=2,
-    tie_embeddings=False,
-    **{"max_length": 200, "eos_ids": (EOS,), "pad_id": PAD, **changes},
-  )
-  params = jax.tree.map(
-    lambda leaf: jnp.zeros(leaf.shape),
-    jax.eval_shape(lambda: models.init(config, jax.random.key(0))),
-  )
-  follows = np.full(VOCABULARY, ord("a"))
-  follows[ord("a") : ord("z")] = np.arange(ord("b"), ord("z") + 1)
-  follows[ord("z")] = end
-  params["embed"]["embedding"] = jnp.eye(VOCABULARY)
-  params["norm"]["scale"] = jnp.ones(VOCABULARY)
-  params["head"] = jnp.eye(VOCABULARY)[follows].T
-  return params, config
-
-
-def alphabet_tokenizer():
-  tokenizer = make_tokenizer("bytes", [])
-  tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|bos|>"]})
-  return tokenizer
-
-
-def save(folder, tokenizer=None, **changes):
-  params, config = alphabet_model(**changes)
-  models.save(folder, params, config, tokenizer or alphabet_tokenizer())
-  return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +77,9 @@ def test_special_tokens_that_the_tokenizer_adds(tmp_path, printed):
     special_tokens=[("<|bos|>", BOS), ("<|endoftext|>", EOS)],
   )
   model = models.Model(None, None, tokenizer)
-  assert generate._plain_tokens(model, "w") == [BOS, ord("w")]
-  assert generate._plain_tokens(model, "w<|endoftext|>") == [BOS, ord("w"), EOS]
-  assert generate._plain_tokens(model, "") == [BOS]
+  assert complete._plain_tokens(model, "w") == [BOS, ord("w")]
+  assert complete._plain_tokens(model, "w<|endoftext|>") == [BOS, ord("w"), EOS]
+  assert complete._plain_tokens(model, "") == [BOS]
   name = save(tmp_path / "model", tokenizer)
   assert printed(f"--model={name}", "--prompt=w") == "xyz"
   assert printed(f"--model={name}", "--prompt=", "--max_new_tokens=3") == "abc"

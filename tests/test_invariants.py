@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trial import SAMPLED, LogitTrial, make_batch, make_logits, weighted
 
-from okd_jax import losses, methods, sharding
+from okd_jax import losses, methods
 from okd_jax.losses import Output, token_weights, unembed, weighted_sums
+from okd_jax.methods.base.knobs import DIVERGENCES
 from okd_jax.methods.kd import NAMED
-from okd_jax.methods.knobs import DIVERGENCES
+from okd_jax.runtime import sharding
 
 BATCH, LENGTH, VOCAB, TOP = 8, 7, 23, 5
 # Methods whose rows know of other rows, or need more than one batch.
@@ -181,7 +182,7 @@ def test_every_row_of_the_table_is_guarded():
     for number in range(1, count + 1)
   }
   found = set()
-  for path in Path(__file__).parent.glob("test_*.py"):
+  for path in Path(__file__).parent.rglob("test_*.py"):
     for names in re.findall(r"Guards ([A-H]\d+(?:, [A-H]\d+)*)", path.read_text()):
       found |= set(names.split(", "))
   assert not rows - found

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from configs import default
-from okd_jax import methods, models, setup
+from okd_jax import methods, models
 from okd_jax.data import eval_batches, load_records, make_tokenizer
-from okd_jax.evaluate import compile_token_step, evaluate_tokens
-from okd_jax.sampler import Sampler, answers_beforehand
-from okd_jax.train import Evaluator, train_loader
+from okd_jax.evaluation.tokens import compile_token_step, evaluate_tokens
+from okd_jax.run import build as setup
+from okd_jax.run.batches import Sampler, answers_beforehand
+from okd_jax.run.loop import Evaluator, train_loader
 
 SIZES = {"wide student": (258, 320), "wide teacher": (320, 258)}
 

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 
 from configs import default
-from okd_jax import methods, optim
-from okd_jax.adapters import AdapterConfig, take_blocks
+from okd_jax import methods
 from okd_jax.losses import Output, token_weights
 from okd_jax.models import Decoder, ModelConfig
-from okd_jax.step import init_state, train_step
+from okd_jax.models.adapters import AdapterConfig, take_blocks
+from okd_jax.run import optim
+from okd_jax.run.step import init_state, train_step
 
 VOCAB = 32
 TEACHER = ModelConfig(vocab_size=VOCAB, hidden_size=16, num_layers=3, num_heads=2)

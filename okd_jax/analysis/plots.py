@@ -12,7 +12,7 @@ from matplotlib import style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from okd_jax import metrics
+from okd_jax.runtime import metrics
 
 Figures = Mapping[str, float]
 Rows = Mapping[int, Figures]

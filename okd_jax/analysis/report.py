@@ -11,7 +11,7 @@ import jinja2
 
 from okd_jax.analysis import plots
 from okd_jax.analysis.plots import Figures, History, read_history
-from okd_jax.files import write_text
+from okd_jax.runtime.files import write_text
 
 # Of each column of the summary: its title, its meaning, and how many decimals it has.
 COLUMNS = {

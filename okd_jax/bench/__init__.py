@@ -15,7 +15,6 @@ import json
 
 import jax
 
-from okd_jax import checks, cli, configuration
 from okd_jax.bench import compilation, generate, loss, step
 from okd_jax.bench.generate import generate_flags, random_prompts
 from okd_jax.bench.measure import (
@@ -26,7 +25,10 @@ from okd_jax.bench.measure import (
   seconds,
   spread,
 )
-from okd_jax.files import write_text
+from okd_jax.config import read as configuration
+from okd_jax.run import checks
+from okd_jax.runtime import cli
+from okd_jax.runtime.files import write_text
 
 __all__ = [
   "at_least",

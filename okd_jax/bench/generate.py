@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from okd_jax import rollout
 from okd_jax.bench import measure
 from okd_jax.bench.measure import at_least
 from okd_jax.errors import UserError
-from okd_jax.evaluate import source_of
 from okd_jax.models import Decoder, Model, ModelConfig, load
+from okd_jax.text import rollout
+from okd_jax.text.source import decoder_source
 
 
 def generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +100,7 @@ def _compile(model: Model, flags: argparse.Namespace) -> tuple[Callable, tuple, 
     np.zeros(0, np.int32),
     np.int32(0),
   )
-  source = source_of(Decoder(model.config, dtype=jnp.dtype(flags.dtype)))
+  source = decoder_source(Decoder(model.config, dtype=jnp.dtype(flags.dtype)))
   start = time.perf_counter()
   lowered = rollout.sample.lower(source, *inputs, max_new_tokens=flags.max_new_tokens)
   program = lowered.compile()

@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from okd_jax import checks, methods, models, optim, setup, sharding
+from okd_jax import methods, models
 from okd_jax.bench import flops, measure
 from okd_jax.bench.measure import at_least
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, ModelConfig
-from okd_jax.step import TrainState, compile_step, init_state
+from okd_jax.run import build as setup
+from okd_jax.run import checks, optim
+from okd_jax.run.step import TrainState, compile_step, init_state
+from okd_jax.runtime import sharding
 
 HEAD = 64  # channels of an attention head
 

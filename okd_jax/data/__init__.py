@@ -12,8 +12,17 @@ from okd_jax.data.encode import (
 from okd_jax.data.loader import each_alone, eval_batches, train_loader
 from okd_jax.data.pack import PAD_ID, pack, pack_row, pad_row, positions
 from okd_jax.data.pairing import pair, shared_text
-from okd_jax.data.sources import Record, load_records, read_references
-from okd_jax.data.tokenizer import compare_tokenizers, make_tokenizer
+from okd_jax.data.sources import (
+  Record,
+  load_records,
+  read_predictions,
+  read_references,
+)
+from okd_jax.data.tokenizer import (
+  check_vocabulary,
+  compare_tokenizers,
+  make_tokenizer,
+)
 
 __all__ = [
   "PAD_ID",
@@ -21,6 +30,7 @@ __all__ = [
   "Example",
   "Limits",
   "Record",
+  "check_vocabulary",
   "compare_tokenizers",
   "each_alone",
   "encode",
@@ -33,6 +43,7 @@ __all__ = [
   "pair",
   "positions",
   "prepare",
+  "read_predictions",
   "read_references",
   "shared_text",
   "show_example",

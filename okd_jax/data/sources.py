@@ -73,9 +73,24 @@ def load_records(spec: str | Sequence[str]) -> list[Record]:
   return [parse_record(row, where) for row, where in read_rows(spec)]
 
 
+def source_list(spec: str) -> list[str]:
+  """The sources in a comma-separated list."""
+  return [part.strip() for part in spec.split(",") if part.strip()]
+
+
 def read_references(spec: str | Sequence[str]) -> list[tuple[str, ...]]:
   """The references of every row alone; the rows need not hold a prompt."""
   return [_references_of(row, where) for row, where in read_rows(spec)]
+
+
+def read_predictions(path: str) -> list[str]:
+  """The `text` of every line; an empty answer is an answer, and scores nothing."""
+  predictions = []
+  for row, where in read_rows(path):
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+      raise UserError(f'{where}: a prediction must look like {{"text": "..."}}')
+    predictions.append(row["text"])
+  return predictions
 
 
 def read_rows(spec: str | Sequence[str]) -> list[Row]:

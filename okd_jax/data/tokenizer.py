@@ -6,12 +6,13 @@ run's own data. Both are what transformers loads from a folder.
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from okd_jax.data.encode import Example
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
@@ -74,6 +75,20 @@ def compare_tokenizers(
       f"the tokenizers of teacher and student differ in {len(different)} ids "
       f"({shown}{more}); {remedy}"
     )
+
+
+def check_vocabulary(sizes: Mapping[str, int], examples: Iterable[Example]) -> None:
+  """Raises a UserError if a row holds a token that one of the models does not have.
+
+  sizes: of the models' vocabularies, by what a message calls the model.
+  """
+  largest = max(int(example.tokens.max()) for example in examples)
+  for name, size in sizes.items():
+    if largest >= size:
+      raise UserError(
+        f"the data holds token id {largest}, but {name} has only {size} ids; its "
+        "tokenizer is not the one it was trained with"
+      )
 
 
 def _token_of_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -21,9 +21,9 @@ from okd_jax.methods import (
   sft,
   uld,
 )
-from okd_jax.methods.knobs import DIVERGENCES, SHAPE, Linear
-from okd_jax.methods.method import Method, Models, apply_functions
-from okd_jax.methods.sequences import SAMPLING
+from okd_jax.methods.base.knobs import DIVERGENCES, SHAPE, Linear
+from okd_jax.methods.base.method import Method, Models, apply_functions
+from okd_jax.methods.base.sequences import SAMPLING
 
 METHODS: dict[str, Callable[..., Method]] = {
   "clda": clda.build,

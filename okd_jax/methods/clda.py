@@ -31,7 +31,7 @@ import dataclasses
 import functools
 
 from okd_jax.methods import okd
-from okd_jax.methods.method import Method
+from okd_jax.methods.base.method import Method
 
 
 @functools.wraps(okd.build, assigned=())

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from okd_jax.errors import UserError
 from okd_jax.losses import forward_kl, log_probs, skew_forward_kl
-from okd_jax.methods.knobs import Knob, check_weight, ends
-from okd_jax.methods.method import (
+from okd_jax.methods.base.knobs import Knob, check_weight, ends
+from okd_jax.methods.base.method import (
   Method,
   combine,
   diagnostics,
@@ -28,7 +28,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import make_sequences, never
+from okd_jax.methods.base.sequences import make_sequences, never
 
 
 def build(*, skew: Knob, contrast: Knob, gold_weight: Knob, **sampling) -> Method:

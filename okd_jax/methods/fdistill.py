@@ -27,8 +27,8 @@ from okd_jax.losses import (
   reverse_kl,
   total_variation,
 )
-from okd_jax.methods.knobs import Knob, check_weight
-from okd_jax.methods.method import (
+from okd_jax.methods.base.knobs import Knob, check_weight
+from okd_jax.methods.base.method import (
   Method,
   cut_heads,
   diagnostics,
@@ -37,7 +37,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import make_sequences, never
+from okd_jax.methods.base.sequences import make_sequences, never
 
 # Whose text each divergence needs.
 _TEXTS = {

@@ -8,7 +8,7 @@ import jax
 
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy
-from okd_jax.methods.knobs import (
+from okd_jax.methods.base.knobs import (
   Knob,
   among_top_k,
   check_positive,
@@ -17,7 +17,7 @@ from okd_jax.methods.knobs import (
   find_divergence,
   own_shape,
 )
-from okd_jax.methods.method import (
+from okd_jax.methods.base.method import (
   Method,
   combine,
   diagnostics,

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy, per_token, reverse_kl
-from okd_jax.methods.knobs import Knob, check_share, check_weight
-from okd_jax.methods.method import (
+from okd_jax.methods.base.knobs import Knob, check_share, check_weight
+from okd_jax.methods.base.method import (
   Method,
   cut_heads,
   diagnostics,
@@ -33,7 +33,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import make_sequences, never
+from okd_jax.methods.base.sequences import make_sequences, never
 
 VARIANTS = ("paper", "code")
 _REWARD_SCALE, _REWARD_LIMIT, _DISCOUNT = 2.0, 100.0, 0.95

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from okd_jax.losses import cross_entropy, entropy
-from okd_jax.methods.knobs import (
+from okd_jax.methods.base.knobs import (
   Knob,
   check_positive,
   check_weight,
   find_divergence,
   own_shape,
 )
-from okd_jax.methods.method import (
+from okd_jax.methods.base.method import (
   Method,
   combine,
   diagnostics,

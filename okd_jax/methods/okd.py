@@ -20,7 +20,7 @@ import logging
 
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy, forward_kl
-from okd_jax.methods.knobs import (
+from okd_jax.methods.base.knobs import (
   Knob,
   check_positive,
   check_share,
@@ -29,14 +29,14 @@ from okd_jax.methods.knobs import (
   find_divergence,
   own_shape,
 )
-from okd_jax.methods.method import (
+from okd_jax.methods.base.method import (
   Method,
   combine,
   diagnostics,
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import never
+from okd_jax.methods.base.sequences import never
 
 _log = logging.getLogger(__name__)
 

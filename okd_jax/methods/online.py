@@ -10,8 +10,8 @@ import dataclasses
 import jax
 
 from okd_jax.methods import okd
-from okd_jax.methods.knobs import Knob
-from okd_jax.methods.method import Method, Models, stop_gradient, token_sums
+from okd_jax.methods.base.knobs import Knob
+from okd_jax.methods.base.method import Method, Models, stop_gradient, token_sums
 
 KNOBS = ("teacher_divergence", "teacher_kl_weight", "anchor_weight", "temperature")
 

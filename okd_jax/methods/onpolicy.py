@@ -14,10 +14,10 @@ import jax
 
 from okd_jax.errors import UserError
 from okd_jax.methods import kd, sft
-from okd_jax.methods.knobs import Knob, check_share
-from okd_jax.methods.method import Method, gold_nll
-from okd_jax.methods.sequences import SAMPLING, Replay, make_sequences, never
-from okd_jax.rollout import Sampling
+from okd_jax.methods.base.knobs import Knob, check_share
+from okd_jax.methods.base.method import Method, gold_nll
+from okd_jax.methods.base.sequences import SAMPLING, Replay, make_sequences, never
+from okd_jax.text.rollout import Sampling
 
 
 def build_gkd(

@@ -14,8 +14,8 @@ embeddings of "Suppose you are a student." (`adapter.text`); by default ours do 
 import jax
 
 from okd_jax.losses import reverse_kl
-from okd_jax.methods.knobs import Knob, Linear, check_positive, check_weight
-from okd_jax.methods.method import (
+from okd_jax.methods.base.knobs import Knob, Linear, check_positive, check_weight
+from okd_jax.methods.base.method import (
   Method,
   diagnostics,
   gold_nll,
@@ -23,7 +23,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import make_sequences, never
+from okd_jax.methods.base.sequences import make_sequences, never
 
 
 def build(

@@ -5,14 +5,14 @@ Ranking Loss based Knowledge Distillation, Zhang et al. 2024, arXiv 2409.12545.
 
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy, rank_correlation
-from okd_jax.methods.knobs import (
+from okd_jax.methods.base.knobs import (
   Knob,
   check_positive,
   check_weight,
   find_divergence,
   own_shape,
 )
-from okd_jax.methods.method import (
+from okd_jax.methods.base.method import (
   Method,
   combine,
   diagnostics,

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy on the gold response, no teacher."""
 
 from okd_jax.losses import cross_entropy, entropy
-from okd_jax.methods.method import Method, token_sums
+from okd_jax.methods.base.method import Method, token_sums
 
 
 def build() -> Method:

@@ -23,7 +23,7 @@ from okd_jax.losses import (
   reverse_kl,
   top_k,
 )
-from okd_jax.methods.method import stop_gradient
+from okd_jax.methods.base.method import stop_gradient
 
 # What is known of a token, by name.
 FIELDS = ("ids", "log_probs", "log_tail", "gold_log_prob", "entropy")

@@ -16,8 +16,14 @@ import jax.numpy as jnp
 
 from okd_jax.errors import UserError
 from okd_jax.losses import align, cross_entropy, entropy, sorted_distance
-from okd_jax.methods.knobs import Knob, check_positive, check_share, check_weight, ends
-from okd_jax.methods.method import (
+from okd_jax.methods.base.knobs import (
+  Knob,
+  check_positive,
+  check_share,
+  check_weight,
+  ends,
+)
+from okd_jax.methods.base.method import (
   Batch,
   Method,
   Models,
@@ -26,7 +32,7 @@ from okd_jax.methods.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.sequences import Sequences
+from okd_jax.methods.base.sequences import Sequences
 
 _log = logging.getLogger(__name__)
 

@@ -4,26 +4,20 @@ model = okd_jax.models.load(path)            # HF folder, hub id, .gguf, workdir
 logits = model.logits(model.params, tokens)  # [B, L] -> [B, L, V] float32
 """
 
-import dataclasses
-import hashlib
-import os
-import re
-from pathlib import Path
-
-import huggingface_hub
-import jax
-import jax.numpy as jnp
-import numpy as np
-import transformers
-from jaxtyping import Array, Float, Int
-
-from okd_jax.errors import UserError
 from okd_jax.losses import unembed
-from okd_jax.models import gguf, hf
 from okd_jax.models.config import ModelConfig, RopeScaling, preset
-from okd_jax.models.hf import save
-from okd_jax.models.layout import Put, parameter_shapes
-from okd_jax.models.peft import load_adapter, save_adapter
+from okd_jax.models.formats.hf import save
+from okd_jax.models.formats.peft import load_adapter, save_adapter
+from okd_jax.models.formats.weights import parameter_shapes
+from okd_jax.models.model import (
+  Model,
+  fingerprint,
+  init,
+  load,
+  load_tokenizer,
+  take_layers,
+  template_of,
+)
 from okd_jax.models.transformer import (
   Cache,
   Decoder,
@@ -55,152 +49,6 @@ __all__ = [
   "save",
   "save_adapter",
   "take_layers",
+  "template_of",
   "unembed",
 ]
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
-_HUB_SKIP = ["*/*", "consolidated*"]  # other formats of the same weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A loaded model. `params` is None if only the rest was asked for."""
-
-  config: ModelConfig
-  params: dict | None
-  tokenizer: "transformers.PreTrainedTokenizerBase | None" = None
-
-  def logits(
-    self,
-    params,
-    tokens: Int[Array, "B L"],
-    segment_ids: Int[Array, "B L"] | None = None,
-  ) -> Float[Array, "B L V"]:
-    """float32 next-token logits, computed in the parameters' dtype.
-
-    `segment_ids` is 0 for padding and numbers the documents of a packed row.
-    """
-    dtype = params["embed"]["embedding"].dtype
-    hidden, _ = Decoder(self.config, dtype=dtype).apply(
-      {"params": params}, tokens, segment_ids
-    )
-    return unembed(hidden, head_kernel(params, self.config))
-
-
-def load(
-  path: str | os.PathLike,
-  *,
-  dtype=jnp.float32,
-  put: Put = hf.put_whole,
-  params: bool = True,
-) -> Model:
-  """Loads a model from an HF folder, a hub id, a .gguf file or a run's workdir.
-
-  Args:
-    dtype: what the parameters become, whatever they are stored as.
-    put: places a parameter given its path ('layers/mlp/up/kernel') and host array;
-      with one that shards, the model is never whole on one device.
-    params: False reads configuration and tokenizer only.
-
-  Raises:
-    UserError: one sentence, for whatever is wrong with `path` or what it holds.
-  """
-  place = _find(path)
-  reader = gguf if place.is_file() else hf
-  return Model(*reader.load(place, dtype=dtype, put=put, params=params))
-
-
-def load_tokenizer(path: str | os.PathLike):
-  """The tokenizer of a model, or of a folder that holds nothing else.
-
-  Raises:
-    UserError: as `load` does, and if there is none.
-  """
-  place, tokenizer = _find(path), None
-  if place.is_dir() and not hf.is_model(place):
-    tokenizer = hf.load_tokenizer(place)
-  tokenizer = tokenizer or load(place, params=False).tokenizer
-  if tokenizer is None:
-    raise UserError(f"{path} has no tokenizer")
-  return tokenizer
-
-
-def fingerprint(path: str | os.PathLike) -> str:
-  """SHA-256 of the files that make a model: its configuration and its weights.
-
-  Raises:
-    UserError: as `load` does where there is no model.
-  """
-  place, total = _find(path), hashlib.sha256()
-  for file in [place] if place.is_file() else hf.files(place):
-    with file.open("rb") as stream:
-      total.update(hashlib.file_digest(stream, "sha256").digest())
-  return total.hexdigest()
-
-
-def init(config: ModelConfig, key) -> dict:
-  """Random float32 parameters; a UserError if no HF folder could hold the model."""
-  hf.hf_config(config)
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  return Decoder(config).init(key, tokens)["params"]
-
-
-def take_layers(params, config: ModelConfig, n: int) -> tuple[dict, ModelConfig]:
-  """A shallower model: `n` evenly spaced layers, first and last among them.
-
-  With n = 1 it is the first. Every array is a copy: a step that donates the new
-  model's buffers would otherwise take the old one's with them.
-  """
-  if not 1 <= n <= config.num_layers:
-    raise UserError(
-      f"{n} layers were asked for, but the model has {config.num_layers}; "
-      "take at least 1 and no more than that"
-    )
-  keep = np.linspace(0, config.num_layers - 1, n).round().astype(int)
-  taken = jax.tree.map(jnp.copy, {k: v for k, v in params.items() if k != "layers"})
-  taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[keep]), params["layers"])
-  return taken, dataclasses.replace(config, num_layers=n)
-
-
-def _find(path: str | os.PathLike) -> Path:
-  """The .gguf file or the HF folder that `path` means."""
-  local = Path(path).expanduser()
-  if local.is_file():
-    if local.suffix != ".gguf":
-      raise UserError(f"{path} is a file, but no .gguf; name the model's folder")
-    return local
-  return _model_folder(local) if local.is_dir() else _download(str(path))
-
-
-def _model_folder(folder: Path) -> Path:
-  """The HF folder that a local folder is, or holds if it is a run's workdir."""
-  # A run keeps its own config.json, which names no model_type.
-  if hf.is_model(folder):
-    return folder
-  exported = folder / "student"
-  if (exported / "config.json").exists():
-    return exported
-  if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").exists():
-    raise UserError(
-      f"{folder} is a run that has exported no model yet; let it finish, or make one "
-      f"with: python -m okd_jax.export --workdir={folder} --output=DIR"
-    )
-  if (folder / "adapter_config.json").exists():
-    raise UserError(f"{folder} holds an adapter, not a model; name its base model")
-  return folder
-
-
-def _download(name: str) -> Path:
-  if not _HUB_ID.fullmatch(name):
-    raise UserError(f"{name}: there is no such file or folder")
-  try:
-    folder = huggingface_hub.snapshot_download(
-      name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP
-    )
-  except Exception as error:  # its errors have no common base class
-    reason = str(error).strip().split("\n")[0]
-    raise UserError(
-      f"{name} is no local file or folder and cannot be fetched from the hub: {reason}"
-    ) from error
-  return Path(folder)

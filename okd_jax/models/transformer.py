@@ -25,10 +25,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from okd_jax import adapters
-from okd_jax.adapters import AdapterConfig
-from okd_jax.linear import project
 from okd_jax.losses import Output
+from okd_jax.models import adapters
+from okd_jax.models.adapters import AdapterConfig
 from okd_jax.models.attention import (
   Cache,
   Inputs,
@@ -42,6 +41,7 @@ from okd_jax.models.attention import (
   rope_frequencies,
 )
 from okd_jax.models.config import ModelConfig
+from okd_jax.models.product import project
 
 __all__ = [
   "Cache",

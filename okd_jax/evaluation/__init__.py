@@ -1,0 +1,1 @@
+"""What is measured of a model, on tokens and on the answers it gives."""

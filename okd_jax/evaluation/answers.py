@@ -1,0 +1,58 @@
+"""A model's answers to held-out prompts, and their scores over seeds."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from okd_jax.data import Example, stop_ids
+from okd_jax.models import Decoder
+from okd_jax.text.rollout import Sampling, generate
+from okd_jax.text.source import decoder_source
+
+
+def answer(
+  decoder: Decoder,
+  variables,
+  examples: Sequence[Example],
+  tokenizer,
+  *,
+  template: str,
+  max_new_tokens: int,
+  temperature: float = 0.0,
+  seed: int = 0,
+  batch_size: int = 8,
+  sharding=None,
+) -> list[str]:
+  """The model's answer to each example's prompt, cut at EOS, special tokens removed."""
+  completions = generate(
+    decoder_source(decoder),
+    variables,
+    [example.tokens[: example.prompt_length] for example in examples],
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens,
+    sampling=Sampling(temperature=temperature),
+    eos_ids=sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)}),
+    batch_size=batch_size,
+    sharding=sharding,
+  )
+  return [
+    tokenizer.decode(completion.tokens, skip_special_tokens=True)
+    for completion in completions
+  ]
+
+
+def answerable(examples: Sequence[Example]) -> list[Example]:
+  """Those with a prompt and at least one reference answer."""
+  return [e for e in examples if e.prompt_length and e.references]
+
+
+def mean_and_std(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """Means over seeds; with several seeds, NAME_std beside each."""
+  merged = {}
+  for name in ("rougeL", "exact_match"):
+    values = [s[name] for s in scores]
+    merged[name] = statistics.fmean(values)
+    if len(values) > 1:
+      merged[f"{name}_std"] = statistics.stdev(values)
+  return merged

@@ -1,0 +1,184 @@
+"""A finished model on held-out rows: what `okd_jax.evaluate` reports."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from okd_jax.data import (
+  PAD_ID,
+  Example,
+  Record,
+  check_vocabulary,
+  compare_tokenizers,
+  eval_batches,
+  prepare,
+)
+from okd_jax.errors import UserError
+from okd_jax.evaluation.answers import answer, answerable, mean_and_std
+from okd_jax.evaluation.rouge import score
+from okd_jax.evaluation.tokens import compile_token_step, evaluate_tokens
+from okd_jax.models import Decoder, Model
+from okd_jax.runtime.files import write_text
+
+_log = logging.getLogger(__name__)
+
+_MOST_NEW, _MOST, _MOST_PROMPT = 256, 1024, 512  # tokens, where nobody says
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to evaluate. None of a length is what fits the models' context.
+
+  template: as data.template.
+  max_new_tokens: of an answer; 0 writes none.
+  max_length, max_prompt_length: in tokens; longer prompts lose their start.
+  temperature: of the answers; 0 is greedy and needs one of the `seeds` alone.
+  limit: first so many rows; 0 is all.
+  dtype: of activations and matmuls.
+  predictions: jsonl file for the first seed's answers, '' for none.
+  """
+
+  template: str = "default"
+  max_new_tokens: int | None = None
+  max_length: int | None = None
+  max_prompt_length: int | None = None
+  temperature: float = 0.0
+  seeds: Sequence[int] = (10, 20, 30, 40, 50)
+  limit: int = 0
+  batch_size: int = 8
+  dtype: str = "float32"
+  predictions: str = ""
+
+  def __post_init__(self):
+    for name, least in (
+      ("temperature", 0),
+      ("max_new_tokens", 0),
+      ("limit", 0),
+      ("batch_size", 1),
+      ("max_length", 2),
+      ("max_prompt_length", 1),
+    ):
+      value = getattr(self, name)
+      if value is not None and not value >= least:
+        raise UserError(f"--{name}={value} must be at least {least}")
+
+
+def evaluate(
+  model: Model,
+  records: Sequence[Record],
+  options: Options,
+  teacher: Model | None = None,
+  name: str = "the model",
+) -> dict[str, Any]:
+  """`n`, the figures per token and, where rows have prompts, those of the answers.
+
+  teacher: a model to compare with token by token.
+  name: what messages call the model.
+
+  Raises:
+    UserError: for models that cannot be compared, options that do not fit them, or
+      rows that cannot be used.
+  """
+  _check_tokenizers(model, teacher, name)
+  options = _fitted(options, model, teacher, name)
+  examples, _ = prepare(
+    records[: options.limit or None],
+    model.tokenizer,
+    template=options.template,
+    max_length=options.max_length,
+    max_prompt_length=options.max_prompt_length,
+    overlong_prompt="truncate",  # never dropped: predictions stay beside their rows
+    overlong_row="truncate",
+  )
+  examples = examples[: options.limit or None]
+  models = {"student": model} | ({"teacher": teacher} if teacher else {})
+  sizes = {role: one.config.vocab_size for role, one in models.items()}
+  check_vocabulary({name: sizes.pop("student")} | sizes, examples)
+  results = {"n": len(examples)} | _token_results(models, examples, options)
+  prompts = answerable(examples)
+  if prompts and options.max_new_tokens:
+    results |= _text_results(model, prompts, options)
+  return results
+
+
+def _check_tokenizers(model: Model, teacher: Model | None, name: str) -> None:
+  if model.tokenizer is None:
+    raise UserError(f"{name} has no tokenizer; evaluation needs one")
+  if teacher is not None and teacher.tokenizer is not None:
+    remedy = "the two cannot be compared token by token: leave out --teacher"
+    compare_tokenizers(teacher.tokenizer, model.tokenizer, remedy)
+
+
+def _fitted(
+  options: Options, model: Model, teacher: Model | None, name: str
+) -> Options:
+  """The options, lengths that were left open filled in so that all of them fit."""
+  own = model.config.max_length
+  context = min(own, teacher.config.max_length) if teacher else own
+  new = options.max_new_tokens
+  new = min(_MOST_NEW, own // 2) if new is None else new
+  length = options.max_length
+  length = min(_MOST, context) if length is None else length
+  room = min(own - new, length - 1)
+  prompt = options.max_prompt_length
+  prompt = max(1, min(_MOST_PROMPT, room)) if prompt is None else prompt
+  if length > context:
+    raise UserError(f"--max_length={length}, but a model takes only {context}")
+  if prompt > room:
+    raise UserError(
+      f"--max_prompt_length={prompt} leaves no room: {name} takes {own} tokens, "
+      f"--max_length is {length} and --max_new_tokens {new}"
+    )
+  lengths = dict(max_new_tokens=new, max_length=length, max_prompt_length=prompt)
+  return dataclasses.replace(options, **lengths)
+
+
+def _token_results(
+  models: dict[str, Model], examples: Sequence[Example], options: Options
+) -> dict[str, float]:
+  dtype = jnp.dtype(options.dtype)
+  decoders = {role: Decoder(m.config, dtype=dtype) for role, m in models.items()}
+  batches = eval_batches(
+    examples, batch_size=options.batch_size, length=_width(examples), pad_id=PAD_ID
+  )
+  variables = {role: {"params": m.params} for role, m in models.items()}
+  return evaluate_tokens(compile_token_step(decoders, chunk=0), variables, batches)
+
+
+def _width(examples: Sequence[Example]) -> int:
+  """The longest row, rounded up so that few shapes are compiled."""
+  longest = max(len(example.tokens) for example in examples)
+  return -(-longest // 64) * 64
+
+
+def _text_results(
+  model: Model, prompts: Sequence[Example], options: Options
+) -> dict[str, Any]:
+  """Scores of the answers, and the first seed's written down where that is asked."""
+  seeds = options.seeds if options.temperature else options.seeds[:1]
+  decoder = Decoder(model.config, dtype=jnp.dtype(options.dtype))
+  scores, first = [], None
+  for seed in seeds:
+    texts = answer(
+      decoder,
+      {"params": model.params},
+      prompts,
+      model.tokenizer,
+      template=options.template,
+      max_new_tokens=options.max_new_tokens,
+      temperature=options.temperature,
+      seed=seed,
+      batch_size=options.batch_size,
+    )
+    scores.append(score(texts, [list(p.references) for p in prompts]))
+    first = first or texts
+    _log.info("seed %d: ROUGE-L %.2f", seed, scores[-1]["rougeL"])
+  if options.predictions:
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in first)
+    write_text(Path(options.predictions), "".join(line + "\n" for line in lines))
+  return mean_and_std(scores) | {"seeds": list(seeds)}

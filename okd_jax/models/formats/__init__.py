@@ -1,0 +1,1 @@
+"""Files that models come from and go to."""

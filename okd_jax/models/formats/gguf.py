@@ -1,0 +1,283 @@
+"""GGUF files, in: llama.cpp's format, dequantised to plain parameters.
+
+Reads the architectures 'llama' (which Mistral also uses) and 'gpt2', in every
+quantisation that the `gguf` package can undo.
+"""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from okd_jax.errors import UserError
+from okd_jax.models.config import ModelConfig, RopeScaling
+from okd_jax.models.formats import gguf_tokenizer, hf
+from okd_jax.models.formats.weights import Put, Weight, assemble
+from okd_jax.models.transformer import rope_frequencies
+
+_IGNORED = re.compile(r"rope_freqs\.weight|attn_rot_embd")  # said by the config
+
+
+def _linear(path: str, name: str, part: int = 0, parts: int = 1):
+  return (
+    Weight(f"layers/{path}/kernel", f"blk.{{}}.{name}.weight", True, part, parts),
+    Weight(f"layers/{path}/bias", f"blk.{{}}.{name}.bias", False, part, parts),
+  )
+
+
+def _norm(path: str, name: str):
+  return (
+    Weight(f"{path}/scale", f"{name}.weight"),
+    Weight(f"{path}/bias", f"{name}.bias"),
+  )
+
+
+_COMMON = (
+  Weight("embed/embedding", "token_embd.weight"),
+  Weight("head", "output.weight"),
+  *_norm("norm", "output_norm"),
+  *_norm("layers/attention_norm", "blk.{}.attn_norm"),
+  *_norm("layers/mlp_norm", "blk.{}.ffn_norm"),
+  *_linear("attention/out", "attn_output"),
+  *_linear("mlp/up", "ffn_up"),
+  *_linear("mlp/down", "ffn_down"),
+)
+WEIGHTS = {
+  "llama": (
+    *_COMMON,
+    *_linear("attention/query", "attn_q"),
+    *_linear("attention/key", "attn_k"),
+    *_linear("attention/value", "attn_v"),
+    *_linear("mlp/gate", "ffn_gate"),
+  ),
+  "gpt2": (
+    *_COMMON,
+    Weight("position_embed/embedding", "position_embd.weight"),
+    *_linear("attention/query", "attn_qkv", 0, 3),
+    *_linear("attention/key", "attn_qkv", 1, 3),
+    *_linear("attention/value", "attn_qkv", 2, 3),
+  ),
+}
+
+
+def load(
+  path: Path, *, dtype=jnp.float32, put: Put = hf.put_whole, params: bool = True
+):
+  """(config, parameters or None, tokenizer or None) of a GGUF file.
+
+  Raises:
+    UserError: where the `gguf` package is missing, the file is damaged, or it
+      holds something that we cannot compute.
+  """
+  file = _File(path)
+  config = file.config()
+  tokenizer = gguf_tokenizer.build(file.fields, config.max_length, str(path))
+  if not params:
+    return config, None, tokenizer
+  tree = assemble(
+    config, file.table, file.shapes, file.read, put, dtype=dtype, where=str(path)
+  )
+  return config, tree, tokenizer
+
+
+class _File:
+  """An open GGUF file: metadata fields, tensor shapes, and tensors on demand."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self.fields, self._tensors = _read(path)
+    self.arch = self.fields.get("general.architecture")
+    if self.arch not in WEIGHTS:
+      self._refuse(
+        f"the architecture {self.arch!r} is not supported, only {', '.join(WEIGHTS)}"
+      )
+    if self.fields.get("split.count", 1) > 1:
+      self._refuse("it is one part of several; join them with llama-gguf-split --merge")
+    self.table = WEIGHTS[self.arch]
+    self.shapes = {
+      name: tuple(int(size) for size in reversed(tensor.shape))
+      for name, tensor in self._tensors.items()
+      if not _IGNORED.search(name)
+    }
+    if self._head_is_embedding():
+      del self.shapes["output.weight"]
+
+  def config(self) -> ModelConfig:
+    """The model's shape; what GGUF leaves unsaid shows in which tensors there are."""
+    return _llama_config(self) if self.arch == "llama" else _gpt2_config(self)
+
+  def get(self, key: str, *default):
+    """A field of this architecture, such as 'block_count'."""
+    full = f"{self.arch}.{key}"
+    if full not in self.fields and not default:
+      self._refuse(f"the field {full} is missing")
+    value = self.fields.get(full, *default)
+    if isinstance(value, list):
+      if len(set(value)) != 1:
+        self._refuse(f"{full} differs from layer to layer, which is not supported")
+      value = value[0]
+    # Floats are stored as float32: 1e-5 would come out as 9.99999974e-06.
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+  def read(self, name: str) -> np.ndarray:
+    """A tensor in float32, its rows in the order of the HF layout."""
+    tensor = self._raw(name)
+    if self.arch == "llama" and (found := re.search(r"\.attn_([qk])\.", name)):
+      key = "attention.head_count" + ("_kv" if found[1] == "k" else "")
+      heads = self.get(key, self.get("attention.head_count"))
+      tensor = _unpermute(tensor, heads)
+    return tensor
+
+  def rope_factors(self) -> np.ndarray | None:
+    """By what each rotary frequency is divided, if the file says so."""
+    name = "rope_freqs.weight"
+    return self._raw(name) if name in self._tensors else None
+
+  def _raw(self, name: str) -> np.ndarray:
+    import gguf
+
+    tensor = self._tensors[name]
+    try:
+      return gguf.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+      self._refuse(f"{name} is {tensor.tensor_type.name}, which cannot be dequantised")
+
+  def _head_is_embedding(self) -> bool:
+    """Some converters store a tied head a second time."""
+    head, embedding = (
+      self._tensors.get(n) for n in ("output.weight", "token_embd.weight")
+    )
+    return (
+      head is not None
+      and embedding is not None
+      and head.tensor_type == embedding.tensor_type
+      and np.array_equal(head.data, embedding.data)
+    )
+
+  def _refuse(self, reason: str):
+    raise UserError(f"{self.path}: {reason}")
+
+
+def _read(path: Path):
+  """(fields, tensors) of a file; a UserError if it cannot be read."""
+  if importlib.util.find_spec("gguf") is None:
+    raise UserError(
+      f"{path}: reading GGUF needs the gguf package: pip install okd-jax[gguf]"
+    )
+  import gguf
+
+  try:
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+  except Exception as error:  # what a damaged file raises depends on where it is
+    raise UserError(
+      f"{path} is no readable GGUF file (damaged or cut short?): {error}"
+    ) from error
+  return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _shared_config(file: _File) -> dict:
+  heads = file.get("attention.head_count")
+  ids = {
+    name: file.fields.get(f"tokenizer.ggml.{name}_token_id")
+    for name in ("bos", "eos", "eot", "eom", "padding")
+  }
+  eos = (ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None)
+  if "token_embd.weight" not in file.shapes:
+    raise UserError(f"{file.path}: the tensor token_embd.weight is missing")
+  return {
+    "family": file.arch,
+    "vocab_size": file.shapes["token_embd.weight"][0],
+    "hidden_size": file.get("embedding_length"),
+    "num_layers": file.get("block_count"),
+    "num_heads": heads,
+    "mlp_size": file.get("feed_forward_length"),
+    "max_length": file.get("context_length"),
+    "tie_embeddings": "output.weight" not in file.shapes,
+    "bos_id": ids["bos"],
+    "eos_ids": tuple(dict.fromkeys(eos)),
+    "pad_id": ids["padding"],
+  }
+
+
+def _gpt2_config(file: _File) -> ModelConfig:
+  return ModelConfig(
+    **_shared_config(file),
+    norm="layernorm",
+    norm_eps=file.get("attention.layer_norm_epsilon"),
+    position="learned",
+    activation="gelu_tanh",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+  )
+
+
+def _llama_config(file: _File) -> ModelConfig:
+  shared = _shared_config(file)
+  head_dim = file.get(
+    "attention.key_length", shared["hidden_size"] // shared["num_heads"]
+  )
+  for key, value in (
+    ("rope.dimension_count", head_dim),
+    ("attention.value_length", head_dim),
+    ("expert_count", 0),
+  ):
+    if file.get(key, value) != value:
+      raise UserError(
+        f"{file.path}: llama.{key}={file.get(key)} is not supported, only {value}"
+      )
+  config = ModelConfig(
+    **shared,
+    num_kv_heads=file.get("attention.head_count_kv", shared["num_heads"]),
+    head_dim=head_dim,
+    norm_eps=file.get("attention.layer_norm_rms_epsilon"),
+    rope_theta=file.get("rope.freq_base", 10000.0),
+    qkv_bias="blk.0.attn_q.bias" in file.shapes,
+    out_bias="blk.0.attn_output.bias" in file.shapes,
+    mlp_bias="blk.0.ffn_up.bias" in file.shapes,
+  )
+  return dataclasses.replace(config, rope_scaling=_rope_scaling(file, config))
+
+
+def _rope_scaling(file: _File, config: ModelConfig) -> RopeScaling | None:
+  factors = file.rope_factors()
+  if factors is not None:
+    return _llama3_scaling(file, config, factors)
+  factor = file.get("rope.scaling.factor", file.get("rope.scale_linear", 1.0))
+  kind = file.get("rope.scaling.type", "linear")
+  if kind == "none" or (kind == "linear" and factor == 1):
+    return None
+  if kind != "linear":
+    raise UserError(f"{file.path}: rope scaling {kind!r} is not supported, only linear")
+  return RopeScaling("linear", factor)
+
+
+def _llama3_scaling(file, config, factors) -> RopeScaling | None:
+  """The config's constants back from the factors that GGUF keeps instead.
+
+  Every published LLaMA 3 has the same constants but for the largest factor.
+  """
+  if np.allclose(factors, 1):
+    return None
+  scaling = RopeScaling("llama3", float(f"{factors.max():.7g}"))
+  scaled = dataclasses.replace(config, rope_scaling=scaling)
+  if not np.allclose(
+    rope_frequencies(config), rope_frequencies(scaled) * factors, rtol=1e-4
+  ):
+    raise UserError(f"{file.path}: rope_freqs.weight is not LLaMA 3's; not supported")
+  return scaling
+
+
+def _unpermute(tensor: np.ndarray, heads: int) -> np.ndarray:
+  """Undoes llama.cpp's order of query and key rows.
+
+  It interleaves the two halves of each head, since its rotation turns neighbouring
+  channels where HF's (and ours) turns channel i against channel i + D/2.
+  """
+  pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+  return pairs.swapaxes(1, 2).reshape(tensor.shape)

@@ -1,0 +1,323 @@
+"""Hugging Face folders, both ways: config.json, safetensors, tokenizer.
+
+Weights are read one tensor at a time, stacked on the host and placed one parameter
+at a time, so no device ever holds more than its share. Nothing is executed from a
+folder: no pickle, no remote code.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import transformers
+from safetensors.numpy import save_file
+
+from okd_jax.errors import UserError
+from okd_jax.models.config import ModelConfig
+from okd_jax.models.formats import gpt2, llama
+from okd_jax.models.formats.card import model_card
+from okd_jax.models.formats.weights import Put, assemble, disassemble
+from okd_jax.runtime.files import read_json, replacing, write_json
+
+FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": llama}
+MAX_SHARD_BYTES = 5 * 10**9
+
+_HEAD = "lm_head.weight"
+_TEMPLATE = "okd_jax_template"  # a key of config.json that others leave alone
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_LOADING_NOTES = ("is_local", "local_files_only", "name_or_path")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# What a model's folder may hold for us to replace it; anything else is the user's.
+_OURS = re.compile(
+  r"(config|generation_config|special_tokens_map|added_tokens|normalizer)\.json"
+  r"|(tokenizer|vocab|merges|chat_template|spiece|sentencepiece).*|README\.md"
+  r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+
+
+def put_whole(path: str, array: np.ndarray) -> jax.Array:
+  """Places a parameter whole on the default device."""
+  return jax.device_put(array, may_alias=False)
+
+
+def load(
+  folder: Path, *, dtype=jnp.float32, put: Put = put_whole, params: bool = True
+) -> "tuple[ModelConfig, dict | None, transformers.PreTrainedTokenizerBase | None]":
+  """(config, parameters, tokenizer) of an HF folder.
+
+  Parameters are None if `params` is False, the tokenizer if the folder has none.
+  """
+  tokenizer = load_tokenizer(folder)
+  config = load_config(folder, tokenizer)
+  weights = _load_weights(folder, config, dtype, put) if params else None
+  return config, weights, tokenizer
+
+
+def is_model(folder: Path) -> bool:
+  """Whether the folder's config.json is a model's, and not a run's or none."""
+  path = folder / "config.json"
+  return path.exists() and "model_type" in read_json(path)
+
+
+def load_config(
+  folder: Path, tokenizer: "transformers.PreTrainedTokenizerBase | None" = None
+) -> ModelConfig:
+  """The model's shape; token ids also from generation_config.json and tokenizer."""
+  path = folder / "config.json"
+  raw = read_json(path)
+  name = raw.get("model_type")
+  if name not in FAMILIES:
+    raise UserError(
+      f"{path}: model_type {name!r} is not supported, only {', '.join(FAMILIES)}"
+    )
+  if "quantization_config" in raw:
+    raise UserError(f"{path}: quantised weights are not supported; use the full ones")
+  try:
+    config = FAMILIES[name].config_from_hf(raw)
+  except KeyError as error:
+    raise UserError(f"{path}: the key {error} is missing") from None
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from None
+  generation = folder / "generation_config.json"
+  ids = _token_ids(read_json(generation) if generation.exists() else {}, raw)
+  return dataclasses.replace(config, **_with_tokenizer_ids(ids, tokenizer))
+
+
+def template(folder: Path) -> str:
+  """The data.template that `save` noted in a folder, '' where there is none."""
+  path = folder / "config.json"
+  value = read_json(path).get(_TEMPLATE, "") if path.exists() else ""
+  return value if isinstance(value, str) else ""
+
+
+def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase | None":
+  """The folder's tokenizer, or None if it has none."""
+  if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+    return None
+  try:
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+  except Exception as error:  # tokenizers raises bare Exception for a bad file
+    raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def save(
+  folder: str | os.PathLike,
+  params,
+  config: ModelConfig,
+  tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
+  *,
+  dtype=jnp.float32,
+  card: Mapping[str, str] | None = None,
+  template: str = "",
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a folder that `AutoModelForCausalLM` and `load` both open.
+
+  The folder appears whole or not at all, and two calls with the same arguments
+  write the same bytes.
+
+  Args:
+    dtype: of the stored weights: float32, bfloat16 or float16.
+    card: rows of the table in README.md, such as {'Teacher': 'gpt2-xl'}.
+    template: the data.template of the prompts it was trained on, noted in config.json.
+    max_shard_bytes: weights beyond it go to several files and an index.
+
+  Raises:
+    UserError: if the family's layout cannot hold the model, or `folder` holds
+      files that are not a model's.
+  """
+  family = FAMILIES[config.family]
+  raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
+  tensors = disassemble(config, _table(family, family.PREFIX), params, dtype=dtype)
+  count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+  with replacing(folder, _OURS) as partial:
+    write_json(partial / "config.json", raw, sort_keys=True)
+    write_json(partial / "generation_config.json", _ids_to_hf(config), sort_keys=True)
+    _write_weights(partial, tensors, max_shard_bytes)
+    if tokenizer is not None:
+      _write_tokenizer(partial, tokenizer)
+    (partial / "README.md").write_text(model_card(config, count, card or {}), "utf-8")
+
+
+def hf_config(config: ModelConfig, dtype=jnp.float32) -> dict:
+  """The contents of config.json; a UserError where the family cannot say it."""
+  family = FAMILIES[config.family]
+  name = np.dtype(dtype).name
+  return {
+    **family.config_to_hf(config),
+    **_ids_to_hf(config),
+    "architectures": [family.ARCHITECTURES[config.family]],
+    "model_type": config.family,
+    "dtype": name,
+    "torch_dtype": name,  # what transformers before 5 calls it
+  }
+
+
+def open_safetensors(path: Path):
+  """`safetensors.safe_open` for numpy; a UserError for a damaged file."""
+  try:
+    return safetensors.safe_open(path, framework="np")
+  except (safetensors.SafetensorError, OSError) as error:
+    raise UserError(
+      f"{path} is no readable safetensors file (damaged or cut short?): {error}"
+    ) from error
+
+
+class _Tensors:
+  """The tensors of a folder by name, whichever of its files they are in."""
+
+  def __init__(self, folder: Path):
+    self._files = {path.name: open_safetensors(path) for path in _weight_files(folder)}
+    self._file = {
+      name: file for file in self._files for name in self._files[file].keys()
+    }
+    self.shapes = {}
+    for name, file in self._file.items():
+      header = self._files[file].get_slice(name)
+      if header.get_dtype() not in _FLOATS:
+        raise UserError(
+          f"{folder / file}: {name} is {header.get_dtype()}, not one of "
+          f"{', '.join(_FLOATS)}; quantised weights are not supported"
+        )
+      self.shapes[name] = tuple(header.get_shape())
+
+  def read(self, name: str) -> np.ndarray:
+    return self._files[self._file[name]].get_tensor(name)
+
+
+def _load_weights(folder: Path, config: ModelConfig, dtype, put: Put):
+  family = FAMILIES[config.family]
+  tensors = _Tensors(folder)
+  prefixed = any(name.startswith(family.PREFIX) for name in tensors.shapes)
+  table = _table(family, family.PREFIX if prefixed else "")
+  shapes = {
+    name: shape
+    for name, shape in tensors.shapes.items()
+    if not re.search(family.IGNORED, name)
+  }
+  if config.tie_embeddings and _HEAD in shapes:
+    _check_tied(folder, tensors, table[0].name)
+    del shapes[_HEAD]
+  return assemble(
+    config, table, shapes, tensors.read, put, dtype=dtype, where=str(folder)
+  )
+
+
+def _table(family, prefix: str):
+  return [
+    row if row.path == "head" else dataclasses.replace(row, name=prefix + row.name)
+    for row in family.WEIGHTS
+  ]
+
+
+def _check_tied(folder: Path, tensors: _Tensors, embedding: str):
+  if embedding in tensors.shapes and not np.array_equal(
+    tensors.read(_HEAD), tensors.read(embedding)
+  ):
+    raise UserError(
+      f"{folder}: config.json ties the embeddings, but {_HEAD} differs from "
+      f"{embedding}; set tie_word_embeddings to false if the head is a separate one"
+    )
+
+
+def files(folder: Path) -> list[Path]:
+  """Configuration and weights of an HF folder, in a fixed order."""
+  return [folder / "config.json", *_weight_files(folder)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+  index = folder / "model.safetensors.index.json"
+  if (folder / "model.safetensors").exists():
+    return [folder / "model.safetensors"]
+  if index.exists():
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing or not names:
+      raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
+    return [folder / name for name in names]
+  if any(folder.glob("*.bin")):
+    raise UserError(
+      f"{folder} holds pickled weights only, which are not read because a pickle can "
+      "run code; convert them with save_pretrained(safe_serialization=True)"
+    )
+  raise UserError(f"{folder} holds no weights: there is no model.safetensors")
+
+
+def _token_ids(generation: dict, raw: dict) -> dict:
+  """bos, eos and pad ids; the generation config comes first, as in `generate`."""
+  eos = []
+  for source in (generation, raw):
+    ids = source.get("eos_token_id")
+    eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
+  merged = {**raw, **{k: v for k, v in generation.items() if v is not None}}
+  return {
+    "bos_id": merged.get("bos_token_id"),
+    "eos_ids": tuple(dict.fromkeys(eos)),
+    "pad_id": merged.get("pad_token_id"),
+  }
+
+
+def _with_tokenizer_ids(ids: dict, tokenizer) -> dict:
+  """Fills what the configs leave open."""
+  if tokenizer is None:
+    return ids
+  eos = tokenizer.eos_token_id
+  fallback = {
+    "bos_id": tokenizer.bos_token_id,
+    "eos_ids": () if eos is None else (eos,),
+    "pad_id": tokenizer.pad_token_id,
+  }
+  return {k: fallback[k] if v in (None, ()) else v for k, v in ids.items()}
+
+
+def _ids_to_hf(config: ModelConfig) -> dict:
+  eos = list(config.eos_ids)
+  return {
+    "bos_token_id": config.bos_id,
+    "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    "pad_token_id": config.pad_id,
+  }
+
+
+def _write_tokenizer(folder: Path, tokenizer):
+  tokenizer.save_pretrained(folder)
+  path = folder / "tokenizer_config.json"
+  # transformers 5 also notes how it was loaded, and its own class for any tokenizer
+  # that earlier versions know by the other name.
+  raw = {k: v for k, v in read_json(path).items() if k not in _LOADING_NOTES}
+  if raw.get("tokenizer_class") == "TokenizersBackend":
+    raw["tokenizer_class"] = "PreTrainedTokenizerFast"
+  write_json(path, raw, sort_keys=True)
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], limit: int):
+  shards = list(_shards(tensors, limit))
+  if len(shards) == 1:
+    save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+    return
+  weight_map = {}
+  for number, shard in enumerate(shards, 1):
+    name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    save_file(shard, folder / name, {"format": "pt"})
+    weight_map |= dict.fromkeys(shard, name)
+  total = sum(tensor.nbytes for tensor in tensors.values())
+  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+  write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
+
+
+def _shards(tensors: Mapping[str, np.ndarray], limit: int) -> Iterator[dict]:
+  """Fills one shard after the other; a tensor beyond the limit gets its own."""
+  shard, size = {}, 0
+  for name, tensor in tensors.items():
+    if shard and size + tensor.nbytes > limit:
+      yield shard
+      shard, size = {}, 0
+    shard[name] = tensor
+    size += tensor.nbytes
+  yield shard

@@ -1,0 +1,160 @@
+"""Checkpoints: state, data position and RNG together, through Orbax's v1 API.
+
+A checkpoint appears under its step's number only once it is whole; what a kill left
+half-written is never seen again.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from okd_jax.errors import UserError
+from okd_jax.runtime.sharding import shardings
+
+_log = logging.getLogger(__name__)
+_policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints of one run, below `folder`; use `opened` to have one closed.
+
+  Keeps the newest `keep` and, if `best` is given, the one whose metrics it scores
+  highest.
+  """
+
+  def __init__(self, folder: Path, keep: int, best=None, read_only: bool = False):
+    if keep < 1:
+      raise UserError(f"checkpoint.keep={keep} must be at least 1")
+    policies = [_policies.LatestN(keep)]
+    if best:
+      policies.append(
+        _policies.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
+      )
+    if not read_only:
+      _set_aside_unreadable(folder)
+    self._best = best
+    self._checkpointer = ocp.training.Checkpointer(
+      folder.absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=_policies.AnyPreservationPolicy(policies),
+      # A reader must not sweep away what a run is just writing.
+      cleanup_tmp_directories=not read_only,
+    )
+
+  def steps(self) -> list[int]:
+    """The steps that have a whole checkpoint, ascending."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+  def best_step(self) -> int:
+    """The step whose metrics score highest; the newest where none were scored."""
+    scored = (
+      [c for c in self._checkpointer.checkpoints if c.metrics] if self._best else []
+    )
+    if not scored:
+      return self.steps()[-1]
+    return max(scored, key=lambda checkpoint: self._best(checkpoint.metrics)).step
+
+  def save(
+    self, step: int, state, data, metrics: Mapping[str, float] | None, sampler=None
+  ) -> None:
+    """Starts to save; the writing goes on in the background.
+
+    `data` is the loader's iterator, whose position is saved; `sampler` a tree of
+    arrays, what sampled text needs to go on.
+    """
+    parts = {"state": state, "data": data} | ({"sampler": sampler} if sampler else {})
+    started = self._checkpointer.save_checkpointables_async(
+      step, parts, overwrite=True, metrics=metrics
+    )
+    if started is None:
+      raise RuntimeError(f"the checkpoint of step {step} was not written")
+
+  def restore(self, state, data, mesh: Mesh, sampler=None) -> tuple[Any, int, Any]:
+    """(state, step, sampler) of the newest readable checkpoint; sets `data` to it.
+
+    `state` is abstract, `sampler` what `save` got or its like. A damaged checkpoint is
+    reported and the one before it taken.
+
+    Raises:
+      UserError: if there is none, or none can be read.
+    """
+    damaged = []
+    for step in reversed(self.steps()):
+      try:
+        restored = self._load(step, state, data, mesh, sampler)
+      except Exception as error:  # Orbax raises many kinds for a damaged file
+        damaged.append(step)
+        reason = str(error).split("\n")[0][:200]
+        _log.warning("checkpoint of step %d is damaged (%s)", step, reason)
+        continue
+      if damaged:
+        # Orbax takes no step below its newest: what is damaged must go first.
+        for late in damaged:
+          _set_aside(Path(self._checkpointer.directory) / str(late))
+        self._checkpointer.reload()
+      return restored["state"], step, restored.get("sampler")
+    raise UserError(
+      f"no checkpoint below {self._checkpointer.directory} can be read; "
+      "move the folder away to start the run anew"
+    )
+
+  def restore_step(self, step: int, state, data, mesh: Mesh):
+    """The state of exactly this step, placed by the sharding rules."""
+    return self._load(step, state, data, mesh, None)["state"]
+
+  def _load(self, step: int, state, data, mesh: Mesh, sampler):
+    abstract = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      state,
+      shardings(state, mesh),
+    )
+    wanted = {"state": abstract} | ({} if data is None else {"data": data})
+    if sampler:
+      wanted["sampler"] = sampler
+    return self._checkpointer.load_checkpointables(step, wanted)
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    self._checkpointer.close()
+
+
+def _set_aside_unreadable(folder: Path) -> None:
+  """Renames checkpoints whose own metadata is damaged: Orbax would not even start."""
+  for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
+    try:
+      json.loads(path.read_bytes())
+    except ValueError:
+      _log.warning("checkpoint of step %s is damaged", path.parent.name)
+      _set_aside(path.parent)
+
+
+def _set_aside(path: Path) -> None:
+  """Renames a checkpoint to damaged-N, or damaged-N-2, …, so that nothing is lost."""
+  names = (f"damaged-{path.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 1000))])
+  aside = next(a for a in map(path.with_name, names) if not a.exists())
+  path.rename(aside)
+  _log.warning("set aside as %s", aside)
+
+
+@contextlib.contextmanager
+def opened(
+  folder: Path, keep: int, best=None, read_only=False
+) -> Iterator[Checkpoints]:
+  """Checkpoints that are flushed and closed on the way out."""
+  checkpoints = Checkpoints(folder, keep, best, read_only)
+  try:
+    yield checkpoints
+  finally:
+    checkpoints.close()

@@ -1,0 +1,91 @@
+"""What every command shares: its argument parser and how errors leave it."""
+
+import argparse
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from okd_jax.errors import UserError
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+  """Shows defaults, but neither None nor an empty one."""
+
+  def _get_help_string(self, action):
+    return (
+      action.help if action.default in (None, "") else super()._get_help_string(action)
+    )
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser whose errors are one line, with exit status 2."""
+
+  def __init__(self, **kwargs):
+    super().__init__(
+      formatter_class=_Help,
+      allow_abbrev=False,
+      **kwargs,
+    )
+
+  def error(self, message: str):
+    self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+  """The flag --dtype."""
+  kinds = ("float32", "bfloat16")
+  parser.add_argument("--dtype", default=kinds[0], choices=kinds, help="of matmuls")
+
+
+def number(
+  kind: type, allowed: str, fits: Callable[[float], bool]
+) -> Callable[[str], float]:
+  """An argparse type: a number that `fits`, or an error that says what is allowed."""
+
+  def parse(text: str) -> float:
+    try:
+      value = kind(text)
+    except ValueError:
+      value = math.nan
+    if not fits(value):
+      noun = "a whole number" if kind is int else "a number"
+      raise argparse.ArgumentTypeError(f"{text!r} must be {noun}, {allowed}")
+    return value
+
+  return parse
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """Calls `main(arguments)`; a `UserError` becomes one line and exit status 2."""
+  logging.basicConfig(
+    level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
+  )
+  logging.getLogger("okd_jax").setLevel(logging.INFO)
+  try:
+    main(sys.argv[1:])
+  except BrokenPipeError:  # the reader of our output has gone: not our error
+    sys.stderr.close()
+    sys.exit(141)
+  except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def use_compilation_cache() -> None:
+  """Compiled programs outlive the process, unless the environment says otherwise.
+
+  Not for several simulated devices: such programs hang when they come out of the
+  cache (jax 0.10.2; BUILD_NOTES.md, 2026-11-22).
+  """
+  if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

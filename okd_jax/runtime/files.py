@@ -1,0 +1,78 @@
+"""Files and folders that appear whole or not at all, and JSON that is checked."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from okd_jax.errors import UserError
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes beside `path`, then takes its place; makes the folder if it must."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(text, encoding="utf8")
+  os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> None:
+  """Writes JSON; with sorted keys equal values give equal bytes."""
+  write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+  """The object in a JSON file.
+
+  Raises:
+    UserError: if there is no such file, or no object in it.
+  """
+  path = Path(path)
+  try:
+    value = json.loads(path.read_text("utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path} does not exist") from None
+  except (ValueError, OSError) as error:
+    raise UserError(f"{path} is no readable JSON file: {error}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} holds no JSON object")
+  return value
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike, ours: re.Pattern) -> Iterator[Path]:
+  """A new folder that takes the place of `folder` once the block has ended well.
+
+  Raises:
+    UserError: if `folder` holds a file whose name `ours` does not match: it would
+      be lost.
+  """
+  folder = Path(folder).absolute()
+  _refuse_foreign(folder, ours)
+  partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
+  for leftover in (partial, old):  # of a killed run
+    shutil.rmtree(leftover, ignore_errors=True)
+  partial.mkdir(parents=True)
+  yield partial
+  if folder.exists():
+    folder.rename(old)
+  partial.rename(folder)
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path, ours: re.Pattern) -> None:
+  if not folder.exists():
+    return
+  if not folder.is_dir():
+    raise UserError(f"{folder} is a file; name a folder to write to")
+  foreign = sorted(p.name for p in folder.iterdir() if not ours.fullmatch(p.name))
+  if foreign:
+    raise UserError(
+      f"{folder} holds other files ({', '.join(foreign)}); "
+      "name a new folder or one that was written here"
+    )

@@ -1,0 +1,1 @@
+"""Teachers: loaded, stored, computed once."""

@@ -1,0 +1,101 @@
+"""Whatever a frozen teacher gives for the data of a run, computed once and kept."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from okd_jax.data import PAD_ID, Example, pad_row
+from okd_jax.runtime import sharding
+
+_BATCHES = 8  # whose rows are written at once
+_log = logging.getLogger("okd_jax")
+
+
+def fill(
+  run,
+  examples: Sequence[Example],
+  kept,
+  compute: Callable[[Any, Mapping], dict],
+  where: str,
+) -> None:
+  """Computes those rows of `examples` that `kept` lacks.
+
+  Every process calls it; each keeps the rows that its own devices computed. Rows are
+  always computed in the same company, so that it does not matter where a run was cut.
+
+  compute: jitted (frozen, batch) -> {name: [B, L, ...]}.
+  where: the array of a batch that is true, or above 0, where a row has values.
+  """
+  todo, total = set(kept.missing()), len(examples)
+  barrier("listed")  # before anyone writes, so that all agree on what is missing
+  if not todo:
+    return
+  size = _batch_size(run)
+  bar = tqdm(
+    total=total,
+    initial=total - len(todo),
+    unit="row",
+    desc="teacher",
+    disable=not sys.stderr.isatty(),
+  )
+  with bar:
+    for first in range(0, total, _BATCHES * size):
+      rows = range(first, min(first + _BATCHES * size, total))
+      if missing := todo.intersection(rows):
+        own = _compute_rows(run, examples, compute, where, rows, size)
+        if new := {row: own[row] for row in sorted(own) if row in missing}:
+          kept.write(list(new), list(new.values()))
+        bar.update(len(missing))
+  barrier("computed")
+  kept.reload()
+  tokens = sum(len(example.tokens) - 1 for example in examples)
+  _log.info(
+    "%s: %d rows, %.1f MB, %.0f bytes per token",
+    kept.name,
+    total,
+    kept.bytes / 1e6,
+    kept.bytes / max(tokens, 1),
+  )
+
+
+def _compute_rows(
+  run, examples, compute, where: str, rows: range, size: int
+) -> dict[int, dict]:
+  """{row: its arrays} of those rows that this process computed."""
+  own = {}
+  share = size // jax.process_count()
+  for first in range(rows.start, rows.stop, size):
+    mine = range(first, first + size)[jax.process_index() * share :][:share]
+    # The last batch is filled up with its last row, which is nobody's twice.
+    real = [examples[min(row, rows.stop - 1)] for row in mine]
+    padded = [pad_row(example, run.config.data.max_length, PAD_ID) for example in real]
+    arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+    values = compute(run.frozen, sharding.put_batch(arrays, run.mesh))
+    values = jax.tree.map(_local, values)
+    for i, row in enumerate(row for row in mine if row < rows.stop):
+      valid = arrays[where][i] > 0
+      own[row] = {name: array[i][valid] for name, array in values.items()}
+  return own
+
+
+def _local(array: jax.Array) -> np.ndarray:
+  """The rows of a global array that this process holds, in order."""
+  parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def _batch_size(run) -> int:
+  ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+  return -(-run.config.eval.batch_size // ways) * ways
+
+
+def barrier(name: str) -> None:
+  """Waits for the other processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"okd_jax {name}")

@@ -1,0 +1,210 @@
+"""Arrays for every token of a dataset, on disk: what need not be computed twice.
+
+    DIR/about.json            what it was made of; a store is refused where that differs
+    DIR/00000032.safetensors  some of the rows: their numbers `rows` [n], where each one
+                              ends, `ends` [n], and each array, rows joined, [T, ...]
+
+A file appears whole or not at all and carries a checksum, so a writer that was killed
+goes on with the rows that are missing. Several processes write different rows; what is
+read is mapped into memory, row by row.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Shaped
+from safetensors.numpy import save_file
+
+from okd_jax.errors import UserError
+from okd_jax.models.formats.hf import open_safetensors
+from okd_jax.runtime.files import read_json, write_text
+
+_ABOUT = "about.json"
+_SUM = "sha256"
+
+
+class Store:
+  """The arrays of the rows 0 to count - 1, as `begin` said what they are.
+
+  key: what must equal what the folder was begun with; it may be a part of that.
+
+  Raises:
+    UserError: if the folder holds no store or one of something else, or damaged files.
+  """
+
+  def __init__(self, folder: str | os.PathLike, count: int, key: Mapping[str, Any]):
+    self.folder, self.count = Path(folder), count
+    self.about = read_json(self.folder / _ABOUT)
+    key = json.loads(json.dumps(dict(key) | {"rows": count}))
+    _refuse_foreign(self.folder, self.about, key)
+    self._files, self._where = {}, {}
+    self.reload()
+
+  def reload(self) -> None:
+    """Takes up the files that have come since; each is checked once."""
+    for path in sorted(self.folder.glob("[0-9]*.safetensors")):
+      if path.name not in self._files:
+        self._add(path)
+
+  def _add(self, path: Path) -> None:
+    file = open_safetensors(path)
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if (file.metadata() or {}).get(_SUM) != _checksum(tensors):
+      raise UserError(f"{path} is damaged; delete it, and what wrote it writes it anew")
+    ends = tensors["ends"].tolist()
+    for row, start, end in zip(
+      tensors["rows"].tolist(), [0, *ends], ends, strict=False
+    ):
+      self._where[row] = (path.name, start, end)
+    self._files[path.name] = file
+
+  @property
+  def name(self) -> str:
+    return str(self.folder)
+
+  @property
+  def bytes(self) -> int:
+    return sum((self.folder / name).stat().st_size for name in self._files)
+
+  def missing(self) -> list[int]:
+    """The rows that are not there yet, ascending."""
+    return [row for row in range(self.count) if row not in self._where]
+
+  def write(
+    self,
+    rows: Sequence[int],
+    arrays: Sequence[Mapping[str, Shaped[np.ndarray, "T ..."]]],
+  ) -> None:
+    """Adds a file of some missing rows, one mapping of arrays by name for each."""
+    joined = {name: np.concatenate([row[name] for row in arrays]) for name in arrays[0]}
+    lengths = [len(next(iter(row.values()))) for row in arrays]
+    joined |= {"rows": np.array(rows), "ends": np.cumsum(lengths)}
+    path = self.folder / f"{rows[0]:08d}.safetensors"
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(joined, temporary, {_SUM: _checksum(joined)})
+    os.replace(temporary, path)
+    self._add(path)
+
+  def read(
+    self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]
+  ) -> dict[str, Shaped[np.ndarray, "B L ..."]]:
+    """A batch of what is stored of the texts of each row, 0 where there is none.
+
+    where: the positions that have values, text after text.
+
+    Raises:
+      UserError: if a row is missing, or has another number of tokens.
+    """
+    return _spread(self.row, self.name, texts, where)
+
+  def row(self, index: int) -> dict[str, Shaped[np.ndarray, "T ..."]]:
+    """The arrays of one row by name; a UserError if it is missing."""
+    if index not in self._where:
+      raise UserError(f"{self.folder} lacks row {index}; let what writes it finish")
+    name, start, end = self._where[index]
+    file = self._files[name]
+    keys = sorted({*file.keys()} - {"rows", "ends"})
+    return {key: file.get_slice(key)[start:end] for key in keys}
+
+
+class Memory:
+  """Like `Store`, for one process and one run: nothing is written."""
+
+  def __init__(self, count: int, name: str):
+    self.count, self.name = count, name
+    self._rows = {}
+
+  @property
+  def bytes(self) -> int:
+    return sum(x.nbytes for row in self._rows.values() for x in row.values())
+
+  def reload(self) -> None:
+    pass
+
+  def missing(self) -> list[int]:
+    return [row for row in range(self.count) if row not in self._rows]
+
+  def write(self, rows: Sequence[int], arrays: Sequence[Mapping[str, Any]]) -> None:
+    self._rows.update(zip(rows, arrays, strict=True))
+
+  def read(self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]):
+    return _spread(self._rows.__getitem__, self.name, texts, where)
+
+
+def _spread(find, name: str, texts, where) -> dict[str, np.ndarray]:
+  """The texts' arrays at their places in a batch."""
+  out: dict[str, np.ndarray] = {}
+  for i, indices in enumerate(texts):
+    found = [find(int(index)) for index in indices]
+    for key in found[0]:
+      values = np.concatenate([arrays[key] for arrays in found])
+      if len(values) != where[i].sum():
+        raise UserError(
+          f"{name}: row {', '.join(map(str, indices))} has {len(values)} tokens there, "
+          f"but {where[i].sum()} in this run"
+        )
+      if key not in out:
+        out[key] = np.zeros((*where.shape, *values.shape[1:]), values.dtype)
+      out[key][i][where[i]] = values
+  return out
+
+
+def begin(folder: str | os.PathLike, count: int, about: Mapping[str, Any]) -> Store:
+  """The store that `about` describes, as JSON; begun if it is not there."""
+  folder = Path(folder)
+  if folder.exists() and not folder.is_dir():
+    raise UserError(f"{folder} is a file; name an empty folder")
+  if not (folder / _ABOUT).exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+      raise UserError(f"{folder} holds other files; name an empty folder")
+    about_it = json.dumps(dict(about) | {"rows": count}, indent=2)
+    write_text(folder / _ABOUT, about_it + "\n")
+  return Store(folder, count, about)
+
+
+def digest(parts) -> str:
+  """SHA-256 of byte strings, each with its length, as hexadecimal digits."""
+  total = hashlib.sha256()
+  for part in parts:
+    total.update(len(part).to_bytes(8, "little"))
+    total.update(part)
+  return total.hexdigest()
+
+
+def rows_digest(examples) -> str:
+  """Of the rows' tokens and prompt lengths: data, template and tokenizer in one."""
+  return digest(
+    part
+    for example in examples
+    for part in (
+      np.asarray(example.tokens, np.int32).tobytes(),
+      str(example.prompt_length).encode(),
+    )
+  )
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
+  return digest(
+    part
+    for name in sorted(tensors)
+    for part in (name.encode(), np.ascontiguousarray(tensors[name]).tobytes())
+  )
+
+
+def _refuse_foreign(folder: Path, found: Mapping, wanted: Mapping) -> None:
+  different = [
+    f"{key} was {found.get(key)!r}, here it is {value!r}"
+    for key, value in wanted.items()
+    if found.get(key) != value
+  ]
+  if different:
+    raise UserError(
+      f"{folder} does not belong to this run: {'; '.join(different)}; name another "
+      "folder, or delete this one to have it made anew"
+    )

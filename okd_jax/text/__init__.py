@@ -1,0 +1,1 @@
+"""Text from models, and the files that keep it."""

@@ -1,0 +1,45 @@
+"""What comes next in a text: the interface that `rollout` samples through."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from okd_jax.models import Decoder, head_kernel, init_cache, unembed
+
+
+class Source(NamedTuple):
+  """What comes next, given what was read so far.
+
+  init: `(batch, slots) -> state`, an empty memory of up to `slots` tokens a row.
+  apply: `(variables, tokens [B, L], segment_ids [B, L], positions [B, L], state) ->
+    (logits, state)`: reads L more tokens, of which those in segment 0 are padding,
+    and gives the float32 logits [B, V] that follow the last one. A source made of
+    several models may give any tree of such arrays, with a `choose` that knows it.
+  max_length: how many tokens a row may have in all.
+
+  It is hashed to find the compiled program: make each source once, and reuse it.
+  """
+
+  init: Callable[[int, int], Any]
+  apply: Callable[..., tuple[Any, Any]]
+  max_length: int
+
+
+@functools.cache
+def decoder_source(decoder: Decoder) -> Source:
+  """The source of one decoder, the same object whenever it is asked for.
+
+  Its variables are `{'params': …}`, or `{'params': …, 'adapter': …}` for the adapted
+  model; its cache has the type of the decoder's activations.
+  """
+  config = decoder.config
+
+  def init(batch, slots):
+    return init_cache(config, batch, slots, decoder.dtype)
+
+  def apply(variables, tokens, segment_ids, positions, cache):
+    hidden, cache = decoder.apply(variables, tokens, segment_ids, positions, cache)
+    head = head_kernel(variables["params"], config)
+    return unembed(hidden[:, -1], head), cache
+
+  return Source(init, apply, config.max_length)

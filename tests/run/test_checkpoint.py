@@ -1,0 +1,127 @@
+"""Checkpoints come back bit for bit, and a damaged one is passed over, not trusted."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+from trial import Setup, make_batch
+
+from okd_jax.data import Example, train_loader
+from okd_jax.errors import UserError
+from okd_jax.run import checkpoint
+from okd_jax.runtime import sharding
+
+
+def loader():
+  examples = [Example(np.arange(n, n + 6), 2, ("a",), f"row {n}") for n in range(10)]
+  return train_loader(examples, batch_size=4, length=8, pad_id=0, seed=1)
+
+
+def saved(folder, keep=3, best=None, steps=3):
+  """A setup, its state after each step, and the folder with all of them."""
+  setup, data, states = Setup("okd"), loader(), {}
+  with checkpoint.opened(folder, keep, best) as checkpoints:
+    state = setup.state
+    for step in range(1, steps + 1):
+      next(data)
+      state, _ = setup.step(state, setup.frozen, make_batch(step))
+      states[step] = jax.tree.map(
+        np.array, state.replace(key=jax.random.key_data(state.key))
+      )
+      # The middle step scores best.
+      checkpoints.save(step, state, data, {"loss": abs(step - 2.0)})
+  return setup, states, data
+
+
+def restored(setup, folder, keep=3):
+  data, mesh = loader(), sharding.make_mesh(8, 1, 1)
+  abstract = jax.eval_shape(lambda: setup.state)
+  with checkpoint.opened(folder, keep) as checkpoints:
+    state, step, _ = checkpoints.restore(abstract, data, mesh)
+  return state.replace(key=jax.random.key_data(state.key)), step, data
+
+
+def test_everything_comes_back(tmp_path):
+  """Guards H3: lost optimiser, data position or key (maxtext#3464, KDFlow)."""
+  setup, states, data = saved(tmp_path)
+  state, step, again = restored(setup, tmp_path)
+  assert step == 3
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state), states[3])
+  chex.assert_trees_all_equal(next(again), next(data))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
+  """Reliability 2: the one before it, with a clear message."""
+  setup, states, _ = saved(tmp_path)
+  for path in (tmp_path / "3").rglob("*"):
+    if path.is_file() and path.stat().st_size > 200:
+      path.write_bytes(path.read_bytes()[:100])
+  state, step, data = restored(setup, tmp_path)
+  assert step == 2
+  assert "checkpoint of step 3 is damaged" in caplog.text
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state), states[2])
+  fresh = loader()
+  for _ in range(2):
+    next(fresh)
+  chex.assert_trees_all_equal(next(data), next(fresh))
+  assert (tmp_path / "damaged-3").is_dir()
+
+
+def test_saves_go_on_after_a_damaged_checkpoint(tmp_path):
+  """Orbax refuses steps below its newest, so the damaged one must make way."""
+  setup, _, _ = saved(tmp_path)
+  for path in (tmp_path / "3" / "state").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  data, abstract = loader(), jax.eval_shape(lambda: setup.state)
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    state, step, _ = checkpoints.restore(abstract, data, sharding.make_mesh(8, 1, 1))
+    checkpoints.save(3, state, data, None)
+    checkpoints.wait()
+    assert step == 2 and checkpoints.steps() == [1, 2, 3]
+  _, step, _ = restored(setup, tmp_path)
+  assert step == 3
+
+
+def test_damaged_metadata_is_set_aside(tmp_path, caplog):
+  setup, states, _ = saved(tmp_path)
+  (tmp_path / "3" / "_CHECKPOINT_METADATA").write_bytes(b"{")
+  state, step, _ = restored(setup, tmp_path)
+  assert step == 2 and (tmp_path / "damaged-3").is_dir()
+  assert "checkpoint of step 3 is damaged" in caplog.text
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state), states[2])
+
+
+def test_none_that_can_be_read(tmp_path):
+  setup, _, _ = saved(tmp_path, steps=1)
+  for path in (tmp_path / "1" / "state").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with pytest.raises(UserError, match="can be read"):
+    restored(setup, tmp_path)
+
+
+def test_newest_and_best_are_kept(tmp_path):
+  saved(tmp_path, keep=1, best=lambda metrics: -metrics["loss"], steps=4)
+  with checkpoint.opened(
+    tmp_path, 1, best=lambda metrics: -metrics["loss"]
+  ) as checkpoints:
+    assert checkpoints.steps() == [2, 4]
+    assert checkpoints.best_step() == 2
+
+
+def test_another_number_of_devices(tmp_path):
+  """Reliability 4: saved on one device, restored in eight shards."""
+  setup, states, _ = saved(tmp_path)
+  mesh = sharding.make_mesh(1, 8, 1)
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    state = checkpoints.restore_step(3, jax.eval_shape(lambda: setup.state), None, mesh)
+  kernel = state.params["student"]["layers"]["mlp"]["up"]["kernel"]
+  assert len(kernel.addressable_shards) == 8
+  assert kernel.addressable_shards[0].data.size < kernel.size
+  chex.assert_trees_all_equal(jax.tree.map(np.array, state.params), states[3].params)
+
+
+def test_keep_must_be_positive(tmp_path):
+  with pytest.raises(UserError, match="checkpoint.keep=0"):
+    checkpoint.Checkpoints(tmp_path, 0)

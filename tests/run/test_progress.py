@@ -1,0 +1,63 @@
+"""What a run says of a step: where its rows come from, and what it writes down."""
+
+import contextlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from okd_jax.errors import UserError
+from okd_jax.run.progress import Progress
+from okd_jax.runtime.metrics import Writer
+
+TEXTS = [SimpleNamespace(where=f"a.jsonl:{line}") for line in range(1, 21)]
+
+
+def follow(workdir, packs, values, rows):
+  """What metrics.jsonl holds after one step, the seventh of eight."""
+  parts = SimpleNamespace(
+    config=SimpleNamespace(
+      train=SimpleNamespace(log_every=100), method=SimpleNamespace(name="kd")
+    ),
+    learning_rate=lambda step: 5e-4 * (step + 1),
+    steps=8,
+    packs=packs,
+    train=TEXTS,
+  )
+  with (
+    contextlib.closing(Writer(workdir, 0, tensorboard=False, wandb="")) as writer,
+    Progress(parts, writer, step=6) as progress,
+  ):
+    progress.read(7, np.asarray(rows), values, {"sampled_length": 3.0})
+  return json.loads((workdir / "metrics.jsonl").read_text())
+
+
+@pytest.mark.parametrize(
+  "packs, rows, named",
+  [
+    ([[i] for i in range(20)], [4, 0], "a.jsonl:5, a.jsonl:1;"),
+    ([[3], [7, 2, 5]], [1, 0], "a.jsonl:8 and 2 texts with it, a.jsonl:4;"),
+    ([[i] for i in range(20)], range(9), "a.jsonl:7, a.jsonl:8, …;"),
+  ],
+)
+def test_a_step_that_is_not_finite_names_its_rows(packs, rows, named, tmp_path):
+  values = {"loss": np.nan, "finite": 0.0, "tokens": 5.0}
+  with pytest.raises(UserError) as error:
+    follow(tmp_path, packs, values, rows)
+  assert "step 7: " in str(error.value) and f" {named} the last" in str(error.value)
+  assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_step_is_written_down(tmp_path):
+  values = {"loss": np.float32(1.5), "finite": 1.0, "tokens": 5.0}
+  row = follow(tmp_path, [[0]], values, [0])
+  assert row.pop("tokens_per_s") > 0
+  assert row == {
+    "step": 7,
+    "kind": "train",
+    "loss": 1.5,
+    "tokens": 5.0,
+    "lr": 0.0035,
+    "sampled_length": 3.0,
+  }
