@@ -142,29 +142,30 @@ def _okd_jax(name: str, folder: Path, tokens: np.ndarray) -> Callable[[], float]
   import jax
   import jax.numpy as jnp
 
+  from okd_jax.data.batch import Batch
   from okd_jax.errors import UserError
   from okd_jax.run.step import compile_step
 
   run = _run(name, folder, tokens.shape)
-  plan = run.method.sequences
-  if run.config.teacher.trunk or plan != type(plan)():
+  plan, text = run.plan, run.method.sequences
+  if run.settings.teacher.trunk or text != type(text)():
     raise UserError("only what trains on gold rows as they are can be compared here")
-  batch = {
-    "tokens": jnp.asarray(tokens[:, :-1], jnp.int32),
-    "labels": jnp.asarray(tokens[:, 1:], jnp.int32),
-    "mask": jnp.ones(tokens[:, 1:].shape, bool),
-    "segment_ids": jnp.ones(tokens[:, 1:].shape, jnp.int32),
-  }
+  batch = Batch(
+    tokens=jnp.asarray(tokens[:, :-1], jnp.int32),
+    labels=jnp.asarray(tokens[:, 1:], jnp.int32),
+    mask=jnp.ones(tokens[:, 1:].shape, bool),
+    segment_ids=jnp.ones(tokens[:, 1:].shape, jnp.int32),
+  )
   with jax.set_mesh(run.mesh):
     state = run.init()
     program = compile_step(
-      run.method, run.models, run.optimizers, 1, run.steps, run.abstract, run.mesh
+      run.method, plan.models, plan.optimizers, 1, plan.steps, plan.abstract, run.mesh
     )
 
   def step() -> float:
     nonlocal state
     with jax.set_mesh(run.mesh):
-      state, values = program(state, run.frozen, batch)
+      state, values = program(state, run.cast.frozen, batch)
       jax.block_until_ready((state, values))
     # What TRL's loss is; okd's own has the module's part besides.
     return float(values["divergence"])
@@ -177,7 +178,8 @@ def _run(name: str, folder: Path, shape: tuple[int, int]):
   from command import vary
 
   from configs import default
-  from okd_jax.run import build as setup
+  from okd_jax.run.build import build
+  from okd_jax.runtime.workdir import Workdir
 
   text = folder / "unused.txt"
   text.write_text("unused " * shape[1])  # in bytes it is several rows
@@ -189,7 +191,7 @@ def _run(name: str, folder: Path, shape: tuple[int, int]):
   config.train.batch_size, config.data.max_length = shape[0], shape[1] - 1
   config.train.steps, config.adapter.rank = 10**6, RANK
   config.optim.lr, config.optim.schedule = LEARNING_RATE, "constant"
-  return setup.build(vary(config, name), folder / name)
+  return build(vary(config, name), Workdir(folder / name))
 
 
 if __name__ == "__main__":

@@ -28,14 +28,16 @@ from command import vary
 from ml_collections import ConfigDict
 
 from okd_jax import METHODS, bench
-from okd_jax.config import read as configuration
+from okd_jax.config import read
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.errors import UserError
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler, answers_beforehand
+from okd_jax.run import beforehand
+from okd_jax.run.batches import Batches
+from okd_jax.run.build import Run, build
 from okd_jax.run.data import make_packs
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import cli
+from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import trunk
 
 
@@ -55,41 +57,41 @@ class Step:
 class Racer:
   """One method, ready to make steps."""
 
-  def __init__(self, run: setup.Run, batches: Sequence, folder: Path):
+  def __init__(self, run: Run, rows: Sequence, folder: Path):
     self.run = run
-    self._batches, self._step = batches, 0
+    self._rows, self._step = rows, 0
     start = time.perf_counter()
-    answers = {
-      name: answers_beforehand(run, name, folder / f"{name}.jsonl")
-      for name in run.method.sequences.beforehand
-    }
+    answers = beforehand.answers(run, Workdir(folder))
     self.beforehand = time.perf_counter() - start
-    kept = trunk.prepare(run, trunk.opened(run))
-    self._sampler = Sampler(run, answers, PAD_ID, kept)
+    kept = None
+    if run.settings.teacher.trunk:
+      kept = trunk.opened(run.method, run.cast, run.data, run.settings)
+      kept = trunk.complete(run.cast, run.data, run.settings, run.mesh, kept)
+    self._batches = Batches(run, answers, kept)
     self._state = run.init()
     self._train_step = compile_step(
       run.method,
-      run.models,
-      run.optimizers,
-      run.config.train.microbatches,
-      run.steps,
-      run.abstract,
+      run.plan.models,
+      run.plan.optimizers,
+      run.settings.train.microbatches,
+      run.plan.steps,
+      run.plan.abstract,
       run.mesh,
     )
 
   def step(self) -> Step:
     """One step of the training loop, each of its two parts waited for."""
-    gold = self._batches[self._step % len(self._batches)]
+    gold = self._rows[self._step % len(self._rows)]
     start = time.perf_counter()
-    batch, figures = self._sampler.batch(self._step, self._state.params, gold)
+    batch, figures = self._batches.batch(self._step, self._state.params, gold)
     jax.block_until_ready(batch)
     middle = time.perf_counter()
-    self._state, values = self._train_step(self._state, self.run.frozen, batch)
+    self._state, values = self._train_step(self._state, self.run.cast.frozen, batch)
     jax.block_until_ready((self._state.params, values))
     end = time.perf_counter()
     self._step += 1
     if not values["finite"]:
-      raise UserError(f"{self.run.config.method.name}: a step was not finite")
+      raise UserError(f"{self.run.settings.method.name}: a step was not finite")
     tokens, sampled = float(values["tokens"]), "sampled_length" in figures
     return Step(end - start, middle - start, tokens, sampled)
 
@@ -101,7 +103,7 @@ def main(arguments: list[str]) -> None:
   cli.use_compilation_cache()
   if not any(argument.startswith("--config=") for argument in rest):
     rest = ["--config=configs/stories.py", *rest]
-  config = configuration.read(rest)
+  config = read.read(rest)
   unknown = sorted({name.partition("@")[0] for name in args.names} - set(METHODS))
   if unknown:
     raise UserError(
@@ -112,30 +114,32 @@ def main(arguments: list[str]) -> None:
     first = runs[args.names[0]]
     with jax.set_mesh(first.mesh):
       racers = {
-        name: Racer(run, _batches(args, run), Path(folder) / name)
+        name: Racer(run, _rows(args, run), Path(folder) / name)
         for name, run in runs.items()
       }
       rounds = _race(args, racers)
   print(_section(args, first, racers, rounds), flush=True)
 
 
-def _build(args, config: ConfigDict, name: str, folder: Path) -> setup.Run:
-  run = setup.build(vary(config, name), folder)
+def _build(args, config: ConfigDict, name: str, folder: Path) -> Run:
+  run = build(vary(config, name), Workdir(folder))
   # Few enough that what is answered beforehand does not take longer than the rest.
-  train = run.train[: args.rows]
-  return dataclasses.replace(run, train=train, packs=make_packs(run.config, train))
+  train = run.data.train[: args.rows]
+  packs = make_packs(run.settings.data, train)
+  data = dataclasses.replace(run.data, train=train, packs=packs)
+  return dataclasses.replace(run, data=data)
 
 
-def _batches(args, run: setup.Run) -> list[dict[str, Any]]:
+def _rows(args, run: Run) -> list[dict[str, Any]]:
   """The rows of a round's steps; every round has the same, and so has every method
   that does not pack them."""
   loader = train_loader(
-    run.train,
-    batch_size=run.config.train.batch_size,
-    length=run.config.data.max_length,
+    run.data.train,
+    batch_size=run.settings.train.batch_size,
+    length=run.settings.data.max_length,
     pad_id=PAD_ID,
-    packs=run.packs,
-    seed=run.config.train.seed,
+    packs=run.data.packs,
+    seed=run.settings.train.seed,
     process_index=0,
     process_count=1,
   )
@@ -156,12 +160,12 @@ def _race(args, racers: dict[str, Racer]) -> dict[str, list[list[Step]]]:
   return rounds
 
 
-def _section(args, run: setup.Run, racers, rounds) -> str:
-  config, base = run.config, args.names[0]
+def _section(args, run: Run, racers, rounds) -> str:
+  settings, base = run.settings, args.names[0]
   lines = [
-    f"### Methods: {Path(config.teacher.path).name or 'a random teacher'}, student of "
-    f"{run.decoders['student'].config.num_layers} layers, "
-    f"{config.train.batch_size} rows of {config.data.max_length} tokens",
+    f"### Methods: {Path(settings.teacher.path).name or 'a random teacher'}, "
+    f"student of {run.cast.student.config.num_layers} layers, "
+    f"{settings.train.batch_size} rows of {settings.data.max_length} tokens",
     "",
     bench.describe(bench.environment()),
     "",

@@ -14,8 +14,8 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
 
   # Runs that come first, by name: each maps to the keys in which it differs from this
-  # one (whose method.end and adapter.kind are its own). 'stage:NAME' as a path below
-  # means what stage NAME exported.
+  # file and this run's data, train, optim, mesh, checkpoint and eval (but not best and
+  # patience). 'stage:NAME' as a path below means what stage NAME exported.
   config.stages = ConfigDict(sort_keys=False)
 
   config.teacher = ConfigDict()
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
   # that the layers below run once for every row and not once an epoch.
   config.teacher.trunk = ""
   config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
-  config.teacher.model = _random_model()  # a teacher drawn at random, for trials only
+  config.teacher.model = _random_model()  # at random; its keys: see student.model
 
   # Several teachers for method ensemble, each a name and a path; all others leave it
   # empty. On the command line: --config.teachers.NAME=PATH.
@@ -40,6 +40,9 @@ def get_config() -> ConfigDict:
 
   config.method = ConfigDict()
   config.method.name = "okd"  # a key of okd_jax.METHODS
+  # A Python file that registers methods or divergences of your own; their knobs are
+  # keys here, too (docs/your_own_method.md).
+  config.method.file = ""
   config.method.temperature = 1.0  # divides logits; losses are multiplied by its square
   config.method.gold_weight = 0.0  # all: adds so much CE on gold to the student's loss
   config.method.kd_ratio = 1.0  # kd, rkd, …: weight of the divergence, the rest is CE
@@ -97,14 +100,14 @@ def get_config() -> ConfigDict:
   config.method.gate_lr = 1e-3  # ensemble: learning rate of gate or policy
   config.method.reward = "gold"  # ensemble, reinforced: or 'gold_and_teachers'
   config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
-  # Knobs that move: the value each reaches, linearly, at the last step. Those of the
-  # above that weigh or shape a loss: --config.method.end.temperature=1 and so on.
   fixed = {"ab_alpha", "ab_beta", "teacher_mix", "loss_eps"}
   fixed |= {"teacher_temperature", "teacher_top_p", "gate_lr"}
+  numbers = [k for k, v in config.method.items() if isinstance(v, float)]
+  # Knobs that move: the value each reaches, linearly, at the last step. Those of the
+  # above that weigh or shape a loss: --config.method.end.temperature=1 and so on.
   config.method.end = ConfigDict()
-  config.method.end.sampled_share = config_dict.placeholder(float)
-  for knob, value in config.method.items():
-    if isinstance(value, float) and knob not in fixed:
+  for knob in ["sampled_share", *numbers]:
+    if knob not in fixed:
       config.method.end[knob] = config_dict.placeholder(float)
 
   config.adapter = ConfigDict()
@@ -226,6 +229,13 @@ def recipe(name: str) -> ConfigDict:
   if variant and not inspect.signature(get_config).parameters:
     raise ValueError(f"{name}: configs/{file}.py has no variants")
   return get_config(variant) if variant else get_config()
+
+
+def use(config: ConfigDict, name: str, **knobs) -> None:
+  """Gives a recipe this method; what it had set for another one goes with that."""
+  if config.method.name != name:
+    config.method.update(get_config().method.to_dict())
+  config.method.update({"name": name, **knobs})
 
 
 def sweep_point(text: str, values) -> tuple[str, ConfigDict]:

@@ -48,7 +48,6 @@ def get_config(variant: str = "base"):
 
   config.stages.teacher = {
     "method": {"name": "sft"},
-    "teacher": {"path": ""},
     "student": {"path": "gpt2-xl"},
     "train": {"steps": 0, "epochs": 10.0},
     "optim": {"lr": 5e-5},
@@ -56,7 +55,6 @@ def get_config(variant: str = "base"):
   }
   config.stages.start = {
     "method": {"name": "sft"},
-    "teacher": {"path": ""},
     "student": {"path": student},
     "train": {"steps": 0, "epochs": 3.0},
     "optim": {"lr": 5e-4},

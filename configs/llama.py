@@ -45,7 +45,6 @@ def get_config(variant: str = "7b"):
 
   stage = {
     "method": {"name": "sft"},
-    "teacher": {"path": ""},
     "train": {"steps": 0},
     "eval": {"best": "loss", "generate": False},
   }

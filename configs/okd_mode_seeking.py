@@ -19,18 +19,17 @@ from configs import default
 
 def get_config(recipe: str = "quickstart"):
   config = default.recipe(recipe)
-  config.method.update(
-    {
-      "name": "okd",
-      "divergence": "skew_reverse_kl",
-      "skew": 0.1,
-      "teacher_divergence": "forward_kl",
-      "teacher_kl_weight": 0.5,
-      "student_kl_weight": 1.0,
-      "gold_weight": 0.15,
-      "anchor_weight": 0.3,
-      "update_order": "simultaneous",
-    }
+  default.use(
+    config,
+    "okd",
+    divergence="skew_reverse_kl",
+    skew=0.1,
+    teacher_divergence="forward_kl",
+    teacher_kl_weight=0.5,
+    student_kl_weight=1.0,
+    gold_weight=0.15,
+    anchor_weight=0.3,
+    update_order="simultaneous",
   )
   config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})
   return config

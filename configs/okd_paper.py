@@ -14,16 +14,15 @@ from configs import default
 
 def get_config(recipe: str = "quickstart"):
   config = default.recipe(recipe)
-  config.method.update(
-    {
-      "name": "okd",
-      "divergence": "forward_kl",
-      "teacher_divergence": "forward_kl",
-      "student_kl_weight": 1.0,
-      "gold_weight": 0.0,
-      "anchor_weight": 0.0,
-      "update_order": "simultaneous",
-    }
+  default.use(
+    config,
+    "okd",
+    divergence="forward_kl",
+    teacher_divergence="forward_kl",
+    student_kl_weight=1.0,
+    gold_weight=0.0,
+    anchor_weight=0.0,
+    update_order="simultaneous",
   )
   config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})
   return config

@@ -32,9 +32,7 @@ def get_config():
 
   config.stages.teacher = {
     "method": {"name": "sft"},
-    "teacher": {"path": ""},
     "student": {
-      "path": "",
       "model": {
         "hidden_size": 128,
         "num_layers": 6,
@@ -50,7 +48,8 @@ def get_config():
   }
   config.stages.start = {
     "method": {"name": "sft"},
-    "student": {"path": "", "layers": 2},
+    "teacher": {"path": "stage:teacher"},
+    "student": {"layers": 2},
     "train": {"steps": 30},
     "eval": {"every": 0},
   }

@@ -13,5 +13,5 @@ from configs import default
 
 def get_config(recipe: str = "quickstart"):
   config = default.recipe(recipe)
-  config.method.update({"name": "rkd", "kd_ratio": 1.0, "gold_weight": 0.25})
+  default.use(config, "rkd", kd_ratio=1.0, gold_weight=0.25)
   return config

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
-from okd_jax.evaluation.figures import COLUMNS
+from okd_jax.evaluation.figures import table
 from okd_jax.evaluation.held_out import Options, evaluate
 from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_json
-from okd_jax.runtime.metrics import finite_or_null, table
+from okd_jax.runtime.metrics import finite_or_null
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
     args["template"] = template_of(path) or "default"
   options, records = Options(**args), load_records(source_list(data))
   results = evaluate(model, records, options, beside, name=path)
-  print(table({Path(path).name or path: results}, COLUMNS))
+  print(table({Path(path).name or path: results}))
   if output:
     write_json(output, finite_or_null(results))
 
@@ -64,5 +64,10 @@ def _parser() -> cli.Parser:
   return parser
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The console script."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  command()

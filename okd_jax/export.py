@@ -1,7 +1,4 @@
-"""A trained student as a Hugging Face folder, its online module as a PEFT folder.
-
-A teacher whose own blocks learned is no PEFT adapter; it becomes a folder like the
-student's.
+"""Exports the student of one checkpoint; needs neither data nor the teacher's weights.
 
 python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
@@ -9,43 +6,51 @@ python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
-from okd_jax.config import read as configuration
+from okd_jax import models
+from okd_jax.config import read
 from okd_jax.errors import UserError
-from okd_jax.run import build as setup
+from okd_jax.evaluation.figures import score_by
 from okd_jax.run import checkpoint
-from okd_jax.run.export import export_run
+from okd_jax.run.build import Shapes, build_shapes
+from okd_jax.run.export import export_student, export_teachers
+from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli
-from okd_jax.runtime.metrics import score_by
+from okd_jax.runtime.workdir import Workdir
+from okd_jax.teachers.load import load_teachers
 
 
 def main(arguments: list[str]) -> None:
   """Exports as the arguments say; a UserError if there is no such checkpoint."""
   args = _parser().parse_args(arguments)
-  workdir = Path(args.workdir)
-  path = workdir / "config.json"
-  if not (workdir / "checkpoints").is_dir() or not path.exists():
-    raise UserError(f"{workdir} is no run: it has no checkpoints/ or no config.json")
-  config = ConfigDict(configuration.saved(path))
-  parts = setup.build(config, workdir)
-  keep = config.checkpoint.keep
-  with (
-    jax.set_mesh(parts.mesh),
-    checkpoint.opened(
-      workdir / "checkpoints", keep, score_by(config.eval.best), read_only=True
-    ) as checkpoints,
-  ):
-    steps = checkpoints.steps()
+  workdir = Workdir(Path(args.workdir))
+  if not workdir.checkpoints.is_dir() or not workdir.config.exists():
+    raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")
+  shapes = build_shapes(read.saved(workdir.config), workdir)
+  with jax.set_mesh(shapes.mesh):
+    state = _restored(shapes, workdir, args.step)
+    exported = workdir.student.exists()
+    template = models.template_of(workdir.student) if exported else None
+    export_student(shapes, state.params, Path(args.output), template)
+    if args.adapter and (adapter := shapes.cast.adapter):
+      frozen = {}
+      if adapter.folder == "teacher":  # the whole of it, its blocks replaced
+        teachers = shapes.outline.teachers
+        frozen = load_teachers(shapes.job.settings, teachers, shapes.mesh)
+      export_teachers(shapes, state.params, frozen, Path(args.adapter))
+
+
+def _restored(shapes: Shapes, workdir: Workdir, step: int | None) -> TrainState:
+  settings = shapes.job.settings
+  best, keep = score_by(settings.eval.best), settings.checkpoint.keep
+  with checkpoint.opened(workdir.checkpoints, keep, best, read_only=True) as found:
+    steps = found.steps()
     if not steps:
-      raise UserError(f"{workdir}/checkpoints holds no whole checkpoint yet")
-    step = args.step if args.step is not None else checkpoints.best_step()
+      raise UserError(f"{workdir.checkpoints} holds no whole checkpoint yet")
+    step = found.best_step() if step is None else step
     if step not in steps:
       raise UserError(f"--step={step}: the checkpoints at hand are {steps}")
-    state = checkpoints.restore_step(step, parts.abstract, None, parts.mesh)
-  export_run(
-    parts, state.params, Path(args.output), Path(args.adapter) if args.adapter else None
-  )
+    return found.restore_step(step, shapes.plan.abstract, None, shapes.mesh)
 
 
 def _parser() -> cli.Parser:
@@ -53,21 +58,20 @@ def _parser() -> cli.Parser:
     prog="okd_jax.export",
     description="Writes the student of one checkpoint as a Hugging Face folder.",
   )
-  parser.add_argument("--workdir", required=True, help="of the run")
-  parser.add_argument("--output", required=True, help="the folder to write")
-  parser.add_argument(
-    "--adapter",
-    default="",
-    help="a folder for the online module or the teacher whose own blocks learned",
-  )
-  parser.add_argument(
-    "--step",
-    type=int,
-    default=None,
-    help="default: the best by eval.best, else the newest",
-  )
+  add = parser.add_argument
+  add("--workdir", required=True, help="of the run")
+  add("--output", required=True, help="the folder to write")
+  module = "a folder for the adapter, or the teacher whose own blocks learned"
+  add("--adapter", default="", help=module)
+  step = "default: the best by eval.best, else the newest"
+  add("--step", type=int, default=None, help=step)
   return parser
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The console script."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  command()

@@ -1,20 +1,20 @@
 """Continues one prompt and prints the completion, alone, on standard output.
 
 python -m okd_jax.generate --model=M --prompt="Once upon a time"
-python -m okd_jax.generate --model=M --chat --prompt="Name three colours."
-python -m okd_jax.generate --model=M --prompt=- --temperature=0.8 <prompt.txt
+python -m okd_jax.generate --model=RUN --prompt="Name three colours."  # RUN's template
+python -m okd_jax.generate --model=M --prompt=- --chat --temperature=0.8 <prompt.txt
 """
 
 import argparse
-import math
 import sys
 
 import jax.numpy as jnp
 
 from okd_jax.errors import UserError
-from okd_jax.models import load
+from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
-from okd_jax.text.complete import NEW_TOKENS, complete
+from okd_jax.text.complete import NEW_TOKENS, RAW, complete
+from okd_jax.text.rollout import Sampling
 
 
 def main(arguments: list[str]) -> None:
@@ -25,18 +25,28 @@ def main(arguments: list[str]) -> None:
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
   if model.tokenizer is None:
     raise UserError(f"{flags.model} has no tokenizer, so it cannot read a prompt")
-  print(complete(model, prompt, flags), flush=True)
+  template = "chat" if flags.chat else flags.template or template_of(flags.model)
+  completion = complete(
+    model,
+    prompt,
+    template=template or RAW,
+    max_new_tokens=flags.max_new_tokens,
+    sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
+    seed=flags.seed,
+    dtype=flags.dtype,
+  )
+  print(completion, flush=True)
 
 
 def _read(prompt: str) -> str:
   """The prompt itself, or standard input if it is `-`, less its last line break."""
   if prompt != "-":
     # Bytes of the command line that are no text arrive as lone surrogates.
-    text = prompt.encode(errors="surrogateescape")
+    given = prompt.encode(errors="surrogateescape")
   else:
-    text = sys.stdin.buffer.read().removesuffix(b"\n")
+    given = sys.stdin.buffer.read().removesuffix(b"\n")
   try:
-    return text.decode()
+    return given.decode()
   except UnicodeDecodeError as error:
     raise UserError(f"the prompt is not valid UTF-8 ({error})") from error
 
@@ -47,43 +57,24 @@ def _parser() -> cli.Parser:
     description="Continues one prompt and prints the completion alone.",
   )
   add = parser.add_argument
+  own = f"by default that of the run that made the model, else {RAW}"
   needed = {"required": True, "default": argparse.SUPPRESS}
   add("--model", **needed, help="HF folder, hub id, .gguf file or run's workdir")
   add("--prompt", **needed, help="text to continue; - reads standard input")
-  add("--chat", action="store_true", help="ask through the model's chat template")
-  add(
-    "--max_new_tokens",
-    type=cli.number(int, "at least 1", lambda n: n >= 1),
-    metavar="N",
-    help=f"{NEW_TOKENS}, or less where the model's context is full before",
-  )
-  add(
-    "--temperature",
-    type=cli.number(float, "at least 0", lambda t: 0 <= t < math.inf),
-    default=0.0,
-    help="of the sampling; 0 always takes the likeliest token",
-  )
-  add(
-    "--top_p",
-    type=cli.number(float, "above 0 and at most 1", lambda p: 0 < p <= 1),
-    default=1.0,
-    help="sample from the likeliest tokens that hold this much probability",
-  )
-  add(
-    "--top_k",
-    type=cli.number(int, "at least 0", lambda k: 0 <= k < 2**31),
-    default=0,
-    help="sample from this many likeliest tokens; 0 is all",
-  )
-  add(
-    "--seed",
-    type=cli.number(int, "from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32),
-    default=0,
-    help="of the sampling; the same seed gives the same text",
-  )
+  add("--template", help=f"as data.template, or {RAW}: the prompt as it is; {own}")
+  add("--chat", action="store_true", help="the same as --template=chat")
+  most = f"{NEW_TOKENS}, or less where the model's context is full before"
+  count = cli.number(int, "at least 1", lambda n: n >= 1)
+  add("--max_new_tokens", type=count, metavar="N", help=most)
+  cli.add_sampling(parser, temperature=0.0)
   cli.add_dtype(parser)
   return parser
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The console script."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  command()

@@ -1,52 +1,75 @@
-"""Trains, evaluates and exports a student as a configuration file says.
+"""Trains, evaluates and exports a student as a configuration says.
 
-    python -m okd_jax.main --config=configs/X.py --workdir=DIR [--config.key=value …] \\
+    python -m okd_jax.main --config=RECIPE --workdir=DIR [--config.key=value …] \\
         [--profile]
 
-The same command resumes a run that was stopped or killed. Every key is listed, with
-its meaning, in configs/default.py. DIR gets config.json, metrics.jsonl, checkpoints/,
-student/ (a Hugging Face folder), adapter/ (PEFT format, if there is an online module;
-teacher/ and blocks.json instead where it is blocks of the teacher) and report.html.
---profile adds profile/, a trace of the 3rd to the 7th step from here on, to be opened
-at ui.perfetto.dev or in TensorBoard; the run's results stay as they are.
+RECIPE is a file, configs/X.py, or the name of one that comes with the package; either
+takes a variant: gpt2:base. The same command resumes a run that was stopped or killed.
+DIR gets config.json, metrics.jsonl, checkpoints/, student/ (a Hugging Face folder),
+adapter/ (PEFT format, if teachers adapt; teacher/ and blocks.json instead where blocks
+of the teacher learned) and report.html. --profile adds profile/, a trace of the 3rd to
+the 7th step from here on, to be opened at ui.perfetto.dev or in TensorBoard; the run's
+results stay as they are.
 """
 
+import signal
+import sys
 from pathlib import Path
 
-from okd_jax.config import read as configuration
+from okd_jax.config import read
 from okd_jax.errors import UserError
-from okd_jax.run import loop as train
+from okd_jax.run import distill
+from okd_jax.run.loop import Stop, Stopped
 from okd_jax.runtime import cli
+
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(Stop):
+  """True once SIGTERM has come; a second one ends the process at once."""
+
+  def __enter__(self):
+    self._came = False
+    self._before = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def _note(self, *_: object) -> None:
+    self._came = True
+    signal.signal(signal.SIGTERM, self._before)
+
+  def __bool__(self) -> bool:
+    return self._came
+
+  def __exit__(self, *_: object) -> None:
+    signal.signal(signal.SIGTERM, self._before)
 
 
 def main(arguments: list[str]) -> None:
   """Runs the configuration that the arguments name; a UserError if it is wrong."""
   if {"--help", "-h", "--helpfull"} & set(arguments):
-    print(f"{__doc__}\nKeys and defaults:\n{_default_keys()}", end="")
+    print(f"{__doc__}\nEvery key with its default:\n\n{read.describe()}", end="")
     return
   parser = cli.Parser(prog="okd_jax.main", add_help=False)
   parser.add_argument("--workdir", default="")
   parser.add_argument("--profile", action="store_true")
   args, rest = parser.parse_known_args(arguments)
-  config = configuration.read(rest)
+  config = read.read(rest)
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
   cli.use_compilation_cache()
-  train.run(config, Path(args.workdir), args.profile)
+  with Terminated() as stop:
+    try:
+      *_, result = distill.run(config, Path(args.workdir), stop, args.profile)
+    except Stopped:
+      print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+      sys.exit(TERMINATED)
+  print(result, flush=True)
 
 
-def _default_keys() -> str:
-  """configs/default.py as the list of its keys."""
-  if not configuration.DEFAULTS.exists():
-    return "  see configs/default.py in the repository\n"
-  lines = configuration.DEFAULTS.read_text(encoding="utf8").splitlines()
-  wanted = [line.strip() for line in lines if line.startswith(("  config.", "  # "))]
-  return "".join(
-    f"  {line}\n" if line.startswith("#") else f"  --{line}\n"
-    for line in wanted
-    if "= ConfigDict(" not in line and "lock(" not in line
-  )
+def command() -> None:
+  """The console script."""
+  cli.run(main)
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  command()

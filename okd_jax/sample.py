@@ -17,8 +17,6 @@ from okd_jax.text.rollout import Sampling
 def main(arguments: list[str]) -> None:
   """Writes the file that the arguments ask for."""
   args = _parser().parse_args(arguments)
-  if not 0 <= args.seed < 2**32 or args.limit < 0:
-    raise UserError("--seed must lie in 0 … 2^32 - 1, and --limit be at least 0")
   cli.use_compilation_cache()
   model = load(args.model, dtype=args.dtype)
   if model.tokenizer is None:
@@ -48,18 +46,21 @@ def _parser() -> cli.Parser:
   add("--model", required=True, help="HF folder, hub id, .gguf file or run's workdir")
   add("--data", required=True, help="jsonl(.gz) file or dataset id; several by commas")
   add("--output", required=True, help="the .jsonl file; a partial one is gone on with")
-  add("--temperature", type=float, default=1.0, help="of the sampling; 0 is greedy")
-  add("--top_p", type=float, default=1.0, help="draw from the likeliest that hold it")
-  add("--top_k", type=int, default=0, help="draw from so many likeliest; 0 is all")
   add("--max_new_tokens", type=int, default=256, help="of a response")
-  add("--seed", type=int, default=0, help="of the draws")
   add("--batch_size", type=int, default=32, help="rows at once")
-  add("--limit", type=int, default=0, help="first so many rows; 0 is all")
+  limit = cli.number(int, "at least 0", lambda rows: rows >= 0)
+  add("--limit", type=limit, default=0, help="first so many rows; 0 is all")
   add("--template", help="as data.template; by default the run's own, or 'default'")
   add("--max_prompt_length", type=int, help="by default 512, or what fits")
+  cli.add_sampling(parser, temperature=1.0)
   cli.add_dtype(parser)
   return parser
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The console script."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  command()

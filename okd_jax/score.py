@@ -49,5 +49,10 @@ def _parser() -> cli.Parser:
   return parser
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The console script."""
   cli.run(main)
+
+
+if __name__ == "__main__":
+  command()

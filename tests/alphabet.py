@@ -46,7 +46,8 @@ def alphabet_tokenizer():
   return tokenizer
 
 
-def save(folder, tokenizer=None, **changes):
+def save(folder, tokenizer=None, template="", **changes):
   params, config = alphabet_model(**changes)
-  models.save(folder, params, config, tokenizer or alphabet_tokenizer())
+  tokenizer = tokenizer or alphabet_tokenizer()
+  models.save(folder, params, config, tokenizer, template=template)
   return str(folder)

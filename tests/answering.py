@@ -1,12 +1,16 @@
-"""Answers to twenty-one short prompts, for the tests of `okd_jax.text.answers_file`."""
+"""Answers to twenty-one short prompts, for the tests of files of answers."""
 
 import jax
+import numpy as np
 from alphabet import EOS, alphabet_model, alphabet_tokenizer
 
 from okd_jax import models
 from okd_jax.data import Record
 from okd_jax.models import Decoder
 from okd_jax.text import answers_file
+from okd_jax.text.answers_beforehand import answer_prompts
+from okd_jax.text.rollout import Sampling
+from okd_jax.text.source import decoder_source
 
 
 def random_model(seed=0):
@@ -47,3 +51,14 @@ def write(path, records=PROMPTS, model=None, **options):
   options = {"max_new_tokens": 12, "batch_size": 2} | options
   answers_file.write_samples(decoder, variables, records, tokenizer, path, **options)
   return path.read_bytes()
+
+
+def say(path, prompts=None, model=None, **options):
+  """The answers' tokens, by the same model; prompts are bytes."""
+  decoder, variables, *_ = model or random_model()
+  prompts = [x.prompt.encode() for x in PROMPTS] if prompts is None else prompts
+  tokens = [np.array(list(x), np.int32) for x in prompts]
+  defaults = {"key": jax.random.key(0), "max_new_tokens": 12, "sampling": Sampling()}
+  defaults |= {"eos_ids": decoder.config.eos_ids, "batch_size": 2, "sharding": None}
+  options = defaults | {"about": {"model": "random"}} | options
+  return answer_prompts(decoder_source(decoder), variables, tokens, path, **options)

@@ -13,7 +13,12 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Every annotated call of the package is checked while tests run: types, and shapes
+# among the arguments and the result. Before anything of it is imported.
+jaxtyping.install_import_hook("okd_jax", "checking.check")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Programs for several CPU devices hang when they come out of the persistent cache

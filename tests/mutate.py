@@ -77,7 +77,7 @@ BUGS = (
   Bug(
     "softmax in the dtype of the input",
     "EasyDeL, Liger",
-    f"{LOSSES}/divergences.py",
+    f"{LOSSES}/logits.py",
     "logits.astype(jnp.float32) / temperature",
     "logits / temperature",
     "tests/losses/test_divergences.py",
@@ -85,7 +85,7 @@ BUGS = (
   Bug(
     "log 0 is -inf",
     "DLM",
-    f"{LOSSES}/divergences.py",
+    f"{LOSSES}/logits.py",
     "return jnp.maximum(log_q, _LOG_ZERO)",
     "return log_q",
     "tests/losses/test_divergences.py",
@@ -93,7 +93,7 @@ BUGS = (
   Bug(
     "negative values reported",
     "Liger",
-    f"{LOSSES}/divergences.py",
+    f"{LOSSES}/logits.py",
     "jax.lax.stop_gradient(jnp.maximum(value, 0) - value)",
     "jax.lax.stop_gradient(0 * value)",
     "tests/losses/test_divergences.py",
@@ -167,9 +167,10 @@ BUGS = (
     "a mean of the micro-batches' means",
     "TRL, verl, swift, NeMo",
     "okd_jax/run/step.py",
-    "return loss(params | moving, frozen, part, part_key)",
-    'part = part | {"weights": token_weights(part["mask"]) / microbatches}\n'
-    "    return loss(params | moving, frozen, part, part_key)",
+    "return loss(params | moving, part, jax.random.fold_in(key, index))",
+    "weights = jnp.where(part.mask, 1 / jnp.maximum(part.mask.sum(), 1), 0.0)\n"
+    "    part = part.replace(weights=weights / microbatches)\n"
+    "    return loss(params | moving, part, jax.random.fold_in(key, index))",
     "tests/run/test_step.py -k 'microbatches and 2'",
   ),
   Bug(
@@ -191,7 +192,7 @@ BUGS = (
   Bug(
     "the last positions of a row lost to the chunks",
     "Liger",
-    f"{LOSSES}/chunked.py",
+    f"{LOSSES}/layout.py",
     "count = -(-length // size)",
     "count = max(length // size, 1)",
     "tests/losses/test_chunked.py",
@@ -199,7 +200,7 @@ BUGS = (
   Bug(
     "a padded vocabulary keeps its mass",
     "Liger, swift",
-    f"{METHODS}/method.py",
+    f"{METHODS}/base/method.py",
     "return {name: out._replace(head=out.head[:size]) for",
     "return {name: out._replace(head=jnp.pad(out.head, ((0, 16), (0, 0)))"
     "[: max(o.head.shape[0] for o in outputs.values())]) for",
@@ -209,16 +210,16 @@ BUGS = (
     "stop_gradient on the wrong side",
     "ours",
     f"{METHODS}/okd.py",
-    "student_distance(stop_gradient(teacher), student, **knobs)",
-    "student_distance(teacher, stop_gradient(student), **knobs)",
+    "student_distance(stop_gradient(teacher), student, **rest)",
+    "student_distance(teacher, stop_gradient(student), **rest)",
     "tests/methods/test_okd.py -k closed_form",
   ),
   Bug(
     "the module also follows the student's loss",
     "ours",
     f"{METHODS}/okd.py",
-    "student_distance(stop_gradient(teacher), student, **knobs)",
-    "student_distance(teacher, student, **knobs)",
+    "student_distance(stop_gradient(teacher), student, **rest)",
+    "student_distance(teacher, student, **rest)",
     "tests/methods/test_okd.py -k closed_form",
   ),
   Bug(
@@ -232,7 +233,7 @@ BUGS = (
   Bug(
     "the temperature is ignored",
     "KDFlow, verl",
-    f"{METHODS}/knobs.py",
+    f"{METHODS}/base/divergences.py",
     "return function(p_logits, q_logits, temperature, **own)",
     "return function(p_logits, q_logits, 1.0, **own)",
     "tests/methods/test_methods.py -k 'changes_something and temperature'",
@@ -280,7 +281,7 @@ BUGS = (
   Bug(
     "the last chunk of counting positions is left out",
     "own",
-    "okd_jax/losses/chunked.py",
+    "okd_jax/losses/layout.py",
     "-(-counts.sum(1).max() * shards // (size * rows))",
     "counts.sum(1).max() * shards // (size * rows)",
     "tests/losses/test_chunked.py",
@@ -328,7 +329,7 @@ BUGS = (
   Bug(
     "the gate sees no data loss and picks whoever is easiest to imitate",
     "planted",
-    f"{METHODS}/gate.py",
+    f"{METHODS}/ensemble/gate.py",
     "pulled + own, 0.0",
     "pulled, 0.0",
     "tests/methods/test_ensemble.py -k 'its_loss or prefer'",
@@ -336,10 +337,10 @@ BUGS = (
   Bug(
     "the policy's reward upside down",
     "planted",
-    f"{METHODS}/policy.py",
-    'gain = stop_gradient((batch["before"] - after) @ weights)',
-    'gain = stop_gradient((after - batch["before"]) @ weights)',
-    "tests/methods/test_ensemble.py -k 'rewards or finds'",
+    f"{METHODS}/ensemble/policy.py",
+    'gain = stop_gradient((batch.facts["before"] - after) @ weights)',
+    'gain = stop_gradient((after - batch.facts["before"]) @ weights)',
+    "tests/methods/test_ensemble.py -k rewards",
   ),
   Bug(
     "the most salient blocks chosen",
@@ -360,7 +361,7 @@ BUGS = (
   Bug(
     "a store taken whatever it was made of",
     "stores known by their folder's name",
-    "okd_jax/teachers/store.py",
+    "okd_jax/runtime/workdir.py",
     "    if found.get(key) != value\n",
     "    if False\n",
     "tests/teachers/test_store.py",
@@ -368,9 +369,9 @@ BUGS = (
   Bug(
     "the kept trunk entered a layer too late",
     "planted",
-    f"{METHODS}/method.py",
-    'return {"hidden": batch["trunk"], "start": _trunk_layers(adapted)}',
-    'return {"hidden": batch["trunk"], "start": _trunk_layers(adapted) + 1}',
+    f"{METHODS}/base/models.py",
+    '{"hidden": batch.trunk, "start": start}',
+    '{"hidden": batch.trunk, "start": start + 1}',
     "tests/teachers/test_trunk.py -k changes_no_loss",
   ),
   Bug(
@@ -380,6 +381,30 @@ BUGS = (
     "size = max(p.shape[-1], q.shape[-1])",
     "size = min(p.shape[-1], q.shape[-1])\n  p, q = p[..., -size:], q[..., -size:]",
     "tests/methods/test_uld.py -k 'papers or golden'",
+  ),
+  Bug(
+    "an adapter drawn with the random teacher's key",
+    "ours",
+    "okd_jax/run/state.py",
+    "own = jax.random.fold_in(adapter_key, i)",
+    "own = adapter_key",
+    "tests/run/test_state.py",
+  ),
+  Bug(
+    "virtual tokens decay",
+    "ours",
+    "okd_jax/run/optim.py",
+    "return name in _DECAYED and not (parents and parents[-1] == _VECTORS)",
+    "return name in _DECAYED",
+    "tests/run/test_optim.py -k decay",
+  ),
+  Bug(
+    "a mixed row's weight is its own alone",
+    "ours",
+    f"{METHODS}/mixkd.py",
+    "weights = own_weight + (1 - share) * other.weights",
+    "weights = own_weight",
+    "tests/methods/test_mixkd.py",
   ),
 )
 

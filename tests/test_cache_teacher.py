@@ -8,16 +8,13 @@ import jax
 import numpy as np
 import pytest
 from commands import QUICK, call, losses, rows, train
-from small import config
+from small import built, config, step_of
 
-from okd_jax import METHODS, methods
+from okd_jax import METHODS, cache_teacher, methods
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler
-from okd_jax.run.loop import Evaluator
-from okd_jax.run.step import compile_step
-from okd_jax.teachers import record
+from okd_jax.run.batches import Batches
+from okd_jax.run.evaluator import Evaluator
 
 
 @pytest.fixture(scope="module")
@@ -27,29 +24,26 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(folder):
-  return setup.build(config(), folder)
+  return built(config(), folder)
 
 
 @pytest.fixture(scope="module")
 def whole(live, folder):
   """The whole vocabulary, in float32."""
-  with jax.set_mesh(live.mesh):
-    record.write(live, folder / "whole", 0, "float32")
+  cache_teacher.write(live, folder / "whole", 0, "float32")
   return folder / "whole"
 
 
 def steps(run, count=3):
   """(losses, the trained student) of the first steps."""
-  loader = train_loader(run.train, batch_size=8, length=96, pad_id=0, seed=0)
+  loader = train_loader(run.data.train, batch_size=8, length=96, pad_id=0, seed=0)
   with jax.set_mesh(run.mesh):
-    sampler, state = Sampler(run, {}, 0), run.init()
-    step = compile_step(
-      run.method, run.models, run.optimizers, 2, run.steps, run.abstract, run.mesh
-    )
+    sampler, state = Batches(run, {}), run.init()
+    step = step_of(run, 2)
     metrics = []
     for i in range(count):
       batch, _ = sampler.batch(i, state.params, next(loader))
-      state, values = step(state, run.frozen, batch)
+      state, values = step(state, run.cast.frozen, batch)
       metrics.append(values)
   return metrics, state.params["student"]
 
@@ -57,10 +51,10 @@ def steps(run, count=3):
 @pytest.mark.parametrize("name", ["kd", pytest.param("srkl", marks=pytest.mark.slow)])
 def test_the_whole_vocabulary_is_the_live_teacher(name, whole, folder):
   """Same losses, same student; the order of the vocabulary is all that differs."""
-  wanted, student = steps(setup.build(config(**{"method.name": name}), folder))
+  wanted, student = steps(built(config(**{"method.name": name}), folder))
   stored = config(**{"method.name": name, "teacher.cache": str(whole)})
-  run = setup.build(stored, folder)
-  assert run.frozen is None and "teacher" not in run.decoders
+  run = built(stored, folder)
+  assert not run.cast.frozen and not run.cast.teachers
   got, same = steps(run)
   shared = {k: v for k, v in wanted[-1].items() if k in got[-1]}
   assert {"loss", "forward_kl", "teacher_nll", "top1_agreement"} <= set(shared)
@@ -73,7 +67,7 @@ def test_the_whole_vocabulary_is_the_live_teacher(name, whole, folder):
 
 def test_evaluation_is_that_beside_the_live_teacher(live, whole, folder):
   """The teacher's own loss, and a fresh student's distances to it on held-out rows."""
-  run = setup.build(config(**{"teacher.cache": str(whole)}), folder)
+  run = built(config(**{"teacher.cache": str(whole)}), folder)
   found = []
   for each in (live, run):
     with jax.set_mesh(each.mesh):
@@ -89,20 +83,20 @@ def test_a_store_without_the_held_out_rows_is_refused(whole, folder):
   copy = folder / "without"
   shutil.copytree(whole / "train", copy / "train")
   with pytest.raises(UserError, match="without/eval"):
-    setup.build(config(**{"teacher.cache": str(copy)}), folder)
-  with pytest.raises(UserError, match="eval does not belong to this run: data was"):
-    setup.build(config(**{"teacher.cache": str(whole), "eval.limit": 4}), folder)
+    built(config(**{"teacher.cache": str(copy)}), folder)
+  with pytest.raises(UserError, match="eval was made from something else .data="):
+    built(config(**{"teacher.cache": str(whole), "eval.limit": 4}), folder)
 
 
 def test_a_store_for_a_larger_vocabulary_is_refused(whole, folder):
   """Its tokens would be looked up where the student has none."""
   copy = folder / "wide"
   shutil.copytree(whole, copy)
-  about = json.loads((copy / "train" / "about.json").read_text())
+  about = json.loads((copy / "train" / "made_from.json").read_text())
   wide = json.dumps(about | {"vocab_size": about["vocab_size"] + 16})
-  (copy / "train" / "about.json").write_text(wide)
+  (copy / "train" / "made_from.json").write_text(wide)
   with pytest.raises(UserError, match="written for a student of .* tokens"):
-    setup.build(config(**{"teacher.cache": str(copy)}), folder)
+    built(config(**{"teacher.cache": str(copy)}), folder)
 
 
 @pytest.mark.slow
@@ -123,17 +117,16 @@ def test_whose_words_are_not_stored(flags, words, tmp_path):
 def test_at_another_temperature_no_kl_is_measured(live, folder):
   """What is stored is the distribution at T; the KL is that at 1."""
   warm = config(**{"method.temperature": 2.0})
-  run = setup.build(warm, folder)
-  with jax.set_mesh(run.mesh):
-    record.write(run, folder / "warm", 4, "float32")
+  run = built(warm, folder)
+  cache_teacher.write(run, folder / "warm", 4, "float32")
   warm.teacher.cache = str(folder / "warm")
-  run = setup.build(warm, folder)
+  run = built(warm, folder)
   with jax.set_mesh(run.mesh):
     scores = Evaluator(run)(run.init().params)
   assert "top1_agreement" in scores and "forward_kl" not in scores
   warm.eval.best = "forward_kl"
   with pytest.raises(UserError, match="not measured in this run"):
-    setup.build(warm, folder)
+    built(warm, folder)
 
 
 @pytest.mark.slow
@@ -142,23 +135,21 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
   del live
   values = []
   for k in (2, 16, 64):
-    run = setup.build(config(), folder)
-    with jax.set_mesh(run.mesh):
-      record.write(run, folder / f"k{k}", k, "float32")
-    run = setup.build(config(**{"teacher.cache": str(folder / f"k{k}")}), folder)
+    run = built(config(), folder)
+    cache_teacher.write(run, folder / f"k{k}", k, "float32")
+    run = built(config(**{"teacher.cache": str(folder / f"k{k}")}), folder)
     values.append(float(steps(run, 1)[0][0]["divergence"]))
-  full = setup.build(config(**{"teacher.cache": str(whole)}), folder)
+  full = built(config(**{"teacher.cache": str(whole)}), folder)
   values.append(float(steps(full, 1)[0][0]["divergence"]))
   assert 0 < values[0] < values[1] < values[2] < values[3]
 
 
 def test_an_interrupted_store_ends_up_the_same(live, whole, folder):
-  with jax.set_mesh(live.mesh):
-    kept = record.write(live, folder / "cut", 0, "float32")
-    names = sorted(path.relative_to(whole) for path in whole.glob("*/0*"))
-    assert {name.parent.name for name in names} == {"train", "eval"}
-    (folder / "cut" / names[-1]).unlink()
-    again = record.write(live, folder / "cut", 0, "float32")
+  kept = cache_teacher.write(live, folder / "cut", 0, "float32")
+  names = sorted(path.relative_to(whole) for path in whole.glob("*/0*"))
+  assert {name.parent.name for name in names} == {"train", "eval"}
+  (folder / "cut" / names[-1]).unlink()
+  again = cache_teacher.write(live, folder / "cut", 0, "float32")
   for part in ("train", "eval"):
     assert kept[part].missing() == again[part].missing() == []
   for name in names:
@@ -168,15 +159,15 @@ def test_an_interrupted_store_ends_up_the_same(live, whole, folder):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"method.temperature": 2.0}, "temperature was 1.0, here it is 2.0"),
-    ({"data.template": "{instruction}\n"}, "data was"),
-    ({"teacher.model.num_layers": 1}, "teacher was 'random"),
-    ({"train.seed": 5}, "teacher was 'random, seed 0"),
+    ({"method.temperature": 2.0}, "temperature=1.0 there, 2.0 here"),
+    ({"data.template": "{instruction}\n"}, "data=.* there, .* here"),
+    ({"teacher.model.num_layers": 1}, "teacher=.random, seed 0.*num_layers=3"),
+    ({"train.seed": 5}, "teacher=.random, seed 0.* there, .random, seed 5"),
   ],
 )
 def test_a_foreign_store_is_refused(changes, words, whole, folder):
-  with pytest.raises(UserError, match="does not belong to this run.*" + words):
-    setup.build(config(**changes | {"teacher.cache": str(whole)}), folder)
+  with pytest.raises(UserError, match="was made from something else.*" + words):
+    built(config(**changes | {"teacher.cache": str(whole)}), folder)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +183,7 @@ def test_a_foreign_store_is_refused(changes, words, whole, folder):
 )
 def test_what_a_stored_teacher_cannot_do(changes, words, whole, folder):
   with pytest.raises(UserError, match=words):
-    setup.build(config(**changes | {"teacher.cache": str(whole)}), folder)
+    built(config(**changes | {"teacher.cache": str(whole)}), folder)
 
 
 def test_who_takes_a_stored_teacher(live):

@@ -76,7 +76,7 @@ def test_special_tokens_that_the_tokenizer_adds(tmp_path, printed):
     single="<|bos|> $A <|endoftext|>",
     special_tokens=[("<|bos|>", BOS), ("<|endoftext|>", EOS)],
   )
-  model = models.Model(None, None, tokenizer)
+  model = models.Model(models.ModelConfig(), None, tokenizer)
   assert complete._plain_tokens(model, "w") == [BOS, ord("w")]
   assert complete._plain_tokens(model, "w<|endoftext|>") == [BOS, ord("w"), EOS]
   assert complete._plain_tokens(model, "") == [BOS]
@@ -93,6 +93,20 @@ def test_a_chat_goes_through_the_template_and_ends_with_the_turn(tmp_path, print
   assert printed(f"--model={name}", "--prompt=w!", "--chat") == "xyz"
   # What ends a turn ends no text, and is not printed either.
   assert printed(f"--model={name}", "--prompt=w", "--max_new_tokens=6") == "xyzab"
+
+
+def test_the_template_of_the_run_that_made_the_model_asks(tmp_path, printed):
+  """Instructions, not a text to go on with, are what such a model was trained on."""
+  tokenizer = alphabet_tokenizer()
+  tokenizer.chat_template = TEMPLATE
+  folder = tmp_path / "run" / "student"
+  name = save(folder, tokenizer, end=TURN, template="{instruction} b")
+  for model in (name, tmp_path / "run"):
+    assert printed(f"--model={model}", "--prompt=w", "--max_new_tokens=2") == "cd"
+  asked = (f"--model={name}", "--prompt=w", "--max_new_tokens=2")
+  assert printed(*asked, "--template=raw") == "xy"
+  assert printed(*asked, "--template={instruction}p") == "qr"
+  assert printed(*asked, "--chat") == printed(*asked, "--template=chat") == "xy"
 
 
 def test_any_of_several_ends_ends(tmp_path, printed):
@@ -123,7 +137,7 @@ def test_sampling_flags(folder, printed):
 def test_errors_of_the_model(folder, tmp_path, printed):
   with pytest.raises(UserError, match="the prompt has no tokens"):
     printed(f"--model={folder}", "--prompt=")
-  with pytest.raises(UserError, match="no chat template; leave out --chat"):
+  with pytest.raises(UserError, match="no chat template; set --template=raw"):
     printed(f"--model={folder}", "--prompt=a", "--chat")
   with pytest.raises(UserError, match="not valid UTF-8"):
     printed(f"--model={folder}", "--prompt=\udcff")

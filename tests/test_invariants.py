@@ -12,11 +12,12 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trial import SAMPLED, LogitTrial, make_batch, make_logits, weighted
+from trial import SAMPLED, LogitTrial, make_batch, make_logits, only_read, weighted
 
 from okd_jax import losses, methods
 from okd_jax.losses import Output, token_weights, unembed, weighted_sums
-from okd_jax.methods.base.knobs import DIVERGENCES
+from okd_jax.methods.base.divergences import DIVERGENCES
+from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.methods.kd import NAMED
 from okd_jax.runtime import sharding
 
@@ -31,7 +32,8 @@ def _top_k(logits):
 
 # (teacher logits, student logits) -> [B, L]; the library's and the oracle's.
 LOSSES = {
-  name: (function, getattr(oracle, name)) for name, (function, _) in DIVERGENCES.items()
+  name: (divergence.function, getattr(oracle, name))
+  for name, divergence in DIVERGENCES.items()
 } | {
   "rank_correlation": (losses.rank_correlation, oracle.rank_correlation),
   "topk_forward_kl": (
@@ -136,13 +138,13 @@ def test_dense_chunked_and_eight_devices_equal_the_oracle(name, seed):
 
 @functools.cache
 def method_program(name):
-  trial = LogitTrial(name, anchor_weight=0.5, gold_weight=0.2)
+  trial = LogitTrial(name, **only_read(name, anchor_weight=0.5, gold_weight=0.2))
 
   def value(logits, batch):
-    params = {"student": logits[0], "adapter": logits[1]}
-    frozen = logits[1] if logits[2] is None else logits[2]
-    key, knobs = jax.random.key(0), trial.method.knobs_at(0.0)
-    return trial.method.loss(trial.models, params, frozen, batch, key, knobs)[0]
+    params = {"student": logits[0], "adapter": {"teacher": logits[1]}}
+    frozen = {"teacher": logits[1] if logits[2] is None else logits[2]}
+    key, now = jax.random.key(0), knobs_at(trial.method.knobs, 0.0)
+    return trial.method.loss(trial.models, params, frozen, batch, key, now)[0]
 
   return jax.jit(jax.value_and_grad(value))
 
@@ -162,9 +164,8 @@ def test_any_split_of_a_batch_gives_its_loss(name, seed, data):
   whole, grads = method_program(name)(logits, batch)
   total, pieces = 0.0, []
   for rows in (order[:4], order[4:]):  # the same shapes, quite different lengths
-    loss, grad = method_program(name)(
-      [x[rows] for x in logits], {k: v[rows] for k, v in batch.items()}
-    )
+    part = [x[rows] for x in logits], jax.tree.map(lambda x, rows=rows: x[rows], batch)
+    loss, grad = method_program(name)(*part)
     total += loss
     pieces.append(grad)
   np.testing.assert_allclose(total, whole, rtol=1e-5)

@@ -355,7 +355,9 @@ def test_a_config_of_before_a_key_means_its_default(finished):
   del older["optim"]["dtype"], older["data"]["pack"], older["train"]["attention"]
   path.write_text(json.dumps(older))
   try:
-    assert configuration.saved(path) == json.loads(whole)
+    assert json.loads(json.dumps(configuration.saved(path).to_dict())) == json.loads(
+      whole
+    )
     assert train(workdir).stdout == done.stdout
   finally:
     path.write_text(whole)

@@ -6,14 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trial import only_read
 
 from configs import default
 from okd_jax import methods, models
-from okd_jax.data import eval_batches, load_records, make_tokenizer
-from okd_jax.evaluation.tokens import compile_token_step, evaluate_tokens
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler, answers_beforehand
-from okd_jax.run.loop import Evaluator, train_loader
+from okd_jax.data import eval_batches, load_records, make_tokenizer, train_loader
+from okd_jax.data.batch import Batch
+from okd_jax.evaluation.tokens import (
+  ADAPTED,
+  STUDENT,
+  TEACHER,
+  compile_token_step,
+  evaluate_tokens,
+)
+from okd_jax.methods.base.knobs import knobs_at
+from okd_jax.run.batches import Batches
+from okd_jax.run.beforehand import answers_of
+from okd_jax.run.build import build
+from okd_jax.run.evaluator import Evaluator
+from okd_jax.runtime.workdir import Workdir
 
 SIZES = {"wide student": (258, 320), "wide teacher": (320, 258)}
 
@@ -43,37 +54,37 @@ def run(request, tmp_path_factory):
   config.data.max_prompt_length = 80
   config.eval.generate = False
   config.train.steps = 4
-  return setup.build(config, folder / "run")
+  return build(config, Workdir(folder / "run"))
+
+
+def with_method(run, method):
+  return dataclasses.replace(run, job=dataclasses.replace(run.job, method=method))
 
 
 @pytest.mark.parametrize("name", ["gkd", "skd", "minillm", "imitkd"])
 def test_sampled_text_is_what_both_can_read(run, name):
   """Else the one with fewer ids reads NaN; by the plain and by the adapted teacher."""
-  given = run.config.method.to_dict() | {"sampled_share": 1.0, "divergence": ""}
-  method = methods.build(name, given)
-  params = run.init().params
-  gold = next(train_loader(run.train, batch_size=8, length=96, pad_id=0, seed=0))
+  method = methods.build(name, only_read(name, sampled_share=1.0))
+  params, frozen = run.init().params, run.cast.frozen
+  gold = next(train_loader(run.data.train, batch_size=8, length=96, pad_id=0, seed=0))
   for trees in (params, {"student": params["student"]}):
-    sampler = Sampler(dataclasses.replace(run, method=method), {}, 0)
+    batches = Batches(with_method(run, method), {})
     with jax.set_mesh(run.mesh):
-      batch, figures = sampler.batch(0, trees, gold)
-      rows = batch | {"weights": method.weights(batch["mask"])}
-      knobs = method.knobs_at(0.0)
-      loss, _ = method.loss(
-        run.models, params, run.frozen, rows, jax.random.key(0), knobs
-      )
+      batch, figures = batches.batch(0, trees, gold)
+      rows = batch.replace(weights=method.weights(batch.mask))
+      key, now = jax.random.key(0), knobs_at(method.knobs, 0.0)
+      loss, _ = method.loss(run.plan.models, params, frozen, rows, key, now)
     assert figures["sampled"] == 1 and figures["sampled_length"] > 1
-    assert int(batch["labels"].max()) < 258 and jnp.isfinite(loss)
+    assert int(batch.labels.max()) < 258 and jnp.isfinite(loss)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_answers_beforehand_are_what_both_can_read(run, name, tmp_path):
-  given = run.config.method.to_dict() | {"divergence": ""}
-  short = dataclasses.replace(
-    run, train=run.train[:4], method=methods.build("distillm2", given)
-  )
+  data = dataclasses.replace(run.data, train=run.data.train[:4])
+  short = with_method(run, methods.build("distillm2", {}))
+  short = dataclasses.replace(short, data=data)
   with jax.set_mesh(run.mesh):
-    answers = answers_beforehand(short, name, tmp_path / "answers.jsonl")
+    answers = answers_of(short, name, Workdir(tmp_path))
   assert len(answers) == 4
   assert all(example.tokens.max() < 258 for example in answers)
 
@@ -89,16 +100,22 @@ def test_evaluation_cuts_to_the_common_vocabulary(run):
     tree["embed"]["embedding"] = tree["embed"]["embedding"][:258]
     return tree
 
+  student, teacher, adapted = (STUDENT, ""), (TEACHER, "teacher"), (ADAPTED, "teacher")
   decoders = {
-    role: decoder.clone(config=dataclasses.replace(decoder.config, vocab_size=258))
-    for role, decoder in run.decoders.items()
+    student: run.cast.student,
+    teacher: run.cast.teachers["teacher"],
+    adapted: run.cast.adapted["teacher"],
   }
-  frozen = {"params": cut(run.frozen)}
-  variables = {"student": {"params": cut(params["student"])}, "teacher": frozen}
-  variables["adapted"] = frozen | {"adapter": params["adapter"]}
-  batches = eval_batches(run.eval, batch_size=8, length=96, pad_id=0)
-  arrays = ({k: v for k, v in batch.items() if k != "row"} for batch in batches)
-  want = evaluate_tokens(compile_token_step(decoders, 64), variables, arrays)
+  decoders = {
+    who: decoder.clone(config=dataclasses.replace(decoder.config, vocab_size=258))
+    for who, decoder in decoders.items()
+  }
+  frozen = {"params": cut(run.cast.frozen["teacher"])}
+  variables = {student: {"params": cut(params["student"])}, teacher: frozen}
+  variables[adapted] = frozen | {"adapter": params["adapter"]["teacher"]}
+  batches = eval_batches(run.data.eval, batch_size=8, length=96, pad_id=0)
+  step = compile_token_step(decoders, 64)
+  want = evaluate_tokens(step, variables, map(Batch.of, batches))
   assert set(got) == set(want) and "adapted_forward_kl" in want
   for name in want:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)

@@ -8,24 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from configs import default
 from okd_jax import methods
+from okd_jax.config.schema import OptimSettings
+from okd_jax.data.batch import Batch
 from okd_jax.losses import Output, token_weights
+from okd_jax.methods import Models, Teacher
+from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.models import Decoder, ModelConfig
-from okd_jax.models.adapters import AdapterConfig, take_blocks
+from okd_jax.models.adapters import Lora
 from okd_jax.run import optim
-from okd_jax.run.step import init_state, train_step
+from okd_jax.run.state import init_state
+from okd_jax.run.step import train_step
 
 VOCAB = 32
 TEACHER = ModelConfig(vocab_size=VOCAB, hidden_size=16, num_layers=3, num_heads=2)
 STUDENT = ModelConfig(vocab_size=VOCAB, hidden_size=8, num_layers=2, num_heads=2)
-# The defaults of the recipes.
-KNOBS = {
-  k: v for k, v in default.get_config().method.items() if k not in ("name", "end")
-}
+# The defaults of all knobs.
+KNOBS = methods.defaults()
 # kd on other text than the data's.
 SAMPLED = {"distillm", "gkd", "imitkd", "seqkd", "skd"}
-OPTIM = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
+OPTIM = OptimSettings(weight_decay=1e-2, schedule="constant")
 
 
 class Setup:
@@ -39,42 +41,42 @@ class Setup:
     lr_scale=1.0,
     microbatches=1,
     student=STUDENT,
-    adapter=AdapterConfig(rank=4),  # noqa: B008 (immutable)
+    adapter=Lora(rank=4),  # noqa: B008 (immutable)
     dropout=0.0,
-    weight_decay=OPTIM["weight_decay"],
+    weight_decay=OPTIM.weight_decay,
     end=None,
     steps=20,
     module="",
     **knobs,
   ):
-    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}}, module)
-    teacher_decoder = Decoder(TEACHER)
-    adapted_decoder = Decoder(TEACHER, adapter)
+    self.method = methods.build(name, knobs | {"end": end or {}}, module)
     self.student_decoder = Decoder(student, dropout=dropout)
     # Larger weights than usual: a teacher worth distilling has opinions.
-    base = _init(teacher_decoder, 0)["params"]
-    self.frozen = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, base)
+    plain = Decoder(TEACHER)
+    base = _init(plain, 0)["params"]
+    self.frozen = {"teacher": jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, base)}
+    if self.method.several:
+      other = jax.tree.map(lambda x: 5 * x, _init(plain, 5)["params"])
+      self.frozen = {"a": self.frozen["teacher"], "b": other}
     self.params = {"student": _init(Decoder(student), 1)["params"]}
-    options = OPTIM | {"weight_decay": weight_decay}
-    schedule = optim.schedule("constant", lr, 100, 0, 0.0)
-    self.optimizers = {"student": optim.build(schedule, **options)}
-    if self.method.teacher == "adapted":
-      self.params["adapter"] = _init(adapted_decoder, 2)["adapter"]
-      if adapter.kind == "blocks":
-        own = take_blocks(self.frozen["layers"], adapter)
-        self.params["adapter"] = {"layers": own}
-      self.optimizers["adapter"] = optim.build(schedule, lr_scale=lr_scale, **options)
-
-    decoders = {"teacher": teacher_decoder, "adapted": adapted_decoder}
-    if self.method.teacher == "several":
-      decoders = {"teacher:a": teacher_decoder, "teacher:b": teacher_decoder}
-      other = jax.tree.map(lambda x: 5 * x, _init(teacher_decoder, 5)["params"])
-      self.frozen = {"a": self.frozen, "b": other}
+    self.settings = dataclasses.replace(OPTIM, lr=lr, weight_decay=weight_decay)
+    schedule = optim.schedule(self.settings, 100)
+    self.optimizers = {"student": optim.build(self.settings, schedule)}
+    adapted = {}
+    if self.method.adapts:
+      decoder = Decoder(TEACHER, adapter)
+      adapted = dict.fromkeys(self.frozen, decoder)
+      self.params["adapter"] = {
+        teacher: adapter.start(tree) or _init(decoder, 2)["adapter"]
+        for teacher, tree in self.frozen.items()
+      }
+      self.optimizers["adapter"] = optim.build(self.settings, schedule, lr_scale)
     for tree, (init, rate) in self.method.trees.items():
       self.params[tree] = init(jax.random.key(4), 2, student.hidden_size)
       self.optimizers[tree] = optax.adam(rate)
+    teachers = dict.fromkeys(self.frozen, plain)
     self.models = methods.apply_functions(
-      decoders | {"student": self.student_decoder}, chunk=5
+      self.student_decoder, teachers, adapted, chunk=5
     )
     self.state = init_state(self.params, self.optimizers, jax.random.key(3))
     self.train_step = functools.partial(
@@ -90,8 +92,8 @@ class Setup:
   def loss(self, params, batch, key=None, progress=0.0):
     """The method's own loss, on a batch that has its weights."""
     key = jax.random.key(0) if key is None else key
-    knobs = self.method.knobs_at(progress)
-    return self.method.loss(self.models, params, self.frozen, batch, key, knobs)
+    now = knobs_at(self.method.knobs, progress)
+    return self.method.loss(self.models, params, self.frozen, batch, key, now)
 
   def train(self, steps, seed=0):
     """(final state, losses) after so many steps, each on a batch of its own."""
@@ -113,20 +115,20 @@ class LogitTrial:
   """
 
   def __init__(self, name, *, chunk=5, end=None, module="", gold=True, **knobs):
-    self.method = methods.build(name, KNOBS | knobs | {"end": end or {}}, module)
+    self.method = methods.build(name, knobs | {"end": end or {}}, module)
     self.gold = gold  # whether gold rows lie beside sampled ones that want them
 
     def teacher(frozen, adapter, batch, mix=None):
       return _as_output(frozen if adapter is None else adapter)
 
-    self.models = methods.Models(
+    def both(frozen, adapter, batch):
+      return _as_output(adapter), _as_output(frozen)
+
+    names = ("a", "b") if self.method.several else ("teacher",)
+    self.models = Models(
       lambda params, batch, key, mix=None: _as_output(params),
-      teacher,
-      lambda frozen, adapter, batch: (_as_output(adapter), _as_output(frozen)),
+      dict.fromkeys(names, Teacher(teacher, both)),
       chunk,
-    )
-    self.models = dataclasses.replace(
-      self.models, named={"a": self.models, "b": self.models}
     )
     self.trees = {
       name: init(jax.random.key(4), 2, VOCAB)
@@ -135,39 +137,46 @@ class LogitTrial:
 
   def __call__(self, student, teacher, base, batch, key=None, progress=0.0):
     """(loss, metrics) on a batch of labels and mask."""
-    params = {"student": student, "adapter": teacher} | self.trees
-    frozen = teacher if base is None else base
-    if self.method.teacher == "several":
+    params = {"student": student, "adapter": {"teacher": teacher}} | self.trees
+    frozen = {"teacher": teacher if base is None else base}
+    if self.method.several:
       frozen = {"a": base, "b": teacher}
     key = jax.random.key(0) if key is None else key
-    knobs = self.method.knobs_at(progress)
-    batch = self.beside(params, frozen, batch)
-    return self.method.loss(self.models, params, frozen, batch, key, knobs)
+    now = knobs_at(self.method.knobs, progress)
+    batch = self.beside(params, frozen, batch, progress)
+    return self.method.loss(self.models, params, frozen, batch, key, now)
 
-  def beside(self, params, frozen, batch):
+  def beside(self, params, frozen, batch, progress=0.0):
     """The batch with its weights, and the same rows wherever others belong."""
-    batch = {k: batch[k] for k in ("labels", "mask", "segment_ids", "tokens")}
-    batch["weights"] = self.method.weights(batch["mask"])
-    return with_others(self, params, frozen, batch, self.gold)
+    batch = weighted(batch, self.method.weights)
+    return with_others(self, params, frozen, batch, self.gold, progress)
 
 
-def with_others(trial, params, frozen, batch, gold=True):
+def with_others(trial, params, frozen, batch, gold=True, progress=0.0):
   """The batch, what it must know of its writers, and itself as every other batch."""
-  plan = trial.method.sequences
-  others = {name: batch for name in plan.beforehand}
-  if plan.gold and gold:
-    others["gold"] = batch
-  if plan.prepare:
+  plan, rows = trial.method.sequences, batch
+  if plan.prepare and batch.partner is None:
     params, frozen = jax.lax.stop_gradient((params, frozen))
     key = jax.random.key(9)
     if not hasattr(trial, "prepare"):  # op by op it takes seconds
       trial.prepare = jax.jit(functools.partial(plan.prepare, trial.models))
-    batch = trial.prepare(params, frozen, batch, key)
-  return batch | others
+    now = knobs_at(trial.method.knobs, progress)
+    batch = trial.prepare(params, frozen, batch, key, now)
+    batch = weighted(batch, trial.method.weights)
+  return batch.replace(
+    answers={name: rows for name in plan.beforehand},
+    gold=rows if plan.gold and gold else None,
+  )
 
 
 def _as_output(logits):
   return Output(logits, jnp.eye(logits.shape[-1]))
+
+
+def only_read(name, module="", **knobs):
+  """Those of the knobs that the method reads: it refuses the others."""
+  left = methods.unread(name, knobs, module)
+  return {key: value for key, value in knobs.items() if key not in left}
 
 
 def make_logits(seed=0, batch=8, length=12, vocab=VOCAB, scale=2.0):
@@ -178,9 +187,19 @@ def make_logits(seed=0, batch=8, length=12, vocab=VOCAB, scale=2.0):
   return student, teacher, teacher + jax.random.normal(keys[2], shape)
 
 
-def weighted(batch):
-  """The batch as a method's loss gets it."""
-  return batch | {"weights": token_weights(batch["mask"])}
+def unmeasured(models):
+  """Models whose teachers' adapters have no norm: trees of logits are no modules."""
+  teachers = {
+    name: dataclasses.replace(teacher, adapter_norm=lambda *_: jnp.zeros(()))
+    for name, teacher in models.teachers.items()
+  }
+  return dataclasses.replace(models, teachers=teachers)
+
+
+def weighted(batch, weights=token_weights):
+  """The batch, and the partners of its rows, as a method's loss gets them."""
+  partner = None if batch.partner is None else weighted(batch.partner, weights)
+  return batch.replace(weights=weights(batch.mask), partner=partner)
 
 
 def gradients(setup, batch=None, params=None):
@@ -214,13 +233,12 @@ def make_batch(seed=0, rows=8, length=12):
   prompt = rng.integers(1, 5, (rows, 1))
   position = np.arange(length)
   real = position < count
-  batch = {
-    "tokens": np.where(real, ids[:, :-1], 0).astype(np.int32),
-    "labels": np.where(real, ids[:, 1:], 0).astype(np.int32),
-    "mask": (position >= prompt - 1) & real,
-    "segment_ids": real.astype(np.int32),
-  }
-  return {name: jnp.asarray(value) for name, value in batch.items()}
+  return Batch(
+    tokens=jnp.asarray(np.where(real, ids[:, :-1], 0).astype(np.int32)),
+    labels=jnp.asarray(np.where(real, ids[:, 1:], 0).astype(np.int32)),
+    mask=jnp.asarray((position >= prompt - 1) & real),
+    segment_ids=jnp.asarray(real.astype(np.int32)),
+  )
 
 
 def kept_by_layers(loss, *arguments):

@@ -19,5 +19,6 @@ VALUES = tuple(f"{method}-{name}" for method in ("okd", "kd") for name in DIVERG
 
 def get_config(point: str = "okd-forward_kl"):
   value, config = default.sweep_point(point, VALUES)
-  config.method.name, config.method.divergence = value.split("-")
+  name, divergence = value.split("-")
+  default.use(config, name, divergence=divergence)
   return config

@@ -21,7 +21,7 @@ VALUES = tuple(
 def get_config(point: str = "okd-1"):
   value, config = default.sweep_point(point, VALUES)
   method, weight = value.split("-")
-  config.method.name = method
   # One and the same quantity, under the name that each method has for it.
-  config.method["student_kl_weight" if method == "okd" else "kd_ratio"] = float(weight)
+  knob = "student_kl_weight" if method == "okd" else "kd_ratio"
+  default.use(config, method, **{knob: float(weight)})
   return config

@@ -16,6 +16,6 @@ VALUES = ("lora", "prefix", "prompt")
 
 def get_config(point: str = "lora"):
   kind, config = default.sweep_point(point, VALUES)
-  config.method.name = "okd"
+  default.use(config, "okd")
   config.adapter.kind = kind
   return config

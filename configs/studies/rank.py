@@ -16,7 +16,7 @@ VALUES = ("16", "32", "64", "128")
 
 def get_config(point: str = "32"):
   rank, config = default.sweep_point(point, VALUES)
-  config.method.name = "okd"
+  default.use(config, "okd")
   config.adapter.kind = "lora"
   config.adapter.rank = int(rank)
   return config

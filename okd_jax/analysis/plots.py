@@ -12,6 +12,7 @@ from matplotlib import style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from okd_jax.evaluation.figures import FIGURES
 from okd_jax.runtime import metrics
 
 Figures = Mapping[str, float]
@@ -60,7 +61,7 @@ _STYLE = {
 class History:
   """The figures of metrics.jsonl by kind and, ascending, by step; all are finite.
 
-  teachers: the frozen teachers', which never change, by 'teacher' or 'teacher:NAME'.
+  teachers: the frozen teachers', which never change, by name; the only one's is ''.
   exported: the step of the exported student, or None.
   lost: how often each figure was not finite and is therefore missing.
   """
@@ -74,7 +75,7 @@ class History:
   @property
   def teacher(self) -> Figures:
     """The only teacher's figures; empty if there is none, or several."""
-    return self.teachers.get("teacher", {})
+    return self.teachers.get("", {})
 
   @property
   def final(self) -> int | None:
@@ -84,19 +85,21 @@ class History:
 
 
 def read_history(workdir: Path) -> History:
+  """The history that a run's folder holds, however far the run has come."""
   kinds = collections.defaultdict(dict)
-  lost = collections.Counter()
+  teachers, lost = {}, collections.Counter()
   for row in metrics.read(workdir):
-    values = {name: v for name, v in row.items() if name not in ("step", "kind")}
+    values = {k: v for k, v in row.items() if k not in ("step", "kind", "name")}
     finite = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
     lost.update(values.keys() - finite.keys())
     # A run that was killed before its first checkpoint has its first rows twice.
-    kinds[row["kind"]][row["step"]] = finite
+    if row["kind"] == "teacher":
+      teachers[row.get("name", "")] = finite
+    else:
+      kinds[row["kind"]][row["step"]] = finite
   exported = [int(row["exported_step"]) for row in kinds["export"].values()]
   return History(
-    teachers={
-      kind: rows[0] for kind, rows in kinds.items() if kind.startswith("teacher")
-    },
+    teachers=teachers,
     evals=dict(sorted(kinds["eval"].items())),
     train=dict(sorted(kinds["train"].items())),
     exported=exported[-1] if exported else None,
@@ -173,7 +176,7 @@ def _quality(history: History) -> list[Chart]:
   return [
     Chart("Loss", "held-out cross-entropy, nats per token", loss, zero=False),
     Chart("Distance to the teacher", "KL, nats per token", distance),
-    Chart("ROUGE-L", "of the answers to held-out prompts", rouge),
+    Chart(FIGURES["rougeL"].title, "of the answers to held-out prompts", rouge),
   ]
 
 
@@ -211,7 +214,12 @@ def _thin(rows: Rows) -> Rows:
 
 
 def _line(label: str, colour: str, look: str, rows: Rows, name: str) -> Line:
-  """The figure `name` over steps; a gap where it is missing."""
+  """The figure `name` over steps; a gap where it is missing.
+
+  Raises:
+    KeyError: if it is undeclared, since a misspelt name would draw nothing.
+  """
+  name = FIGURES[name].name
   values = [row.get(name, math.nan) for row in rows.values()]
   return Line(label, colour, look, list(rows), values)
 

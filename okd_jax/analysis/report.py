@@ -7,27 +7,10 @@ import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-import jinja2
-
-from okd_jax.analysis import plots
+from okd_jax.analysis import page, plots
 from okd_jax.analysis.plots import Figures, History, read_history
+from okd_jax.evaluation.figures import columns
 from okd_jax.runtime.files import write_text
-
-# Of each column of the summary: its title, its meaning, and how many decimals it has.
-COLUMNS = {
-  "loss": ("loss", "cross-entropy of the held-out tokens in nats; less is better", 3),
-  "perplexity": ("perplexity", "exp(loss): torn between so many equal choices", 2),
-  "forward_kl": (
-    "KL(teacher‖·)",
-    "nats per token from the frozen teacher to this model: what it misses of what the "
-    "teacher would say; a copy has 0",
-    3,
-  ),
-  "reverse_kl": ("KL(·‖teacher)", "the other way: what the teacher would not say", 3),
-  "top1_agreement": ("top-1 %", "tokens at which its first choice is the teacher's", 1),
-  "rougeL": ("ROUGE-L", "words in common with the reference answers, F1 × 100", 1),
-  "exact_match": ("exact match", "answers that equal a reference, in %", 1),
-}
 
 # An adapted teacher that learns from data moves about 0.1 nats; one that follows the
 # student instead moves on and on, in the end to a near-uniform distribution.
@@ -35,7 +18,7 @@ _DRIFT_WARNING = 0.3
 
 
 def summary_rows(workdir: Path) -> dict[str, Figures]:
-  """The closing table: who was measured -> the figures there are, keys of COLUMNS."""
+  """The closing table: who was measured -> the figures there are."""
   return _summary(read_history(workdir))
 
 
@@ -45,10 +28,9 @@ def write(workdir: Path) -> None:
   history = read_history(workdir)
   rows = _summary(history)
   present = set().union(*rows.values())
-  page = _TEMPLATE.render(
+  text = page.render(
     title=_title(config),
-    style=plots.css() + _STYLE,
-    columns={name: c for name, c in COLUMNS.items() if name in present},
+    columns={name: c for name, c in columns().items() if name in present},
     rows=rows,
     findings=list(_findings(history, config)),
     charts=plots.charts(history),
@@ -57,11 +39,11 @@ def write(workdir: Path) -> None:
     folders=[name for name in ("adapter", "teacher") if (workdir / name).is_dir()],
     config=config,
   )
-  write_text(workdir / "report.html", page + "\n")
+  write_text(workdir / "report.html", text + "\n")
 
 
 def _summary(history: History) -> dict[str, Figures]:
-  rows = {k.replace(":", " "): v for k, v in history.teachers.items() if v}
+  rows = {f"teacher {name}".strip(): v for name, v in history.teachers.items() if v}
   final = history.evals.get(history.final, {})
   if "adapted_loss" in final:
     rows["adapted teacher"] = _adapted(final)
@@ -70,7 +52,7 @@ def _summary(history: History) -> dict[str, Figures]:
   if history.final:
     rows[f"student, step {history.final}"] = final
   return {
-    name: {metric: row[metric] for metric in COLUMNS if metric in row}
+    name: {metric: row[metric] for metric in columns() if metric in row}
     for name, row in rows.items()
   }
 
@@ -218,7 +200,7 @@ def _trend(history: History) -> Iterator[str]:
 
 
 def _caveats(history: History, end: Figures, config: Mapping) -> Iterator[str]:
-  if not history.teacher:
+  if not any(history.teachers.values()):
     yield "There was no teacher to compare the student with."
   if "own_token_loss" in history.teacher:
     yield "The teacher reads other tokens: only ROUGE-L compares it with the student."
@@ -230,172 +212,6 @@ def _caveats(history: History, end: Figures, config: Mapping) -> Iterator[str]:
   source = "" if config["data"]["eval"] else " that were held out of the training data"
   yield (
     f"This is one run with one seed (train.seed={config['train']['seed']}), judged on "
-    f"rows{source}: small differences may be chance. python -m okd_jax.study repeats "
-    "runs over seeds and methods."
+    f"rows{source}: small differences may be chance, and runs over several seeds "
+    "tell more."
   )
-
-
-def _number(value: float | None, digits: int) -> str:
-  if value is None:
-    return "–"
-  return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
-
-
-_STYLE = """
-body {
-  margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.5rem 4rem;
-  background: var(--page); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-}
-h1, h2, b, dt, th, summary { color: var(--strong); font-weight: 600; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; break-after: avoid; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.scroll { overflow-x: auto; }
-.summary :is(th, td) {
-  padding: .42rem .8rem; border-bottom: 1px solid var(--grid);
-  text-align: right; white-space: nowrap;
-}
-.summary :first-child { text-align: left; padding-left: 0; }
-.summary thead th { font-size: .9rem; }
-.summary tbody :last-child > * { border-bottom: 0; font-weight: 600; }
-.summary tbody th { font-weight: 400; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
-dl, figcaption, pre { font-size: .88rem; }
-dd { margin: 0; }
-ul { padding-left: 1.2rem; max-width: 54rem; } li { margin: .35rem 0; }
-.charts { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1.8rem; }
-figure {
-  margin: 0; grid-column: span 3; break-inside: avoid;
-  display: flex; flex-direction: column; justify-content: space-between;
-}
-figure.small { grid-column: span 2; }
-figcaption { line-height: 1.45; margin-bottom: .4rem; }
-.key { display: inline-block; margin-right: .9rem; }
-.key i {
-  display: inline-block; width: 1.3rem; margin-right: .35rem;
-  border-top: 2px solid var(--line); vertical-align: .25em;
-}
-.key .faint { border-top-width: 1px; } .key .dashed { border-top-style: dashed; }
-figure svg { display: block; width: 100%; }
-pre { background: var(--soft); padding: .9rem 1.1rem; overflow-x: auto; }
-details details, details table { margin: .2rem 0 .2rem 1.1rem; }
-details table { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
-details td { padding: 0 .9rem 0 0; vertical-align: top; }
-@media screen and (max-width: 46rem) { .charts > * { grid-column: span 6 !important; } }
-@media print { html { font-size: 11px; } body { padding: 0; } }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>{{ style | safe }}</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-
-<h2>Summary</h2>
-<div class="scroll"><table class="summary">
-<thead><tr><td></td>
-{% for title, _, _ in columns.values() %}
-<th scope="col">{{ title }}</th>
-{% endfor %}
-</tr></thead>
-<tbody>
-{% for name, row in rows.items() %}
-<tr><th scope="row">{{ name }}</th>
-{% for metric, (_, _, digits) in columns.items() %}
-<td>{{ row.get(metric) | number(digits) }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody>
-</table></div>
-<dl>
-{% for title, meaning, _ in columns.values() %}
-<dt>{{ title }}</dt><dd>{{ meaning }}</dd>
-{% endfor %}
-</dl>
-
-<h2>How to read this, and what falls short</h2>
-<ul>
-{% for text in findings %}
-<li>{{ text }}</li>
-{% endfor %}
-</ul>
-
-<h2>Curves</h2>
-<div class="charts">
-{% for chart in charts %}
-<figure{% if chart.small %} class="small"{% endif %}>
-<figcaption><b>{{ chart.title }}</b> {{ chart.unit }}<br>
-{% for line in chart.lines %}
-<span class="key" style="--line: var(--{{ line.colour }})">
-<i class="{{ line.look }}"></i>{{ line.label }}</span>
-{% endfor %}
-</figcaption>
-{{ chart.svg() | safe }}
-</figure>
-{% endfor %}
-</div>
-
-<h2>What ran</h2>
-<dl>
-{% for name, fact in facts.items() %}
-<dt>{{ name }}</dt><dd>{{ fact }}</dd>
-{% endfor %}
-</dl>
-
-<h2>Using the student</h2>
-{% if exported %}
-<p>In the folder of this report, with the Hugging Face library transformers:</p>
-<pre>from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("student")
-tokenizer = AutoTokenizer.from_pretrained("student")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))</pre>
-<p>It answers best when prompted as in training, where data.template was
-{{ config.data.template | json }}.</p>
-{% if "adapter" in folders %}
-<p>The folder adapter holds the teacher's online module in the format of peft.</p>
-{% elif "teacher" in folders %}
-<p>The folder teacher holds the adapted teacher; blocks.json says what learned.</p>
-{% endif %}
-{% else %}
-<p>Nothing has been exported yet. In the folder of this report, the newest checkpoint
-becomes a Hugging Face folder by</p>
-<pre>python -m okd_jax.export --workdir=. --output=student</pre>
-{% endif %}
-
-<h2>Configuration</h2>
-{% macro section(values) %}
-<table>
-{% for key, value in values.items() if value is not mapping %}
-<tr><td>{{ key }}</td><td>{{ value | json }}</td></tr>
-{% endfor %}
-</table>
-{% for key, value in values.items() if value is mapping and value %}
-<details open><summary>{{ key }}</summary>{{ section(value) }}</details>
-{% endfor %}
-{% endmacro %}
-<details><summary>All keys, as in config.json</summary>
-{{ section(config) }}
-</details>
-</body>
-</html>"""
-
-
-def _template() -> jinja2.Template:
-  environment = jinja2.Environment(
-    autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-  )
-  environment.filters["number"] = _number
-  environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-  return environment.from_string(_PAGE)
-
-
-_TEMPLATE = _template()

@@ -5,7 +5,7 @@
     python -m okd_jax.bench loss --method=okd --vocab_size=50257
     python -m okd_jax.bench compile --layers=4,48
 
-All but `generate` also take --config=FILE (by default configs/default.py) and
+All but `generate` also take --config=RECIPE (by default `default`) and
 --config.key=value: the method's knobs, the modules, dtype, chunks and row lengths.
 `benchmarks/` compares with other libraries and methods with each other; what was
 measured is in BENCHMARKS.md.
@@ -25,8 +25,7 @@ from okd_jax.bench.measure import (
   seconds,
   spread,
 )
-from okd_jax.config import read as configuration
-from okd_jax.run import checks
+from okd_jax.config import read, schema
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_text
 
@@ -65,9 +64,9 @@ def main(arguments: list[str]) -> None:
     parser.error(f"unrecognized arguments: {' '.join(foreign)}")
   if command.configured:
     if not any(argument.startswith("--config=") for argument in rest):
-      rest = ["--config=configs/default.py", *rest]
-    flags.config = configuration.read(rest)
-    checks.check_values(flags.config)
+      rest = ["--config=default", *rest]
+    flags.config = read.read(rest)
+    schema.check_values(flags.config)
   # A program read from the cache has no time of compilation.
   jax.config.update("jax_enable_compilation_cache", False)
   results, rows = command.measure(flags)

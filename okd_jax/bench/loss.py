@@ -1,18 +1,26 @@
 """`bench loss`: loss and gradients in chunks, beside all logits at once."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
 
 from okd_jax import losses, methods
 from okd_jax.bench import measure
 from okd_jax.bench.measure import at_least
+from okd_jax.data.batch import Batch
 from okd_jax.losses import Output
-from okd_jax.methods import Models
+from okd_jax.methods import Method, Models, Teacher
+from okd_jax.methods.base.knobs import knobs_at
+from okd_jax.teachers.load import ONLY
 
 METHODS = ("kd", "okd")
+
+Outputs = dict[str, Output]
+Loss = Callable[[Outputs], Float[Array, ""]]
 
 
 def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
@@ -34,7 +42,7 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
         times[name].append(1e3 * took)
   rate = max(rate, measure.matmul_rate(flags.config.train.dtype))
   tokens = labels.size
-  teacher_products = 2 if flags.method == "okd" else 1  # forwards, and to the hidden
+  teacher_products = 2 if _method(flags).adapts else 1  # forwards, and to the hidden
   sizes = 3 * flags.student_size + teacher_products * flags.teacher_size
   operations = 2 * tokens * flags.vocab_size * sizes
   temporaries = {
@@ -55,13 +63,13 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
   return results, _rows(flags, results)
 
 
-def _inputs(flags):
+def _inputs(flags: argparse.Namespace) -> tuple[Outputs, Int[Array, "B L"]]:
   """({model: Output}, labels), random."""
   keys = jax.random.split(jax.random.key(0), 5)
   rows = (flags.config.train.batch_size, flags.config.data.max_length)
   dtype = jnp.dtype(flags.config.train.dtype)
 
-  def draw(key, size):
+  def draw(key: Key[Array, ""], size: int) -> Output:
     hidden, head = jax.random.split(key)
     return Output(
       jax.random.normal(hidden, (*rows, size)).astype(dtype),
@@ -75,37 +83,53 @@ def _inputs(flags):
   return outputs, jax.random.randint(keys[2], rows, 0, flags.vocab_size)
 
 
-def _chunked(flags, labels):
+def _chunked(flags: argparse.Namespace, labels: Int[Array, "B L"]) -> Loss:
   """The method's own loss, of the hidden states and the student's head."""
-  method = methods.build(flags.method, flags.config.method)
-  models = Models(
-    lambda params, batch, key, mix=None: params,
-    lambda frozen, adapter, batch, mix=None: frozen if adapter is None else adapter,
-    lambda frozen, adapter, batch: (adapter, frozen),
-    flags.config.train.loss_chunk,
-  )
+  method = _method(flags)
 
-  def loss(outputs):
+  def student(params: Output, batch: Batch, key: None, mix: None = None) -> Output:
+    return params
+
+  def teacher(
+    frozen: Output, adapter: Output | None, batch: Batch, mix: None = None
+  ) -> Output:
+    return frozen if adapter is None else adapter
+
+  def both(frozen: Output, adapter: Output, batch: Batch) -> tuple[Output, Output]:
+    return adapter, frozen
+
+  teachers = {ONLY: Teacher(teacher, both)}
+  models = Models(student, teachers, flags.config.train.loss_chunk)
+  everywhere = jnp.ones(labels.shape, jnp.int32)
+  weights = jnp.full(labels.shape, 1 / labels.size)
+  batch = Batch(labels, labels, everywhere > 0, everywhere, weights)
+
+  def loss(outputs: Outputs) -> Float[Array, ""]:
     teacher = outputs["teacher"]
     adapted = teacher._replace(head=jax.lax.stop_gradient(teacher.head))
-    frozen = jax.lax.stop_gradient(teacher)
-    params = {"student": outputs["student"], "adapter": adapted}
-    weights = jnp.full(labels.shape, 1 / labels.size)
-    batch = {"labels": labels, "weights": weights, "tokens": labels}
-    return method.loss(models, params, frozen, batch, None, method.knobs_at(0.0))[0]
+    frozen = {ONLY: jax.lax.stop_gradient(teacher)}
+    params = {"student": outputs["student"], "adapter": {ONLY: adapted}}
+    now = knobs_at(method.knobs, 0.0)
+    return method.loss(models, params, frozen, batch, jax.random.key(0), now)[0]
 
   return loss
 
 
-def _dense(flags, labels):
-  alpha, stop = flags.config.method.teacher_kl_weight, jax.lax.stop_gradient
+def _method(flags: argparse.Namespace) -> Method:
+  config = flags.config
+  return methods.build(flags.method, config.method.to_dict(), config.adapter.kind)
 
-  def loss(outputs):
+
+def _dense(flags: argparse.Namespace, labels: Int[Array, "B L"]) -> Loss:
+  alpha, stop = flags.config.method.teacher_kl_weight, jax.lax.stop_gradient
+  adapts = _method(flags).adapts
+
+  def loss(outputs: Outputs) -> Float[Array, ""]:
     head = stop(outputs["teacher"].head)
     teacher = losses.unembed(outputs["teacher"].hidden, head)
     student = losses.unembed(*outputs["student"])
     value = losses.forward_kl(stop(teacher), student)
-    if flags.method == "okd":
+    if adapts:
       value += alpha * losses.forward_kl(stop(student), teacher)
       value += (1 - alpha) * losses.cross_entropy(teacher, labels)
     return jnp.mean(value)
@@ -113,7 +137,7 @@ def _dense(flags, labels):
   return loss
 
 
-def _rows(flags, results) -> dict[str, str]:
+def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   ms, temporaries, config = results["ms"], results["temporary_bytes"], flags.config
   rows = {
     "loss": f"{flags.method}, {config.train.batch_size} rows of "

@@ -1,6 +1,7 @@
 """`bench step`: one training step of random models, beside what it must compute."""
 
 import argparse
+import dataclasses
 import re
 import statistics
 import time
@@ -9,27 +10,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
-from okd_jax import methods, models
+from okd_jax import models
 from okd_jax.bench import flops, measure
 from okd_jax.bench.measure import at_least
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.models import Decoder, ModelConfig
-from okd_jax.run import build as setup
-from okd_jax.run import checks, optim
-from okd_jax.run.step import TrainState, compile_step, init_state
+from okd_jax.methods.base.knobs import at_start
+from okd_jax.models import ModelConfig, adapters
+from okd_jax.run import checks
+from okd_jax.run.cast import Cast, shapes
+from okd_jax.run.job import Job, check
+from okd_jax.run.outline import Outline
+from okd_jax.run.plan import make_plan
+from okd_jax.run.state import TrainState, first_state
+from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
+from okd_jax.teachers import saliency
+from okd_jax.teachers.load import ONLY
 
 HEAD = 64  # channels of an attention head
+_STEPS = 100  # of the run that the step would be one of
 
 
 class Trial(NamedTuple):
   """A compiled step and all that it takes; `state` is donated by each call."""
 
-  program: Any
+  program: jax.stages.Compiled
   state: TrainState
-  frozen: Any
-  batch: dict[str, jax.Array]
+  frozen: dict[str, PyTree]
+  batch: Batch
   compile_s: float
   operations: dict[str, float]
 
@@ -69,93 +82,105 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def build(flags: argparse.Namespace) -> Trial:
-  """Random models, a method and a batch of whole rows of random tokens.
+  """The step of a run of random models, and a batch of whole rows of random tokens.
 
   Raises:
     UserError: for shapes that make no model, rows that devices and microbatches cannot
       share, or a method that must sample its text.
   """
   student, teacher = (_model(flags, getattr(flags, n)) for n in ("student", "teacher"))
-  config = flags.config
-  method = methods.build(flags.method, config.method)
-  plan = method.sequences
-  if plan.sampled or plan.beforehand or plan.prepare or method.teacher == "several":
+  job = check(_config(flags))
+  text, train = job.method.sequences, job.settings.train
+  if text.sampled or text.beforehand or job.method.several:
     raise UserError(f"--method={flags.method} is more than a step on given rows")
-  mesh, parts = sharding.make_mesh(), config.train.microbatches
-  sharding.check_batch(config.train.batch_size, parts, mesh)
-  decoders = _decoders(flags, method, student, teacher)
-  checks.check_attention(config, decoders)
-  state, frozen, optimizers = _state(decoders, config.optim.dtype)
-  apply = methods.apply_functions(decoders, config.train.loss_chunk)
-  batch = sharding.put_batch(_batch(flags), mesh)
-  frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
-  start = time.perf_counter()
-  step = compile_step(method, apply, optimizers, parts, 100, state, mesh)
+  mesh = sharding.make_mesh()
+  sharding.check_batch(train.batch_size, train.microbatches, mesh)
+  cast = _cast(job, student, teacher, mesh)
+  length = job.settings.data.max_length
+  checks.check_attention(train.attention, length, cast.decoders)
+  plan = make_plan(job, cast, rows=1)
+  start = job.settings.student
+  state = first_state(start, cast, plan.random, plan.abstract, mesh)
+  batch = sharding.put_batch(_batch(flags, train.batch_size, length), mesh)
+  if text.prepare:  # once, and not timed
+    key, now = jax.random.key(2), at_start(job.method.knobs)
+    batch = text.prepare(plan.models, state.params, cast.frozen, batch, key, now)
+  begun = time.perf_counter()
+  step = compile_step(
+    job.method,
+    plan.models,
+    plan.optimizers,
+    train.microbatches,
+    plan.steps,
+    plan.abstract,
+    mesh,
+  )
   with jax.set_mesh(mesh):
-    program = step.lower(state, frozen, batch).compile()
-  elapsed = time.perf_counter() - start
-  adapted = decoders.get("adapted")
-  layers = adapted.adapter.num_layers(teacher.num_layers) if adapted else 0
-  size = sum(leaf.size for leaf in jax.tree.leaves(state.params.get("adapter", {})))
-  operations = flops.step(
-    student,
-    None if method.teacher == "none" else teacher,
-    config.train.batch_size * config.data.max_length,
-    config.data.max_length,
+    program = step.lower(state, cast.frozen, batch).compile()
+  elapsed = time.perf_counter() - begun
+  return Trial(
+    program, state, cast.frozen, batch, elapsed, _operations(job, cast, state)
+  )
+
+
+def _config(flags: argparse.Namespace) -> ConfigDict:
+  """The configuration with the models and the method that the flags name."""
+  config = flags.config.copy_and_resolve_references()
+  config.method.name = flags.method
+  for name in ("teacher", "student"):
+    section, (layers, hidden) = config[name], getattr(flags, name)
+    section.path = ""
+    section.model.update({"hidden_size": hidden, "num_layers": layers})
+  config.student.layers = 0
+  config.train.steps = config.train.steps or _STEPS + config.optim.warmup_steps
+  return config
+
+
+def _cast(job: Job, student: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> Cast:
+  """Random models; where blocks of the teacher learn, the lowest ones."""
+  teachers = {ONLY: teacher} if job.method.taught else {}
+  share, total = job.settings.adapter.share, teacher.num_layers
+  blocks = job.adapter_kind == adapters.Blocks.kind
+  choice = saliency.choose(range(total), share) if blocks else None
+  cast = shapes(job, Outline(None, student, teachers), choice)
+  dtype, frozen = jnp.dtype(job.settings.teacher_dtype), {}
+  for name, decoder in cast.teachers.items():
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    tree = jax.jit(decoder.init)(jax.random.key(1), tokens)["params"]
+    tree = jax.tree.map(lambda x: x.astype(dtype), tree)
+    frozen[name] = jax.device_put(tree, sharding.shardings(tree, mesh))
+  return dataclasses.replace(cast, frozen=frozen)
+
+
+def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
+  settings, layers, teacher = job.settings, 0, None
+  for decoder in cast.teachers.values():
+    teacher = decoder.config
+  if cast.adapter:
+    layers = teacher.num_layers - cast.adapter.trunk_layers(teacher.num_layers)
+  adapters = state.params.get("adapter", {})
+  return flops.step(
+    cast.student.config,
+    teacher,
+    settings.train.batch_size * settings.data.max_length,
+    settings.data.max_length,
     adapted_layers=layers,
-    module_size=size,
+    module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
   )
-  return Trial(program, state, frozen, batch, elapsed, operations)
 
 
-def _decoders(flags, method, student: ModelConfig, teacher: ModelConfig):
-  config = flags.config
-  common = dict(
-    dtype=jnp.dtype(config.train.dtype),
-    remat=config.train.remat,
-    attention=config.train.attention,
-  )
-  decoders = {"student": Decoder(student, **common)}
-  if method.teacher != "none":
-    decoders["teacher"] = Decoder(teacher, **common)
-  if method.teacher == "adapted":
-    adapter = setup.adapter_config(config, config.adapter.kind or method.module)
-    adapter.check(teacher.num_layers, teacher.gated_mlp)
-    decoders["adapted"] = Decoder(teacher, adapter, **common)
-  return decoders
-
-
-def _state(decoders, moments: str) -> tuple[TrainState, Any, dict]:
-  keys = iter(jax.random.split(jax.random.key(0), 3))
-  tokens = jnp.zeros((1, 1), jnp.int32)
-  dtype = decoders["student"].dtype
-  params = {"student": jax.jit(decoders["student"].init)(next(keys), tokens)["params"]}
-  frozen = None
-  if "teacher" in decoders:
-    frozen = jax.jit(decoders["teacher"].init)(next(keys), tokens)["params"]
-    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
-  if "adapted" in decoders:
-    params["adapter"] = jax.jit(decoders["adapted"].init)(next(keys), tokens)["adapter"]
-  rate = optim.schedule("constant", 1e-4, 100, 0, 0.0)
-  options = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
-  options["dtype"] = moments
-  optimizers = {name: optim.build(rate, **options) for name in params}
-  return init_state(params, optimizers, jax.random.key(1)), frozen, optimizers
-
-
-def _batch(flags) -> dict[str, np.ndarray]:
-  rows, length = flags.config.train.batch_size, flags.config.data.max_length
+def _batch(flags: argparse.Namespace, rows: int, length: int) -> Batch:
   shape = (rows, length + 1)
   ids = np.random.default_rng(0).integers(0, flags.vocab_size, shape, dtype=np.int32)
-  return {
-    "tokens": ids[:, :-1],
-    "labels": ids[:, 1:],
-    "mask": np.ones((rows, length), bool),
-    "segment_ids": np.ones((rows, length), np.int32),
-  }
+  return Batch(
+    tokens=ids[:, :-1],
+    labels=ids[:, 1:],
+    mask=np.ones((rows, length), bool),
+    segment_ids=np.ones((rows, length), np.int32),
+  )
 
 
-def _model(flags, shape: tuple[int, int]) -> ModelConfig:
+def _model(flags: argparse.Namespace, shape: tuple[int, int]) -> ModelConfig:
   layers, hidden = shape
   return models.preset(
     flags.family,
@@ -167,7 +192,7 @@ def _model(flags, shape: tuple[int, int]) -> ModelConfig:
   )
 
 
-def _rows(flags, results) -> dict[str, str]:
+def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   ms, memory, config = results["ms"], results["memory_bytes"], flags.config
   parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in results["operations"].items())
   total = sum(results["operations"].values())

@@ -1,95 +1,123 @@
-"""A configuration from the command line: --config=FILE and --config.key=value."""
+"""A configuration from a recipe and from --config.key=value, or from a dict of keys."""
 
+import contextlib
 import difflib
+import inspect
 import json
-import os
+import logging
+import re
 import runpy
 import sys
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
+from okd_jax import methods
 from okd_jax.errors import UserError
+from okd_jax.runtime.files import read_json
+
+_log = logging.getLogger(__name__)
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
-
-_TEACHERS = "config.teachers."
-
-DEFAULTS = Path(__file__).parents[1] / "configs" / "default.py"  # not in a wheel
+_TEACHERS = "teachers."
+_PACKAGE = "configs"  # what recipes import their neighbours from
 
 
 def read(arguments: list[str]) -> ConfigDict:
   """The locked configuration that these flags describe; there may be no others.
 
+  --config=FILE.py[:VARIANT] is a recipe, or NAME[:VARIANT] one of those that come with
+  the package.
+
   Raises:
     UserError: for a missing file, a key that does not exist, or a wrong value.
   """
-  # A configuration file may import its neighbours, wherever the command runs.
-  sys.path.insert(0, os.getcwd())
-  arguments = _joined(arguments)
-  given = dict(a.lstrip("-").partition("=")[::2] for a in arguments)
-  foreign = [a for a in arguments if not a.lstrip("-").startswith(("config", "noconf"))]
-  if foreign:
-    raise UserError(f"unexpected arguments {' '.join(foreign)} (see --help)")
+  given = _given(arguments)
   if not given.get("config"):
-    raise UserError("--config=FILE is needed (see --help)")
-  path = given["config"].split(":")[0]
-  if not Path(path).is_file():
-    raise UserError(f"--config={given['config']}: there is no file {path}")
-  plain = _parse([f"--config={given['config']}"], f"{path}: ")
-  named = {k: v for k, v in given.items() if k.startswith(_TEACHERS)}
-  for name in given:
-    if name.startswith("config.") and name not in named:
-      _check_key(name.split(".")[1:], plain)
-  config = _parse([a for a in arguments if not a.lstrip("-").startswith(_TEACHERS)])
-  # New names, which no flag can have.
-  with config.unlocked():
-    config.teachers.update({k.removeprefix(_TEACHERS): v for k, v in named.items()})
+    raise UserError("--config=RECIPE is needed (see --help)")
+  config = load_recipe(given.pop("config"))
+  changes = {name.removeprefix("config."): text for name, text in given.items()}
+  return _finished(config, changes, _parsed)
+
+
+def from_keys(changes: Mapping[str, Any], recipe: str = "default") -> ConfigDict:
+  """The locked configuration of a recipe with some keys set, 'train.steps' for one.
+
+  Raises:
+    UserError: as `read` does.
+  """
+  return _finished(load_recipe(recipe), changes, _assigned)
+
+
+def load_recipe(spec: str) -> ConfigDict:
+  """What a recipe's get_config returns, its method file's knobs among the keys.
+
+  spec: FILE.py[:VARIANT], or NAME[:VARIANT] of a shipped one.
+
+  Raises:
+    UserError: if there is no such recipe or variant, or it fails.
+  """
+  name, _, variant = spec.partition(":")
+  path = _recipe_path(name)
+  with _neighbours(path.parent):
+    try:
+      get_config = runpy.run_path(str(path))["get_config"]
+      takes_variant = bool(inspect.signature(get_config).parameters)
+      if variant and not takes_variant:
+        raise UserError("it has no variants")
+      config = get_config(variant) if variant else get_config()
+    except Exception as error:  # a recipe is Python: whatever it raises
+      reason = str(error).strip().splitlines() or [type(error).__name__]
+      raise UserError(f"{spec}: {reason[-1]}") from error
+  config.lock()
   return config
 
 
-def saved(path: Path) -> dict:
+def defaults() -> ConfigDict:
+  """configs/default.py, as it is."""
+  return load_recipe("default")
+
+
+def recipes() -> Path:
+  """The folder of the recipes that come with the package."""
+  here = Path(__file__).parents[1]
+  installed, checkout = here / "configs", here.parent / "configs"
+  return installed if installed.is_dir() else checkout
+
+
+def saved(path: Path) -> ConfigDict:
   """A workdir's config.json; keys younger than the run have their defaults.
 
   Raises:
     UserError: if it is damaged.
   """
   try:
-    values = json.loads(path.read_text(encoding="utf8"))
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); name another workdir") from error
-  if not DEFAULTS.exists():
+    values = read_json(path)
+  except UserError as error:
+    raise UserError(f"{error}; the file is damaged: name another workdir") from error
+  known = json.loads(json.dumps(defaults().to_dict()))
+  config = ConfigDict(_filled(values, known))
+  if file := config.method.file:
+    methods.load_file(file)
+  return config
+
+
+def _filled(values: Any, known: Any) -> Any:
+  """`values`, where these lack a key with that of `known`."""
+  if not (isinstance(values, dict) and isinstance(known, dict)):
     return values
-  defaults = runpy.run_path(str(DEFAULTS))["get_config"]().to_dict()
-  return _filled(values, json.loads(json.dumps(defaults)))
+  both = {key: _filled(value, known.get(key)) for key, value in values.items()}
+  return known | both
 
 
-def _filled(values, defaults):
-  """`values`, where these lack a key with that of `defaults`."""
-  if not (isinstance(values, dict) and isinstance(defaults, dict)):
-    return values
-  both = {key: _filled(value, defaults.get(key)) for key, value in values.items()}
-  return defaults | both
-
-
-def _parse(arguments: list[str], prefix: str = "") -> ConfigDict:
-  """Reads the flags; the ways in which that fails become a UserError."""
-  values = flags.FlagValues()
-  arguments = [sys.argv[0], *arguments]
-  try:
-    holder = config_flags.DEFINE_config_file(
-      "config", flag_values=values, sys_argv=arguments, lock_config=True
-    )
-    values(arguments)
-  except _WRONG as error:
-    # An error inside the file comes with its whole traceback as text: keep its end.
-    raise UserError(prefix + str(error).strip().splitlines()[-1]) from error
-  return holder.value
-
-
-def _joined(arguments: list[str]) -> list[str]:
-  """'--config FILE' as '--config=FILE'; both are accepted."""
+def _given(arguments: list[str]) -> dict[str, str]:
+  """{'config': recipe, 'config.key': value}; '--config X' is '--config=X'."""
   joined = []
   for argument in arguments:
     if joined and joined[-1].startswith("--config") and "=" not in joined[-1]:
@@ -97,15 +125,223 @@ def _joined(arguments: list[str]) -> list[str]:
         joined[-1] += f"={argument}"
         continue
     joined.append(argument)
-  return joined
+  names = [argument.lstrip("-").partition("=")[0] for argument in joined]
+  foreign = [
+    argument
+    for argument, name in zip(joined, names, strict=True)
+    if not (name == "config" or name.startswith(("config.", "noconfig.")))
+  ]
+  if foreign:
+    raise UserError(f"unexpected arguments {' '.join(foreign)} (see --help)")
+  given = {}
+  for name, argument in zip(names, joined, strict=True):
+    _, equals, value = argument.partition("=")
+    if name.startswith("noconfig."):
+      name, equals, value = name.removeprefix("no"), "=", "False"
+    given[name] = value if equals else "True"
+  return given
 
 
-def _check_key(path: list[str], config) -> None:
-  for depth, key in enumerate(path):
-    if not isinstance(config, ConfigDict) or key not in config:
-      known = list(config) if isinstance(config, ConfigDict) else []
-      near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-      better = ".".join(["--config", *path[:depth], *near, *path[depth + 1 :]])
-      hint = f"did you mean {better}?" if near else "configs/default.py lists them all"
-      raise UserError(f"--config.{'.'.join(path)} is no configuration key; {hint}")
+def _recipe_path(name: str) -> Path:
+  path = Path(name).expanduser()
+  if path.is_file():
+    return path
+  shipped = recipes() / f"{name.removesuffix('.py').removeprefix('configs/')}.py"
+  if shipped.is_file():
+    return shipped
+  known = sorted(p.relative_to(recipes()).as_posix() for p in recipes().rglob("*.py"))
+  names = [other.removesuffix(".py") for other in known]
+  raise UserError(
+    f"--config={name}: there is no such file, and the recipes that come with the "
+    f"package are {', '.join(names)}"
+  )
+
+
+@contextlib.contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+  """While a recipe runs, `configs` is the package of recipes and no other."""
+  package = types.ModuleType(_PACKAGE)
+  package.__path__ = [str(recipes()), str(folder)]
+  other = _take(_PACKAGE)
+  sys.modules[_PACKAGE] = package
+  sys.path.insert(0, str(folder))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+    _take(_PACKAGE)
+    sys.modules.update(other)
+
+
+def _take(package: str) -> dict[str, types.ModuleType]:
+  """Takes a package and its modules out of those that are loaded."""
+  names = [n for n in sys.modules if n == package or n.startswith(f"{package}.")]
+  return {name: sys.modules.pop(name) for name in names}
+
+
+def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> ConfigDict:
+  """The recipe with the changes applied, its method's own knobs and new teachers."""
+  changes = dict(changes)
+  if file := changes.get("method.file", config.method.file):
+    # Whole, so that the run can be resumed and exported from any folder.
+    changes["method.file"] = str(Path(file).expanduser().resolve())
+    add_method_file(config, changes["method.file"])
+  named = {k: changes.pop(k) for k in list(changes) if k.startswith(_TEACHERS)}
+  for name in changes:
+    _check_key(name, config)
+  config = apply(config, changes)
+  # New names, which no flag can have.
+  with config.unlocked():
+    config.teachers.update(
+      {k.removeprefix(_TEACHERS): str(v) for k, v in named.items()}
+    )
+  if any(key.startswith(("method.", "adapter.")) for key in changes):
+    _leave_behind(config, changes)
+  return config
+
+
+def add_method_file(config: ConfigDict, file: str) -> None:
+  """Runs a file of somebody's methods and adds what their knobs are to `config`."""
+  methods.load_file(file)
+  ours, section = defaults().method, config.method
+  theirs = {k: v for k, v in methods.defaults().items() if k not in ours}
+  with config.unlocked():
+    section.file = file
+    for key, value in theirs.items():
+      if key not in section:
+        section[key] = value
+      if isinstance(value, float) and key not in section.end:
+        section.end[key] = config_dict.placeholder(float)
+
+
+def _leave_behind(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+  """Gives knobs that the recipe set, for a method that is another now, their defaults.
+
+  Only knobs that the new method does not read, and none that `changes` names.
+  """
+  section, known = config.method, methods.defaults()
+  left = methods.unread(section.name, section.to_dict(), config.adapter.kind)
+  left = [key for key in left if f"method.{key}" not in changes]
+  for key in left:
+    if key.startswith("end."):
+      section.end[key.removeprefix("end.")] = None
+    else:
+      section[key] = known[key]
+  if left:
+    names = ", ".join(f"method.{key}" for key in left)
+    _log.info("%s: set by the recipe, not read by %s: left out", names, section.name)
+
+
+def _parsed(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
+  """Applies values as text, as flags do."""
+  values = flags.FlagValues()
+  arguments = [sys.argv[0], *(f"--config.{k}={v}" for k, v in changes.items())]
+  try:
+    holder = config_flags.DEFINE_config_dict(
+      "config", config, flag_values=values, sys_argv=arguments
+    )
+    values(arguments)
+  except _WRONG as error:
+    raise UserError(str(error).strip().splitlines()[-1]) from error
+  return holder.value
+
+
+def _assigned(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """Applies values as they are."""
+  for key, value in changes.items():
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+      if value is None and _value(config, key) is not None:
+        raise ValueError("it needs a value")
+      config.update_from_flattened_dict({key: value})
+    except _WRONG as error:
+      raise UserError(f"{key}={value!r}: {str(error).splitlines()[0]}") from error
+  return config
+
+
+def _value(config: ConfigDict, path: str) -> Any:
+  for key in path.split("."):
     config = config[key]
+  return config
+
+
+def _check_key(path: str, config: ConfigDict) -> None:
+  """Raises a UserError that suggests the nearest key, unless there is this one."""
+  section: Any = config
+  for key in path.split("."):
+    if not isinstance(section, ConfigDict) or key not in section:
+      near = _nearest(path, list(keys(config)))
+      hint = f"did you mean {near}?" if near else "okd_jax.main --help lists them all"
+      raise UserError(f"--config.{path} is no configuration key; {hint}")
+    section = section[key]
+
+
+def keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """Every key, 'train.steps' for one."""
+  for name, value in config.items(preserve_field_references=True):
+    if isinstance(value, ConfigDict):
+      yield from keys(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+def _nearest(path: str, known: list[str]) -> str:
+  """'--config.KEY' of the key that was probably meant, '' if none is near."""
+  section, _, name = path.rpartition(".")
+  initials = "".join(word[:1] for word in name.split("_"))
+  same = [key for key in known if key.rpartition(".")[2] in (name, initials)]
+  # In the section that was named, else anywhere.
+  same.sort(key=lambda key: (key.rpartition(".")[0] != section, len(key)))
+  close = [
+    *difflib.get_close_matches(path, known, n=1, cutoff=0.75),
+    *(
+      key
+      for last in difflib.get_close_matches(
+        name, [k.rpartition(".")[2] for k in known], n=1, cutoff=0.6
+      )
+      for key in known
+      if key.rpartition(".")[2] == last
+    ),
+  ]
+  close.sort(key=lambda key: key.rpartition(".")[0] != section)
+  best = next(iter([*same, *close]), "")
+  return best and f"--config.{best}"
+
+
+_KEY = re.compile(r"  (config|model)\.([\w.]+) = (.*?)(?:  # (.*))?$")
+_COMMENT = re.compile(r"  # (.*)$")
+# Sections whose keys are names of the user's own, or those of other keys.
+_OPEN = {"teachers": "NAME", "stages": "NAME.KEY", "method.end": "KNOB"}
+_OPEN |= {"teacher.model": "KEY"}
+
+
+def describe() -> str:
+  """Every key with its default and its meaning, section by section, for --help."""
+  source = (recipes() / "default.py").read_text(encoding="utf8")
+  sections: dict[str, list[tuple[str, str, str]]] = {}
+  above: list[str] = []
+  for line in source.splitlines():
+    if comment := _COMMENT.match(line):
+      above.append(comment[1])
+      continue
+    if found := _KEY.match(line):
+      owner, key, value, beside = found.groups()
+      key = f"student.model.{key}" if owner == "model" else key
+      meaning = " ".join([*above, beside] if beside else above)
+      if key in _OPEN:
+        key, value = f"{key}.{_OPEN[key]}", '""'
+      if not value.startswith(("ConfigDict(", "_random_model(")):
+        sections.setdefault(key.partition(".")[0], []).append((key, value, meaning))
+    above = []
+  return "\n".join(_described(name, rows) for name, rows in sections.items())
+
+
+def _described(section: str, rows: list[tuple[str, str, str]]) -> str:
+  lines = [f"{section}:"]
+  for key, value, meaning in rows:
+    value = "" if value.startswith("config_dict.placeholder") else value
+    lines.append(f"  --config.{key}={value.strip(chr(34))}")
+    lines += textwrap.wrap(
+      meaning, 80, initial_indent="      ", subsequent_indent="      "
+    )
+  return "\n".join(lines) + "\n"

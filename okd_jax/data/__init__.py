@@ -1,14 +1,7 @@
 """From files to batches: sources, templates, tokens, rows, loaders, tokenizers."""
 
-from okd_jax.data.encode import (
-  Counts,
-  Example,
-  Limits,
-  encode,
-  prepare,
-  show_example,
-  stop_ids,
-)
+from okd_jax.data.encode import Example, encode, prepare, show_example, stop_ids
+from okd_jax.data.limits import Counts, Limits
 from okd_jax.data.loader import each_alone, eval_batches, train_loader
 from okd_jax.data.pack import PAD_ID, pack, pack_row, pad_row, positions
 from okd_jax.data.pairing import pair, shared_text

@@ -14,7 +14,6 @@ import inspect
 import re
 import types
 from collections.abc import Iterator
-from typing import Any
 
 from okd_jax.errors import UserError
 
@@ -130,7 +129,7 @@ def _object_rows() -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _call_rows(
-  name: str, kind: str, thing: Any
+  name: str, kind: str, thing: object
 ) -> Iterator[tuple[str, dict[str, str]]]:
   """Rows about how something is called."""
   signature = _signature(thing)
@@ -145,7 +144,7 @@ def _call_rows(
     yield name, _row(_PARAMETERS, name, kind, call, ", ".join(parameters))
 
 
-def _documented() -> dict[str, tuple[str, Any]]:
+def _documented() -> dict[str, tuple[str, object]]:
   """(kind, object) of every public thing with a docstring, by its full name."""
   found, seen = {}, set()
   for module in _MODULES:
@@ -157,7 +156,7 @@ def _documented() -> dict[str, tuple[str, Any]]:
   return found
 
 
-def _things(module: types.ModuleType) -> Iterator[tuple[str, str, Any]]:
+def _things(module: types.ModuleType) -> Iterator[tuple[str, str, object]]:
   """(name, kind, object) of a module's functions and classes, and what is in these."""
   for name, thing in _public(module):
     if not inspect.isclass(thing):
@@ -169,7 +168,7 @@ def _things(module: types.ModuleType) -> Iterator[tuple[str, str, Any]]:
       yield f"{name}.{member}", kind, item
 
 
-def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+def _public(module: types.ModuleType) -> Iterator[tuple[str, object]]:
   """Functions and classes that a module offers, in the order of their names."""
   # vars() and not getattr(): a module's __getattr__ answers for deprecated names,
   # with a warning.
@@ -187,7 +186,7 @@ def _public(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
       yield name, thing
 
 
-def _members(cls: type) -> Iterator[tuple[str, Any]]:
+def _members(cls: type) -> Iterator[tuple[str, object]]:
   """A class's own public methods and properties, without inherited ones."""
   for name, member in sorted(vars(cls).items()):
     if isinstance(member, (staticmethod, classmethod)):
@@ -198,7 +197,7 @@ def _members(cls: type) -> Iterator[tuple[str, Any]]:
       yield name, member
 
 
-def _signature(thing: Any) -> inspect.Signature | None:
+def _signature(thing: object) -> inspect.Signature | None:
   """The call signature without annotations; None if there is none to be had."""
   if isinstance(thing, property):
     return None

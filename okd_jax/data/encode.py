@@ -14,14 +14,14 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax.data.format import Rendered, make_render
+from okd_jax.data.limits import Counts, Limits, nothing_left, summary
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
-_POLICIES = ("drop", "truncate")
 _BATCH = 1000  # texts a call: a fast tokenizer holds a good deal for every token
 
 
@@ -33,58 +33,11 @@ class Example:
   (none for plain text), `where` is the file and line, `record` what it was made of.
   """
 
-  tokens: Int32[np.ndarray, " L"]
+  tokens: Int[np.ndarray, " L"]
   prompt_length: int
   references: tuple[str, ...]
   where: str
   record: Record | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """How long rows may be, and what becomes of longer ones.
-
-  Attributes:
-    max_length: of a whole row, in tokens. Plain text is cut into windows of it.
-    max_prompt_length: of a prompt.
-    overlong_prompt: `drop` the row, or `truncate` the prompt to its last tokens.
-    overlong_row: `truncate` the response, which then has no end token, or `drop`.
-  """
-
-  max_length: int = 512
-  max_prompt_length: int = 256
-  overlong_prompt: str = "drop"
-  overlong_row: str = "truncate"
-
-  def __post_init__(self):
-    problems = []
-    for name, least in (("max_length", 2), ("max_prompt_length", 1)):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < least:
-        problems.append(f"data.{name}={value!r} must be an integer of at least {least}")
-    for name in ("overlong_prompt", "overlong_row"):
-      value = getattr(self, name)
-      if value not in _POLICIES:
-        problems.append(f"data.{name}={value!r} must be one of {', '.join(_POLICIES)}")
-    if problems:
-      raise UserError("; ".join(problems))
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-  """What became of the rows of a dataset.
-
-  `windows` counts the pieces of texts that were cut; `kept` counts examples, so it
-  exceeds `rows` when texts were.
-  """
-
-  rows: int
-  kept: int = 0
-  dropped_prompts: int = 0
-  truncated_prompts: int = 0
-  dropped_rows: int = 0
-  truncated_rows: int = 0
-  windows: int = 0
 
 
 def prepare(
@@ -92,17 +45,30 @@ def prepare(
   tokenizer: PreTrainedTokenizerBase,
   template: str = "default",
   name: str = "data",
-  **limits,
+  **limits: int | str,
 ) -> tuple[list[Example], Counts]:
   """Encodes a dataset and logs in one line what had to be dropped or cut.
 
   Args:
+    records: of `load_records`.
+    tokenizer: of the models that will read the rows.
     template: see `format.make_render`.
     name: what the log line calls the dataset.
     **limits: the fields of `Limits`.
 
+  Returns:
+    (rows in the order of the records, what became of the records).
+
   Raises:
     UserError: if no row is left, or one cannot be encoded.
+
+  Source: the seam between prompt and response is treated as at the head of this file.
+
+  >>> from okd_jax.data import make_tokenizer
+  >>> record = Record("completion", "here", prompt="1 + 1 =", references=(" 2",))
+  >>> [example], counts = prepare([record], make_tokenizer("bytes", []))
+  >>> example.prompt_length, example.tokens[7:].tolist(), counts.kept
+  (7, [32, 50, 256], 1)
   """
   bounds = Limits(**limits)
   if not records:
@@ -110,8 +76,8 @@ def prepare(
   examples, tally = _encode(records, tokenizer, template, bounds)
   counts = Counts(rows=len(records), kept=len(examples), **tally)
   if not examples:
-    raise UserError(_nothing_left(counts, bounds))
-  logging.getLogger("okd_jax").info("%s: %s", name, _summary(counts, bounds))
+    raise UserError(nothing_left(counts, bounds))
+  logging.getLogger("okd_jax").info("%s: %s", name, summary(counts, bounds))
   return examples, counts
 
 
@@ -119,9 +85,12 @@ def encode(
   record: Record,
   tokenizer: PreTrainedTokenizerBase,
   template: str = "default",
-  **limits,
+  **limits: int | str,
 ) -> list[Example]:
-  """Encodes one record: none if it is dropped, several if it is a long text."""
+  """Encodes one record: no row if it is dropped, several if it is a long text.
+
+  Args, Raises: as `prepare`.
+  """
   return _encode([record], tokenizer, template, Limits(**limits))[0]
 
 
@@ -183,7 +152,7 @@ def _encode(
     texts = [render(record) for record in batch]
     rows = _split(texts, [record.ended for record in batch], tokenizer)
     for record, (prompt, response) in zip(batch, rows, strict=True):
-      if record.kind == "text":
+      if record.is_text:
         examples += _windows(record, response, limits, tally)
       else:
         examples += _fit(record, prompt, response, limits, tally, tokenizer)
@@ -340,57 +309,3 @@ def _eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
       "eos_token in its tokenizer_config.json"
     )
   return tokenizer.eos_token_id
-
-
-# Messages
-
-
-def _fates(counts: Counts, limits: Limits) -> list[tuple[int, str, str, str]]:
-  """Of each way to lose rows that occurred: how many, what, why, and the remedy."""
-  if limits.overlong_row == "drop":
-    row = ("rows", "longer than", "raise it or set data.overlong_row=truncate")
-  else:
-    remedy = "raise it or lower data.max_prompt_length"
-    row = ("prompts", "too long for a response to fit in", remedy)
-  fates = [
-    (
-      counts.dropped_prompts,
-      "prompts",
-      f"longer than data.max_prompt_length={limits.max_prompt_length}",
-      "raise it or set data.overlong_prompt=truncate",
-    ),
-    (
-      counts.dropped_rows,
-      row[0],
-      f"{row[1]} data.max_length={limits.max_length}",
-      row[2],
-    ),
-  ]
-  return [fate for fate in fates if fate[0]]
-
-
-def _nothing_left(counts: Counts, limits: Limits) -> str:
-  """Why there is no row left, and which key to change."""
-  fates = _fates(counts, limits)
-  if len(fates) == 1:
-    [(number, what, why, remedy)] = fates
-    return f"all {number} {what} are {why}; {remedy}"
-  causes = ", ".join(f"{n} {what} are {why} ({fix})" for n, what, why, fix in fates)
-  return f"none of the {counts.rows} rows is left: {causes}"
-
-
-def _summary(counts: Counts, limits: Limits) -> str:
-  """The one line about a dataset."""
-  parts = [f"{counts.kept} rows from {counts.rows} records"]
-  if counts.windows:
-    parts.append(f"{counts.windows} are windows of long texts")
-  for number, what, why, _ in _fates(counts, limits):
-    parts.append(f"dropped {number} ({what} {why})")
-  if counts.truncated_prompts:
-    length = limits.max_prompt_length
-    parts.append(
-      f"cut {counts.truncated_prompts} prompts to their last {length} tokens"
-    )
-  if counts.truncated_rows:
-    parts.append(f"cut {counts.truncated_rows} rows to {limits.max_length} tokens")
-  return "; ".join(parts)

@@ -67,7 +67,7 @@ class Rendered(NamedTuple):
 Render = Callable[[Record], Rendered]
 
 
-def make_render(template: str, tokenizer: PreTrainedTokenizerBase) -> Render:
+def make_render(template: str, tokenizer: PreTrainedTokenizerBase | None) -> Render:
   """The function that writes records out under a template.
 
   Args:
@@ -75,6 +75,7 @@ def make_render(template: str, tokenizer: PreTrainedTokenizerBase) -> Render:
       that holds a template, or a template: text with `{instruction}` and perhaps
       `{input}`, or jinja2 with the same names. One that has no place for the input
       gets it after the instruction, with a blank line between them.
+    tokenizer: whose `chat` template it is; no other template asks for one.
 
   Raises:
     UserError: if there is no such template, or it cannot be used.
@@ -87,14 +88,15 @@ def make_render(template: str, tokenizer: PreTrainedTokenizerBase) -> Render:
 
 def _render(record: Record, fill: Fill) -> Rendered:
   """A record outside chat; text and completions know no template."""
-  if record.kind == "text":
-    return Rendered("", record.text, record.text)
-  if record.kind == "completion":
-    prompt = record.prompt
-  elif record.kind == "messages":
-    prompt = fill(_single_turn(record), "")
-  else:
-    prompt = fill(record.prompt, record.input if record.input.strip() else "")
+  match record.kind:
+    case "text":
+      return Rendered("", record.text, record.text)
+    case "completion":
+      prompt = record.prompt
+    case "messages":
+      prompt = fill(_single_turn(record), "")
+    case _:
+      prompt = fill(record.prompt, record.input if record.input.strip() else "")
   response = record.references[0]
   return Rendered(prompt, prompt + response, response)
 
@@ -216,7 +218,7 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
       ) from error
 
   def render(record: Record) -> Rendered:
-    if record.kind == "text":
+    if record.is_text:
       return Rendered("", record.text, record.text)
     messages = _as_messages(record)
     answer = {"role": "assistant", "content": record.references[0]}
@@ -235,7 +237,7 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
 
 
 def _as_messages(record: Record) -> list[Mapping[str, str]]:
-  if record.kind == "messages":
+  if record.is_chat:
     return list(record.messages)
   return [{"role": "user", "content": _joined(record.prompt, record.input)}]
 
@@ -257,7 +259,7 @@ def decode_response(
   response: without the token that ended it; `ended` False says that there was none.
   """
 
-  def decode(tokens, skip=True):
+  def decode(tokens: Int[np.ndarray, " T"], skip: bool = True) -> str:
     return tokenizer.decode(
       tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False
     )
@@ -274,12 +276,13 @@ def decode_response(
 
 def answered_row(record: Record, response: str, ended: bool = True) -> dict[str, Any]:
   """The record as a row to be written, with another response than its own."""
-  if record.kind == "messages":
-    final = {"role": "assistant", "content": response}
-    row = {"messages": [*record.messages, final]}
-  elif record.kind == "completion":
-    row = {"prompt": record.prompt, "completion": response}
-  else:
-    extra = {"input": record.input} if record.input else {}
-    row = {"instruction": record.prompt, **extra, "output": response}
+  match record.kind:
+    case "messages":
+      final = {"role": "assistant", "content": response}
+      row = {"messages": [*record.messages, final]}
+    case "completion":
+      row = {"prompt": record.prompt, "completion": response}
+    case _:
+      extra = {"input": record.input} if record.input else {}
+      row = {"instruction": record.prompt, **extra, "output": response}
   return row if ended else row | {"ended": False}

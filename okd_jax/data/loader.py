@@ -1,9 +1,10 @@
 """Batches: an endless shuffled stream to train on, one plain pass to evaluate with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from okd_jax.data.encode import Example
 from okd_jax.data.pack import pack_row
@@ -24,40 +25,32 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """An endless iterator over shuffled batches of this process's rows.
 
-  Every epoch has an order of its own in which each row comes once; epochs follow
-  each other without a gap, so a batch may hold the end of one and the start of the
-  next, nothing is left over, and a dataset may be smaller than a batch. Global batch
-  n has the same rows in the same order for any number of processes; each takes its
-  slice of it. The position of the stream is one number: `get_state` and `set_state`
+  Global batch n is the same for any number P of processes. `get_state` and `set_state`
   continue at exactly the next batch.
 
   Args:
-    batch_size: the global one; process i yields rows i * B / P to (i + 1) * B / P.
+    batch_size: B of all processes; number i gets rows i * B / P to (i + 1) * B / P.
+    length, pad_id: of the rows, as in `pack_row`.
     seed: any integer from 0 to 2^32 - 1.
     packs: which of `examples` share a row (`pack`); None gives each a row of its own.
 
-  Yields:
-    What `pack_row` gives, stacked to [B / P, L], and `row` int32 [B / P], the index
-    into `packs`, or into `examples`.
+  Returns:
+    An iterator over what `pack_row` gives, stacked to [B / P, L], and `row` int32
+    [B / P], the index into `packs`, or into `examples`.
+
+  Raises:
+    ValueError: without examples, or if B does not divide by P.
+
+  >>> texts = [Example(np.arange(3, dtype=np.int32), 1, (), "here")] * 4
+  >>> batches = train_loader(texts, batch_size=2, length=3, pad_id=0, seed=0)
+  >>> sorted(next(batches)["row"].tolist() + next(batches)["row"].tolist())
+  [0, 1, 2, 3]
   """
-  if not examples:
-    raise ValueError("there are no examples to train on")
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch size {batch_size} cannot be divided among {process_count} processes"
-    )
-  packs = packs or each_alone(examples)
+  packs = _checked(examples, packs, batch_size, process_count)
   share = batch_size // process_count
   mine = slice(process_index * share, (process_index + 1) * share)
-  # As good as endless; grain's own endless repetition overflows in batches of one row.
-  epochs = 2**40 // len(packs) + 1
-  order = grain.MapDataset.range(len(packs)).seed(seed).shuffle().repeat(epochs)
-  batches = order.batch(batch_size).map(
-    lambda rows: _batch(examples, packs, rows[mine], length, pad_id)
-  )
-  # No threads: rows are in memory already, and nothing is ahead of the state.
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return iter(batches.to_iter_dataset(options))
+  make = lambda rows: _batch(examples, packs, rows[mine], length, pad_id)  # noqa: E731
+  return _stream(len(packs), batch_size, seed, make)
 
 
 def eval_batches(
@@ -65,8 +58,20 @@ def eval_batches(
 ) -> Iterator[Batch]:
   """All examples once and in order, in batches of one size.
 
-  The last batch is filled up with rows that count for nothing: `segment_ids` 0,
-  `mask` false, `row` -1.
+  Args:
+    batch_size: rows of each batch.
+    length, pad_id: of the rows, as in `pack_row`.
+
+  Returns:
+    An iterator over batches as `train_loader` has them, [B, L]. The last one is filled
+    up with rows that count for nothing: `segment_ids` 0, `mask` false, `row` -1.
+
+  Raises:
+    ValueError: when it comes to a text that does not fit.
+
+  >>> texts = [Example(np.array([5, 6, 7], np.int32), 1, (), "here")] * 3
+  >>> [b["row"].tolist() for b in eval_batches(texts, batch_size=2, length=3, pad_id=0)]
+  [[0, 1], [2, -1]]
   """
   packs = each_alone(examples)
   for start in range(0, len(examples), batch_size):
@@ -80,10 +85,47 @@ def each_alone(examples: Sequence[Example]) -> list[tuple[int, ...]]:
   return [(index,) for index in range(len(examples))]
 
 
+def _checked(
+  examples: Sequence[Example],
+  packs: Sequence[tuple[int, ...]] | None,
+  batch_size: int,
+  process_count: int,
+) -> Sequence[tuple[int, ...]]:
+  """The packs, if there can be batches of them."""
+  if not examples:
+    raise ValueError("there are no examples to train on")
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch size {batch_size} cannot be divided among {process_count} processes"
+    )
+  return packs or each_alone(examples)
+
+
+def _stream(
+  count: int,
+  batch_size: int,
+  seed: int,
+  make: Callable[[Int[np.ndarray, " B"]], Batch],
+) -> grain.DatasetIterator:
+  """Batches made of `count` rows' numbers, shuffled, without an end.
+
+  Every epoch has an order of its own in which each row comes once; epochs follow each
+  other without a gap, so a batch may hold the end of one and the start of the next,
+  nothing is left over, and a dataset may be smaller than a batch. The position is one
+  number.
+  """
+  # As good as endless; grain's own endless repetition overflows in batches of one row.
+  epochs = 2**40 // count + 1
+  order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(epochs)
+  # No threads: rows are in memory already, and nothing is ahead of the state.
+  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  return iter(order.batch(batch_size).map(make).to_iter_dataset(options))
+
+
 def _batch(
   examples: Sequence[Example],
   packs: Sequence[tuple[int, ...]],
-  rows: np.ndarray,
+  rows: Int[np.ndarray, " B"],
   length: int,
   pad_id: int,
 ) -> Batch:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from okd_jax.data.encode import Example
 
@@ -62,7 +62,9 @@ def positions(example: Example) -> int:
   return len(example.tokens) - 1
 
 
-def pack(lengths: Int32[np.ndarray, " N"], length: int) -> list[tuple[int, ...]]:
+def pack(
+  lengths: Sequence[int] | Int[np.ndarray, " N"], length: int
+) -> list[tuple[int, ...]]:
   """Which texts share a row of `length` positions: each text once, in few rows.
 
   Best-fit decreasing: from the longest to the shortest, each text into the fullest row

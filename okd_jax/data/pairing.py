@@ -21,7 +21,7 @@ def shared_text(
     UserError: for plain text, which has no answer whose tokens could be numbered.
   """
   for record in records:
-    if record.kind == "text":
+    if record.is_text:
       raise UserError(
         f"{record.where}: method.cross_tokenizer pairs the tokens of answers, but this "
         "row is text without a prompt"

@@ -15,10 +15,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from okd_jax.data import embedded
+from okd_jax.data import embedded, hub
 from okd_jax.errors import UserError
 
-Row = tuple[Any, str]  # what was read, and where
+Row = hub.Row
+Spec = str | Sequence[object]  # from a config: that all are names is checked here
 
 FORMS = {  # kind: the keys that a row of this form must have
   "instruction": ("instruction", "output"),
@@ -32,7 +33,7 @@ _FORMS_HELP = (
 )
 _SUFFIXES = (".jsonl", ".json", ".txt")
 _DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_PROMPTLESS, _CONVERSATIONS = ("text",), ("messages",)  # kinds that stand apart
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,8 +59,18 @@ class Record:
   references: tuple[str, ...] = ()
   ended: bool = True
 
+  @property
+  def is_text(self) -> bool:
+    """Whether it is plain text, which has no prompt."""
+    return self.kind in _PROMPTLESS
 
-def load_records(spec: str | Sequence[str]) -> list[Record]:
+  @property
+  def is_chat(self) -> bool:
+    """Whether its prompt is a conversation."""
+    return self.kind in _CONVERSATIONS
+
+
+def load_records(spec: Spec) -> list[Record]:
   """Reads every record of one source or of several, in the order given.
 
   Args:
@@ -67,8 +78,22 @@ def load_records(spec: str | Sequence[str]) -> list[Record]:
       files or one written by `save_to_disk`, a hub id, or `embedded`; or a list of
       these. Folders and ids take `:split`, ids `@config` too (`id@config:split`).
 
+  Returns:
+    The records, each with the file and line that it came from.
+
   Raises:
     UserError: if a source is missing or a row unusable; it names file and line.
+
+  Source: the forms are those of Alpaca and Dolly (instruction), of TRL (completion,
+  messages) and of language modelling (text).
+
+  >>> import tempfile
+  >>> with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+  ...   _ = file.write('{"prompt": "1 + 1 =", "completion": " 2"}')
+  ...   file.flush()
+  ...   [record] = load_records(file.name)
+  >>> record.kind, record.prompt, record.references
+  ('completion', '1 + 1 =', (' 2',))
   """
   return [parse_record(row, where) for row, where in read_rows(spec)]
 
@@ -78,7 +103,7 @@ def source_list(spec: str) -> list[str]:
   return [part.strip() for part in spec.split(",") if part.strip()]
 
 
-def read_references(spec: str | Sequence[str]) -> list[tuple[str, ...]]:
+def read_references(spec: Spec) -> list[tuple[str, ...]]:
   """The references of every row alone; the rows need not hold a prompt."""
   return [_references_of(row, where) for row, where in read_rows(spec)]
 
@@ -93,7 +118,7 @@ def read_predictions(path: str) -> list[str]:
   return predictions
 
 
-def read_rows(spec: str | Sequence[str]) -> list[Row]:
+def read_rows(spec: Spec) -> list[Row]:
   """Raw rows of one source or several, each with its place; none may be empty."""
   sources = [spec] if isinstance(spec, str) else list(spec)
   if not sources or not all(isinstance(s, str) and s.strip() for s in sources):
@@ -109,25 +134,29 @@ def read_rows(spec: str | Sequence[str]) -> list[Row]:
   return rows
 
 
-def parse_record(row: Any, where: str) -> Record:
+def parse_record(row: object, where: str) -> Record:
   """Checks one raw row and turns it into a `Record`."""
   row = _known_names(row, where)
   kind, ended = _kind(row, where), _ended(row, where)
-  if kind == "text":
+  if kind in _PROMPTLESS:
     return Record(kind, where, text=_text(row, "text", where), ended=ended)
-  fields = {"references": _references_of(row, where), "ended": ended}
-  if kind == "messages":
-    return Record(kind, where, messages=tuple(_messages(row, where)[:-1]), **fields)
-  fields["prompt"] = _text(row, FORMS[kind][0], where)
-  if kind == "instruction" and row.get("input") is not None:
-    fields["input"] = _text(row, "input", where, blank=True)
+  fields: dict[str, Any] = {"references": _references_of(row, where), "ended": ended}
+  match kind:
+    case "messages":
+      fields["messages"] = tuple(_messages(row, where)[:-1])
+    case "completion":
+      fields["prompt"] = _text(row, "prompt", where)
+    case "instruction":
+      fields["prompt"] = _text(row, "instruction", where)
+      if row.get("input") is not None:
+        fields["input"] = _text(row, "input", where, blank=True)
   return Record(kind, where, **fields)
 
 
 def _read_source(source: str) -> Iterable[Row]:
   """Rows of one source, whatever it is."""
   path = pathlib.Path(source).expanduser()
-  base, _, split = source.partition(":")
+  base, split = hub.split_of(source)
   if path.is_file():
     return _read_file(path)
   if base == "embedded":
@@ -135,7 +164,10 @@ def _read_source(source: str) -> Iterable[Row]:
   folder = path if path.is_dir() else pathlib.Path(base).expanduser()
   if folder.is_dir():
     return _read_folder(folder, "" if folder == path else split)
-  return _read_hub(source)
+  # Some can only have been meant as a path, and the hub is not asked for them.
+  if base.startswith((".", "/", "~")) or base.endswith((*_SUFFIXES, ".gz")):
+    raise UserError(f"{source}: no such file or folder")
+  return hub.read_hub(source)
 
 
 # Files and folders
@@ -146,8 +178,8 @@ def _read_file(path: pathlib.Path) -> Iterable[Row]:
   suffixes = [suffix.lower() for suffix in path.suffixes]
   if suffixes and suffixes[-1] == ".gz":
     suffixes.pop()
-  kind = suffixes[-1] if suffixes else ""
-  if kind not in _SUFFIXES:
+  suffix = suffixes[-1] if suffixes else ""
+  if suffix not in _SUFFIXES:
     raise UserError(
       f"{path}: not a known kind of data file; use {', '.join(_SUFFIXES)} "
       "(each also with .gz)"
@@ -155,9 +187,9 @@ def _read_file(path: pathlib.Path) -> Iterable[Row]:
   content = _read_bytes(path)
   if not content.strip():
     raise UserError(f"{path}: the file is empty; {_FORMS_HELP}")
-  if kind == ".txt":
+  if suffix == ".txt":
     return [({"text": _decode(content, str(path))}, str(path))]
-  if kind == ".json" and content.lstrip().startswith(b"["):
+  if suffix == ".json" and content.lstrip().startswith(b"["):
     rows = _loads(content, str(path), "file")
     return [(row, f"{path}: record {i}") for i, row in enumerate(rows, 1)]
   return _read_lines(content, str(path))
@@ -179,7 +211,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     if path.suffix.lower() == ".gz":
       content = gzip.decompress(content)
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(f"{path}: cannot be read ({_cause(error)})") from error
+    raise UserError(f"{path}: cannot be read ({hub.cause(error)})") from error
   return content.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -193,7 +225,7 @@ def _decode(content: bytes, where: str) -> str:
     ) from error
 
 
-def _loads(content: bytes, where: str, what: str) -> Any:
+def _loads(content: bytes, where: str, what: str) -> Any:  # whatever JSON says
   try:
     return json.loads(_decode(content, where))
   except UserError:
@@ -203,7 +235,7 @@ def _loads(content: bytes, where: str, what: str) -> Any:
     if what == "file":
       cause = f"{error.msg} at line {error.lineno} column {error.colno}"
   except (ValueError, RecursionError) as error:  # endless digits or nesting
-    cause = _cause(error)
+    cause = hub.cause(error)
   raise UserError(f"{where}: not valid JSON ({cause}); fix or remove the {what}")
 
 
@@ -211,7 +243,7 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
   """Rows of a folder: one that `save_to_disk` wrote, or one of jsonl files."""
   names = {path.name for path in folder.iterdir()}
   if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
-    return _read_saved(folder, split)
+    return hub.read_saved(folder, split)
   files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
   if not files:
     raise UserError(
@@ -234,73 +266,10 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
   return [row for path in chosen or files for row in _read_file(path)]
 
 
-# Hugging Face datasets
-
-
-def _read_saved(folder: pathlib.Path, split: str) -> Iterable[Row]:
-  """Rows of a folder that `Dataset.save_to_disk` or `DatasetDict` wrote."""
-  import datasets  # here, since it takes a second that jsonl need not wait
-
-  try:
-    data = datasets.load_from_disk(str(folder))
-  except Exception as error:  # its causes have no common class
-    raise UserError(f"{folder}: cannot be loaded ({_cause(error)})") from error
-  if isinstance(data, datasets.DatasetDict):
-    split = split or "train"
-    if split not in data:
-      raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(data)}")
-    return _dataset_rows(data[split], f"{folder}:{split}")
-  if split:
-    raise UserError(f"{folder}: is a single dataset without splits; leave :{split} out")
-  return _dataset_rows(data, str(folder))
-
-
-def _read_hub(source: str) -> Iterable[Row]:
-  """Rows of a dataset on the hub, `id`, `id:split` or `id@config:split`."""
-  base, _, split = source.partition(":")
-  name, _, config = base.partition("@")
-  # Some can only have been meant as a path, and the hub is not asked for them.
-  is_path = base.startswith((".", "/", "~")) or base.endswith((*_SUFFIXES, ".gz"))
-  if is_path or not _HUB_ID.fullmatch(name):
-    raise UserError(f"{source}: no such file or folder")
-  import datasets
-  import huggingface_hub
-
-  try:
-    # Asked first, since load_dataset alone retries for half a minute, noisily,
-    # before it reports a hub that is out of reach.
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-      huggingface_hub.HfApi().dataset_info(name, timeout=20)
-    data = datasets.load_dataset(name, name=config or None, split=split or "train")
-  except Exception as error:  # network, hub, splits, formats: no common class
-    raise UserError(
-      f"{source}: not a file or folder here, and not loaded from the Hugging Face "
-      f"hub ({_hub_cause(error)})"
-    ) from error
-  return _dataset_rows(data, f"{base}:{split or 'train'}")
-
-
-def _dataset_rows(data: Iterable[Any], name: str) -> Iterator[Row]:
-  for number, row in enumerate(data, 1):
-    yield row, f"{name} row {number}"
-
-
-def _hub_cause(error: Exception) -> str:
-  if type(error).__name__ == "RepositoryNotFoundError":
-    return "no dataset of this name, or it is private and you are not logged in"
-  return _cause(error)
-
-
-def _cause(error: BaseException) -> str:
-  """The first line of an error's text; its class when it has none."""
-  lines = str(error).strip().splitlines()
-  return lines[0].rstrip(".") if lines else type(error).__name__
-
-
 # Rows
 
 
-def _known_names(row: Any, where: str) -> Mapping[str, Any]:
+def _known_names(row: object, where: str) -> Mapping[str, Any]:
   """The row if it is one, Dolly's own names for input and output turned into ours."""
   if not isinstance(row, Mapping):
     raise UserError(f"{where}: is {_type(row)}, not an object; {_FORMS_HELP}")
@@ -332,7 +301,7 @@ def _ended(row: Mapping[str, Any], where: str) -> bool:
   return ended is not False
 
 
-def _references_of(row: Any, where: str) -> tuple[str, ...]:
+def _references_of(row: object, where: str) -> tuple[str, ...]:
   """Acceptable responses of a raw row, from whichever key holds them."""
   row = _known_names(row, where)
   for key in ("output", "completion"):
@@ -402,7 +371,7 @@ def _text(row: Mapping[str, Any], key: str, where: str, blank: bool = False) -> 
   return value
 
 
-def _type(value: Any) -> str:
+def _type(value: object) -> str:
   """A value's type as JSON calls it."""
   if value is None:
     return "null"

@@ -6,6 +6,7 @@ run's own data. Both are what transformers loads from a folder.
 
 import itertools
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import tokenizers
@@ -30,17 +31,24 @@ def make_tokenizer(spec: str, records: Sequence[Record]) -> PreTrainedTokenizerF
 
   Any text survives encoding and decoding. The ids of `bytes` are the bytes, then
   EOS (256) and padding (257). The same records give the same `bpe:N` everywhere.
+
+  Raises:
+    UserError: if `spec` is neither, or N is below the 256 bytes, EOS and padding.
+
+  >>> make_tokenizer("bytes", [])("hi<|endoftext|>")["input_ids"]
+  [104, 105, 256]
   """
   if spec == "bytes":
     return _finished(_bytes_tokenizer())
-  kind, _, size = spec.partition(":")
-  if kind != "bpe" or not size.isdecimal():
+  found = re.fullmatch(r"bpe:(\d+)", spec)
+  if not found:
     raise UserError(
       f"tokenizer {spec!r} is unknown; use bytes, or bpe:N such as bpe:1024"
     )
-  if int(size) < _SMALLEST:
+  size = int(found[1])
+  if size < _SMALLEST:
     raise UserError(f"tokenizer {spec!r} is too small; N must be at least {_SMALLEST}")
-  return _finished(_bpe_tokenizer(int(size), records))
+  return _finished(_bpe_tokenizer(size, records))
 
 
 def compare_tokenizers(

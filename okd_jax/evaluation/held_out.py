@@ -18,10 +18,17 @@ from okd_jax.data import (
   eval_batches,
   prepare,
 )
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answer, answerable, mean_and_std
 from okd_jax.evaluation.rouge import score
-from okd_jax.evaluation.tokens import compile_token_step, evaluate_tokens
+from okd_jax.evaluation.tokens import (
+  STUDENT,
+  TEACHER,
+  Who,
+  compile_token_step,
+  evaluate_tokens,
+)
 from okd_jax.models import Decoder, Model
 from okd_jax.runtime.files import write_text
 
@@ -96,9 +103,11 @@ def evaluate(
     overlong_row="truncate",
   )
   examples = examples[: options.limit or None]
-  models = {"student": model} | ({"teacher": teacher} if teacher else {})
-  sizes = {role: one.config.vocab_size for role, one in models.items()}
-  check_vocabulary({name: sizes.pop("student")} | sizes, examples)
+  models = {(STUDENT, ""): model} | ({(TEACHER, ""): teacher} if teacher else {})
+  sizes = {name: model.config.vocab_size}
+  if teacher:
+    sizes["the teacher"] = teacher.config.vocab_size
+  check_vocabulary(sizes, examples)
   results = {"n": len(examples)} | _token_results(models, examples, options)
   prompts = answerable(examples)
   if prompts and options.max_new_tokens:
@@ -139,15 +148,16 @@ def _fitted(
 
 
 def _token_results(
-  models: dict[str, Model], examples: Sequence[Example], options: Options
+  models: dict[Who, Model], examples: Sequence[Example], options: Options
 ) -> dict[str, float]:
   dtype = jnp.dtype(options.dtype)
-  decoders = {role: Decoder(m.config, dtype=dtype) for role, m in models.items()}
+  decoders = {who: Decoder(m.config, dtype=dtype) for who, m in models.items()}
   batches = eval_batches(
     examples, batch_size=options.batch_size, length=_width(examples), pad_id=PAD_ID
   )
-  variables = {role: {"params": m.params} for role, m in models.items()}
-  return evaluate_tokens(compile_token_step(decoders, chunk=0), variables, batches)
+  variables = {who: {"params": m.params} for who, m in models.items()}
+  step = compile_token_step(decoders, chunk=0)
+  return evaluate_tokens(step, variables, map(Batch.of, batches))
 
 
 def _width(examples: Sequence[Example]) -> int:

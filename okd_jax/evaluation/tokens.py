@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from okd_jax.data.batch import Batch
 from okd_jax.losses import (
   Mean,
   TokenLoss,
@@ -13,61 +16,96 @@ from okd_jax.losses import (
   forward_kl,
   mixture,
   reverse_kl,
+  stored,
   top1_agreement,
   weighted_sums,
 )
-from okd_jax.methods import stored
 from okd_jax.models import Decoder, output
+
+# What a model is in an evaluation; of teachers, which one of them is its name.
+STUDENT, TEACHER, ADAPTED = "student", "teacher", "adapted"
+Who = tuple[str, str]  # (one of these, the teacher's name or '')
+Logits = Mapping[Who, Float[Array, "B C V"]]
+Figures = dict[str, Float[Array, "B C"]]
 
 
 def token_metrics(
-  logits: Mapping[str, jax.Array], labels, *, teacher_weights: Sequence[float] = ()
-) -> tuple:
-  """Per-token figures of 'student' beside 'teacher' and 'adapted', where given.
+  logits: Logits, labels: Int[Array, "B C"], *, teacher_weights: Sequence[float] = ()
+) -> tuple[Float[Array, "B C"], Figures]:
+  """Per-token figures of the student beside its teachers, where there are any.
 
-  Of several teachers, 'teacher:NAME', each has its own, and 'the teacher' is their
-  mean in probability space by `teacher_weights`, in the order of the names; () is
-  equal, as it is under a gate or a policy, which move. A `TokenLoss`: its loss is the
-  student's cross-entropy.
+  Of several teachers each has its own, and 'the teacher' is their mean in probability
+  space. A `TokenLoss`: its loss is the student's cross-entropy.
+
+  Args:
+    teacher_weights: in the order of the names; () is equal, as it is under a gate or a
+      policy, which move.
   """
-  student = logits["student"]
+  student = logits[STUDENT, ""]
+  teachers, adapted = (
+    {name: z for (kind, name), z in sorted(logits.items()) if kind == wanted}
+    for wanted in (TEACHER, ADAPTED)
+  )
   metrics = {"loss": cross_entropy(student, labels)}
-  several = {role: z for role, z in sorted(logits.items()) if ":" in role}
-  for role, z in several.items():  # 'teacher:NAME' and 'adapted:NAME'
-    kind, _, name = role.partition(":")
-    prefix = name if kind == "teacher" else f"{name}_{kind}"
-    metrics[f"{prefix}_loss"] = cross_entropy(z, labels)
-    metrics[f"{prefix}_forward_kl"] = forward_kl(z, student)
-  if teachers := [z for role, z in several.items() if role.startswith("teacher:")]:
-    weights = jnp.array(teacher_weights or [1.0] * len(teachers))
-    weights = jnp.broadcast_to(weights, (*labels.shape, len(teachers)))
-    logits = dict(logits) | {"teacher": mixture(teachers, weights)}
-  if "teacher" in logits:
-    teacher = logits["teacher"]
+  if len(teachers) > 1:
+    metrics |= _of_each(teachers, adapted, student, labels)
+  if teachers:
+    teacher = _mean(teachers, teacher_weights, labels)
     metrics |= {
       "forward_kl": forward_kl(teacher, student),
       "reverse_kl": reverse_kl(teacher, student),
       "top1_agreement": 100 * top1_agreement(teacher, student),
       "teacher_loss": cross_entropy(teacher, labels),
     }
-  if "adapted" in logits:
-    adapted = logits["adapted"]
+  if len(teachers) == 1 and adapted:
+    [own] = adapted.values()
     metrics |= {
-      "adapted_forward_kl": forward_kl(adapted, student),
-      "adapted_loss": cross_entropy(adapted, labels),
-      "adapted_drift": forward_kl(logits["teacher"], adapted),
+      "adapted_forward_kl": forward_kl(own, student),
+      "adapted_loss": cross_entropy(own, labels),
+      "adapted_drift": forward_kl(teacher, own),
     }
   return metrics["loss"], metrics
 
 
-def stored_metrics(logits, labels, *, temperature: float) -> tuple:
-  """As `token_metrics`, beside a teacher of whom there is what it said (`stored`).
+def _of_each(
+  teachers: Mapping[str, Array],
+  adapted: Mapping[str, Array],
+  student: Float[Array, "B C V"],
+  labels: Int[Array, "B C"],
+) -> Figures:
+  """Those of each teacher and each adapted one, under its name."""
+  found = {}
+  for part, middle in ((teachers, ""), (adapted, f"_{ADAPTED}")):
+    for name, z in part.items():
+      found[f"{name}{middle}_loss"] = cross_entropy(z, labels)
+      found[f"{name}{middle}_forward_kl"] = forward_kl(z, student)
+  return found
+
+
+def _mean(
+  teachers: Mapping[str, Array], weights: Sequence[float], labels: Int[Array, "B C"]
+) -> Float[Array, "B C V"]:
+  """The only teacher's logits, or those of the mean of several."""
+  if len(teachers) == 1:
+    return next(iter(teachers.values()))
+  shares = jnp.array(list(weights) or [1.0] * len(teachers))
+  shares = jnp.broadcast_to(shares, (*labels.shape, len(teachers)))
+  return mixture(list(teachers.values()), shares)
+
+
+def stored_metrics(
+  logits: Logits,
+  labels: tuple[Int[Array, "B C"], Mapping[str, Shaped[Array, "B C ..."]]],
+  *,
+  temperature: float,
+) -> tuple[Float[Array, "B C"], Figures]:
+  """As `token_metrics`, beside a teacher whose words were stored (`losses.stored`).
 
   labels: (the gold tokens, what was stored at temperature T). The KLs are those of the
     K + 1 buckets, so they are bounds from below; at T other than 1 there are none.
   """
   gold, said = labels
-  student = logits["student"]
+  student = logits[STUDENT, ""]
   found = stored.figures(student, said, temperature)
   metrics = {"loss": cross_entropy(student, gold), "teacher_loss": found["teacher_nll"]}
   metrics["top1_agreement"] = 100 * found["top1_agreement"]
@@ -76,26 +114,25 @@ def stored_metrics(logits, labels, *, temperature: float) -> tuple:
 
 
 def compile_token_step(
-  decoders: Mapping[str, Decoder],
+  decoders: Mapping[Who, Decoder],
   chunk: int,
   metrics: TokenLoss = token_metrics,
   vocab_size: int | None = None,
-) -> Callable:
-  """A jitted (variables by role, batch) -> (sums of `metrics`, tokens).
+) -> Callable[..., tuple[dict[str, Array], Array]]:
+  """A jitted (variables by who, batch) -> (sums of `metrics`, tokens).
 
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
   """
 
-  def step(variables, batch):
+  def step(variables: Mapping[Who, PyTree], batch: Batch):
     outputs = {
-      role: output(decoder, variables[role], batch)
-      for role, decoder in decoders.items()
+      who: output(decoder, variables[who], batch) for who, decoder in decoders.items()
     }
     size = vocab_size or min(o.head.shape[0] for o in outputs.values())
-    outputs = {role: o._replace(head=o.head[:size]) for role, o in outputs.items()}
-    weights, labels = batch["mask"].astype(jnp.float32), batch["labels"]
-    if "stored" in batch:
-      labels = labels, batch["stored"]
+    outputs = {who: o._replace(head=o.head[:size]) for who, o in outputs.items()}
+    weights, labels = batch.mask.astype(jnp.float32), batch.labels
+    if batch.stored is not None:
+      labels = labels, batch.stored
     _, sums = weighted_sums(metrics, outputs, labels, weights, chunk)
     return sums, weights.sum()
 
@@ -103,13 +140,15 @@ def compile_token_step(
 
 
 def evaluate_tokens(
-  step: Callable, variables: Mapping, batches: Iterable, put: Callable = jnp.asarray
+  step: Callable[..., tuple[dict[str, Array], Array]],
+  variables: Mapping[Who, PyTree],
+  batches: Iterable[Batch],
+  put: Callable[[Batch], Any] = lambda batch: jax.tree.map(jnp.asarray, batch),
 ) -> dict[str, float]:
   """Global token means over the batches, and the perplexity, exp(loss)."""
   means: dict[str, Mean] = {}
   for batch in batches:
-    arrays = {name: put(rows) for name, rows in batch.items()}
-    sums, count = jax.device_get(step(variables, arrays))
+    sums, count = jax.device_get(step(variables, put(batch)))
     for name, total in sums.items():
       mean = Mean(float(total), float(count))
       means[name] = means[name] + mean if name in means else mean

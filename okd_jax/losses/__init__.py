@@ -1,22 +1,20 @@
 """Token-level losses. They know arrays only."""
 
+from okd_jax.losses import stored
 from okd_jax.losses.chunked import Output, TokenLoss, per_token, unembed, weighted_sums
 from okd_jax.losses.cross_tokenizer import align, sorted_distance
 from okd_jax.losses.divergences import (
   adaptive_kl,
   alpha_beta,
-  cross_entropy,
-  entropy,
   forward_kl,
   jensen_shannon,
-  log_probs,
   reverse_kl,
   skew_forward_kl,
   skew_reverse_kl,
-  top1_agreement,
   total_variation,
   weighted_kl,
 )
+from okd_jax.losses.logits import cross_entropy, entropy, log_probs, top1_agreement
 from okd_jax.losses.mean import Mean, token_weights
 from okd_jax.losses.mixture import mixture
 from okd_jax.losses.ranking import rank_correlation
@@ -49,6 +47,7 @@ __all__ = [
   "skew_forward_kl",
   "skew_reverse_kl",
   "sorted_distance",
+  "stored",
   "token_weights",
   "top1_agreement",
   "top_k",

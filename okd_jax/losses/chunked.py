@@ -9,23 +9,41 @@ pass serve the student and the online module (OKD) at the price of one.
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PyTree, Shaped
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+from okd_jax.losses.layout import (
+  Chunk,
+  Chunks,
+  Hidden,
+  Labels,
+  Name,
+  chunk_at,
+  counting_first,
+  cut,
+  join,
+  per_shard,
+  put_back,
+  row_shards,
+)
+from okd_jax.losses.logits import Knob
 
 # (logits by model [B, C, V], labels [B, C], **knobs) -> (loss [B, C], metrics [B, C] by
 # name): of any B * C positions, neither rows nor neighbours.
 TokenLoss = Callable[..., tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]]]
-Labels = PyTree[Shaped[Array, "B L ..."]]
+Sums = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # of loss and metrics
 
+_Logits = dict[Name, Float[Array, "B C _"]]  # by model, each of its own vocabulary
+_Labels = PyTree[Shaped[Array, "B C ..."]]
+_HeadGrads = dict[Name, Float[Array, "G _ _"]]  # by model, a sum for each group of rows
+_HiddenGrads = dict[Name, Float[Array, "N B C _"]]  # by model, chunk by chunk
 
 _CPU_BUDGET, _BUDGET = 16 << 20, 256 << 20  # bytes of a chunk's float32 logits
-_ROW_AXES = ("data", "fsdp")  # of the mesh, which the rows of a batch are divided by
 
 
 class Output(NamedTuple):
@@ -36,9 +54,27 @@ class Output(NamedTuple):
 
 
 def unembed(
-  hidden: Float[Array, "*B D"], head: Float[Array, "V D"]
+  hidden: Float[Array | np.ndarray, "*B D"], head: Float[Array | np.ndarray, "V D"]
 ) -> Float[Array, "*B V"]:
-  """float32 logits, multiplied in the dtype of the hidden states."""
+  """Hidden states times the head, in the dtype of the hidden states.
+
+  Args:
+    hidden: the last states of a decoder, after its norm.
+    head: a vector for each token, the embedding where both are tied.
+
+  Returns:
+    float32 logits [*B, V], added up in float32.
+
+  Raises:
+    ValueError: from JAX, if the widths D differ.
+
+  Source: Using the Output Embedding to Improve Language Models, Press and Wolf 2017,
+  arXiv 1608.05859, where head and embedding are one.
+
+  >>> head = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+  >>> print(unembed(jnp.array([1.0, 2.0]), head))
+  [1. 2. 3.]
+  """
   return jnp.einsum(
     "...d,vd->...v",
     hidden,
@@ -49,18 +85,17 @@ def unembed(
 
 def weighted_sums(
   token_loss: TokenLoss,
-  outputs: Mapping[str, Output],
+  outputs: Mapping[Name, Output],
   labels: Labels,
-  weights: Float[Array, "B L"],
+  weights: Float[Array | np.ndarray, "B L"],
   chunk: int,
-  knobs: Mapping[str, Array] | None = None,
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  knobs: Mapping[str, Knob] | None = None,
+) -> Sums:
   """Sums of the token loss and of its metrics under `weights`.
 
-  Differentiable in `outputs` only, and only the loss. Gradients of the heads
-  accumulate in float32, on each device those of its own rows, which are added up once
-  at the end; a model that nobody differentiates costs no gradient.
-  Positions of weight 0 add exactly nothing, whatever their logits hold.
+  Differentiable in `outputs` only, and only the loss; a model that nobody asks about
+  costs no gradient. Heads' gradients add up in float32, on each device those of its own
+  rows. Positions of weight 0 add exactly nothing, whatever their logits hold.
 
   Args:
     token_loss: a per-token loss; it must not close over traced values.
@@ -71,56 +106,72 @@ def weighted_sums(
     chunk: positions, times rows, that have their logits in memory at once; 0 is
       `fitting_chunk`.
     knobs: traced scalars, which the loss gets as keywords.
+
+  Returns:
+    (sum of the loss, {name: sum of the metric}).
+
+  Source: the gradient in the same pass is Liger Kernel's, Hsu et al. 2024, arXiv
+  2410.10989; here it is of any loss, of several models at once.
+
+  >>> def gold(logits, labels):
+  ...   return -jax.nn.log_softmax(logits["student"])[..., 0], {"first": labels}
+  >>> outputs = {"student": Output(jnp.ones((1, 2, 3)), jnp.zeros((4, 3)))}
+  >>> labels, weights = jnp.array([[5.0, 7.0]]), jnp.array([[1.0, 0.0]])
+  >>> loss, metrics = weighted_sums(gold, outputs, labels, weights, chunk=1)
+  >>> print(f"{loss:.4f} {metrics['first']:.1f}")  # log 4; the second does not count
+  1.3863 5.0
   """
   chunk = chunk or fitting_chunk(outputs, len(weights))
   return _sums(token_loss, chunk, dict(outputs), labels, weights, dict(knobs or {}))
 
 
-def fitting_chunk(outputs: Mapping[str, Output], rows: int) -> int:
+def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
   """The power of two whose logits of one model fill the budget of a device, or less.
 
   On a CPU that is what its caches hold: there a loss is bound by memory, and with
   eight times as much took 1.5 times as long. Elsewhere it is what keeps the matrix
   units busy and is small beside any model.
   """
-  rows = -(-rows // _shards(rows))
+  rows = -(-rows // row_shards(rows))
   vocab = max(output.head.shape[0] for output in outputs.values())
   budget = _CPU_BUDGET if jax.default_backend() == "cpu" else _BUDGET
   return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1
 
 
-def _shards(rows: int) -> int:
-  """How many devices share the rows; 1 where that does not come out even."""
-  mesh = jax.sharding.get_abstract_mesh().shape
-  shards = math.prod(mesh.get(axis, 1) for axis in _ROW_AXES)
-  return 1 if rows % shards else shards
-
-
-def _per_shard(x: Float[Array, "G ..."]):
-  """`x`, each of its first axis's parts where its share of the rows is."""
-  mesh = jax.sharding.get_abstract_mesh().shape
-  axes = tuple(axis for axis in _ROW_AXES if axis in mesh)
-  if len(x) == 1 or not axes:
-    return x
-  rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(token_loss, chunk, outputs, labels, weights, knobs):
+def _sums(
+  token_loss: TokenLoss,
+  chunk: int,
+  outputs: dict[Name, Output],
+  labels: Labels,
+  weights: Float[Array | np.ndarray, "B L"],
+  knobs: dict[str, Knob],
+) -> Sums:
   token_loss = functools.partial(token_loss, **knobs)
-  chunks, used, _ = _counting_first(outputs, labels, weights, chunk)
+  chunks, used, _ = counting_first(_hidden(outputs), labels, weights, chunk)
 
-  def body(i, sums):
-    hidden, labels, weights = _chunk(chunks, i)
-    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+  def body(i: Int[Array, ""], sums: Sums) -> Sums:
+    hidden, labels, weights = chunk_at(chunks, i)
+    logits = _logits(hidden, outputs)
     new = _chunk_sums(token_loss, logits, labels, weights)
     return jax.tree.map(jnp.add, sums, new)
 
   return jax.lax.fori_loop(0, used, body, _zeros(token_loss, outputs, chunks))
 
 
-def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
+# What JAX hands to `_sums_fwd`: arrays in wrappers that say who is differentiated.
+_Primals = PyTree[Any]
+
+
+def _sums_fwd(
+  token_loss: TokenLoss,
+  chunk: int,
+  outputs: dict[Name, Output],
+  labels: _Primals,
+  weights: _Primals,
+  knobs: _Primals,
+) -> tuple[Sums, dict[Name, Output]]:
+  """The sums, and the gradients of the loss for whoever is differentiated."""
   trained = {  # (hidden states?, head?) that somebody differentiates, by model
     name: (output.hidden.perturbed, output.head.perturbed)
     for name, output in outputs.items()
@@ -130,52 +181,84 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
   )
   token_loss = functools.partial(token_loss, **knobs)
   fitted = [name for name in outputs if any(trained[name])]
-
-  chunks, used, order = _counting_first(outputs, labels, weights, chunk)
-  shards = len(order)
-
-  def body(i, carry):
-    sums, head_grads, hidden_grads = carry
-    hidden, labels, weights = _chunk(chunks, i)
-    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
-
-    def loss_of(fitted_logits):
-      return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
-
-    loss, pull, metrics = jax.vjp(
-      loss_of, {name: logits[name] for name in fitted}, has_aux=True
-    )
-    grads = pull(jnp.ones_like(loss))[0]
-    sums = jax.tree.map(jnp.add, sums, (loss, metrics))
-    head_grads, hidden_grads = dict(head_grads), dict(hidden_grads)
-    for name, grad in grads.items():
-      h, head = hidden[name], outputs[name].head
-      grad = grad.astype(h.dtype)
-      if trained[name][0]:
-        product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
-        hidden_grads[name] = hidden_grads[name].at[i].set(product)
-      if trained[name][1]:
-        h, grad = (x.reshape(shards, -1, *x.shape[1:]) for x in (h, grad))
-        product = jnp.einsum(
-          "gbcd,gbcv->gdv", h, grad, preferred_element_type=jnp.float32
-        )
-        head_grads[name] += _per_shard(product)
-    return sums, head_grads, hidden_grads
-
-  # A sum of its own for each device, so that none waits for the others in the loop.
+  chunks, used, order = counting_first(_hidden(outputs), labels, weights, chunk)
+  groups = len(order)  # Of each its own sum: none waits for others in the loop.
   head_grads = {
-    name: _per_shard(jnp.zeros((shards, *outputs[name].head.shape[::-1]), jnp.float32))
+    name: per_shard(jnp.zeros((groups, *outputs[name].head.shape[::-1]), jnp.float32))
     for name in fitted
     if trained[name][1]
   }
   hidden_grads = {
     name: jnp.zeros_like(chunks[0][name]) for name in fitted if trained[name][0]
   }
+
+  def body(
+    i: Int[Array, ""], carry: tuple[Sums, _HeadGrads, _HiddenGrads]
+  ) -> tuple[Sums, _HeadGrads, _HiddenGrads]:
+    part = chunk_at(chunks, i)
+    new, grads = _chunk_grads(token_loss, outputs, part, fitted)
+    sums = jax.tree.map(jnp.add, carry[0], new)
+    return sums, *_add_grads(i, carry[1:], grads, part[0], outputs)
+
   init = (_zeros(token_loss, outputs, chunks), head_grads, hidden_grads)
-  sums, head_grads, hidden_grads = jax.lax.fori_loop(0, used, body, init)
-  grads = {
+  sums, *grads = jax.lax.fori_loop(0, used, body, init)
+  return sums, _as_outputs(*grads, order, outputs)
+
+
+def _chunk_grads(
+  token_loss: TokenLoss,
+  outputs: dict[Name, Output],
+  chunk: Chunk,
+  fitted: list[str],
+) -> tuple[Sums, _Logits]:
+  """A chunk's sums, and the gradient of its loss in the logits of those `fitted`."""
+  hidden, labels, weights = chunk
+  logits = _logits(hidden, outputs)
+
+  def loss_of(fitted_logits: _Logits) -> Sums:
+    return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
+
+  loss, pull, metrics = jax.vjp(
+    loss_of, {name: logits[name] for name in fitted}, has_aux=True
+  )
+  return (loss, metrics), pull(jnp.ones_like(loss))[0]
+
+
+def _add_grads(
+  i: Int[Array, ""],
+  sums: tuple[_HeadGrads, _HiddenGrads],
+  grads: _Logits,
+  hidden: Hidden,
+  outputs: dict[Name, Output],
+) -> tuple[_HeadGrads, _HiddenGrads]:
+  """Chunk i's gradients, taken from the logits to the heads and hidden states."""
+  head_grads, hidden_grads = map(dict, sums)
+  for name, grad in grads.items():
+    h, head = hidden[name], outputs[name].head
+    grad = grad.astype(h.dtype)
+    if name in hidden_grads:
+      product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
+      hidden_grads[name] = hidden_grads[name].at[i].set(product)
+    if name in head_grads:
+      groups = len(head_grads[name])
+      h, grad = (x.reshape(groups, -1, *x.shape[1:]) for x in (h, grad))
+      product = jnp.einsum(
+        "gbcd,gbcv->gdv", h, grad, preferred_element_type=jnp.float32
+      )
+      head_grads[name] += per_shard(product)
+  return head_grads, hidden_grads
+
+
+def _as_outputs(
+  head_grads: _HeadGrads,
+  hidden_grads: _HiddenGrads,
+  order: Int[Array, "G M"],
+  outputs: dict[Name, Output],
+) -> dict[Name, Output]:
+  """Gradients shaped like `outputs`, None where nobody differentiates."""
+  return {
     name: Output(
-      hidden=_put_back(hidden_grads[name], order, output.hidden.shape)
+      hidden=put_back(hidden_grads[name], order, output.hidden.shape)
       if name in hidden_grads
       else None,
       head=head_grads[name].sum(0).T.astype(output.head.dtype)
@@ -184,10 +267,14 @@ def _sums_fwd(token_loss, chunk, outputs, labels, weights, knobs):
     )
     for name, output in outputs.items()
   }
-  return sums, grads
 
 
-def _sums_bwd(token_loss, chunk, grads, cotangents):
+def _sums_bwd(
+  token_loss: TokenLoss,
+  chunk: int,
+  grads: dict[Name, Output],
+  cotangents: tuple[Any, Any],
+) -> tuple[dict[Name, Output], None, None, None]:
   scale = cotangents[0]  # of the loss; metrics are not differentiated
   return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None, None
 
@@ -195,116 +282,78 @@ def _sums_bwd(token_loss, chunk, grads, cotangents):
 _sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
 
 
-def _chunk_sums(token_loss, logits, labels, weights):
+def _hidden(outputs: Mapping[Name, Output]) -> dict[Name, Float[Array, "B L _"]]:
+  return {name: output.hidden for name, output in outputs.items()}
+
+
+def _logits(hidden: Hidden, outputs: Mapping[Name, Output]) -> _Logits:
+  return {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+
+
+def _chunk_sums(
+  token_loss: TokenLoss,
+  logits: _Logits,
+  labels: _Labels,
+  weights: Float[Array, "B C"],
+) -> Sums:
   loss, metrics = token_loss(logits, labels)
 
-  def weighted(x):
+  def weighted(x: Shaped[Array, "B C"]) -> Float[Array, ""]:
     return jnp.sum(jnp.where(weights != 0, x, 0) * weights)
 
   return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
 
 
-def _counting_first(outputs, labels, weights, chunk: int):
-  """The positions that count, before all others, in chunks.
-
-  Those of one device's rows are one group, so that short rows and long prompts leave
-  no gaps: of padding and prompts hardly any logit is ever computed.
-
-  Returns:
-    ((hidden states, labels, weights) [chunks, B, C, …], how many chunks have a
-    position that counts, order [G, N]: where each one came from).
-  """
-  rows, length = weights.shape
-  shards = _shards(rows)
-  group = functools.partial(_grouped, shards=shards)
-  counts = group(weights) != 0
-  order = jnp.argsort(~counts, axis=1, stable=True)
-  size = min(chunk, length)
-
-  def lay_out(x):
-    x = _cut(_pick(group(x), order), size * rows // shards)
-    return x.reshape(-1, rows, size, *x.shape[3:])
-
-  # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
-  hidden = {
-    name: jnp.where(weights[..., None] != 0, output.hidden, 0)
-    for name, output in outputs.items()
-  }
-  chunks = jax.tree.map(lay_out, (hidden, labels, weights))
-  return chunks, -(-counts.sum(1).max() * shards // (size * rows)), order
-
-
-def _grouped(x, shards: int):
-  """[B, L, …] to [G, N, …]: what is on one device, or was meant to be, in one group."""
-  return _per_shard(x.reshape(shards, -1, *x.shape[2:]))
-
-
-def _pick(x, places):
-  """The values of each group at its `places`, [G, N, …] at [G, N]."""
-  return jax.vmap(lambda group, places: group[places])(x, places)
-
-
-def _cut(x, size: int):
-  """[G, N, …] to [chunks, G, C, …]; the last chunk is filled with zeros."""
-  groups, length = x.shape[:2]
-  count = -(-length // size)
-  pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
-  x = jnp.pad(x, pad).reshape(groups, count, size, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
-
-
-def _chunk(chunks, i):
-  return jax.tree.map(lambda x: x[i], chunks)
-
-
-def _put_back(chunks, order, shape):
-  """[chunks, B, C, …] to [B, L, …], each value where `order` says it came from."""
-  groups, length = order.shape
-  joined = _join(chunks.reshape(len(chunks), groups, -1, *chunks.shape[3:]), length)
-  return _pick(joined, jnp.argsort(order, axis=1)).reshape(shape)
-
-
-def _join(chunks, length: int):
-  joined = jnp.moveaxis(chunks, 0, 1)
-  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
-
-
-def _zeros(token_loss, outputs, chunks):
+def _zeros(
+  token_loss: TokenLoss, outputs: Mapping[Name, Output], chunks: Chunks
+) -> Sums:
   """Zeros shaped like one chunk's sums, found without computing one."""
 
-  def first(outputs, chunks):
-    hidden, labels, weights = _chunk(chunks, 0)
-    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
-    return _chunk_sums(token_loss, logits, labels, weights)
+  def first(outputs: Mapping[Name, Output], chunks: Chunks) -> Sums:
+    hidden, labels, weights = chunk_at(chunks, 0)
+    return _chunk_sums(token_loss, _logits(hidden, outputs), labels, weights)
 
   shapes = jax.eval_shape(first, outputs, chunks)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _is_primal(leaf) -> bool:
+def _is_primal(leaf: object) -> bool:
   return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def per_token(
-  function: Callable,
-  outputs: Mapping[str, Output],
+  function: Callable[[_Logits, _Labels], PyTree[Array]],
+  outputs: Mapping[Name, Output],
   labels: Labels,
   chunk: int,
-):
+) -> PyTree[Shaped[Array, "B L ..."]]:
   """A function of the logits at every position, chunk by chunk; not differentiated.
 
-  function: (logits by model [B, C, V], labels [B, C]) -> any tree of [B, C].
+  Args:
+    function: (logits by model [B, C, V], labels [B, C]) -> any tree of [B, C, …].
+    outputs: hidden states and head of each model, by name.
+    labels: any tree of arrays [B, L, …].
+    chunk: positions of a row that have their logits in memory at once; 0 is
+      `fitting_chunk`.
+
+  Returns:
+    The tree of the function's values at all positions [B, L, …].
+
+  Source: as `weighted_sums`.
+
+  >>> outputs = {"student": Output(jnp.array([[[1.0], [2.0]]]), jnp.array([[3.0]]))}
+  >>> first = lambda logits, labels: logits["student"][..., 0] + labels
+  >>> print(per_token(first, outputs, jnp.array([[0.5, 0.25]]), chunk=1))
+  [[3.5  6.25]]
   """
   rows, length = jax.tree.leaves(labels)[0].shape[:2]
   chunk = chunk or fitting_chunk(outputs, rows)
   outputs = jax.lax.stop_gradient(dict(outputs))
 
-  def body(_, inputs):
+  def body(_: None, inputs: tuple[Hidden, _Labels]) -> tuple[None, PyTree[Array]]:
     hidden, labels = inputs
-    logits = {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
-    return None, function(logits, labels)
+    return None, function(_logits(hidden, outputs), labels)
 
-  hidden = {name: output.hidden for name, output in outputs.items()}
-  cut = functools.partial(_cut, size=min(chunk, length))
-  _, values = jax.lax.scan(body, None, jax.tree.map(cut, (hidden, labels)))
-  return jax.tree.map(lambda x: _join(x, length), values)
+  pieces = functools.partial(cut, size=min(chunk, length))
+  _, values = jax.lax.scan(body, None, jax.tree.map(pieces, (_hidden(outputs), labels)))
+  return jax.tree.map(lambda x: join(x, length), values)

@@ -6,9 +6,12 @@ Boizard et al. 2024, arXiv 2402.12030.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from okd_jax.losses.divergences import Knob, PerToken, log_probs
+from okd_jax.losses.logits import Knob, PerToken, log_probs
+
+_Ascending = Float[Array, "*B _"]  # probabilities, the smallest first
 
 
 def sorted_distance(
@@ -21,8 +24,21 @@ def sorted_distance(
   The shorter vocabulary is filled up with probabilities 0. This is the Wasserstein-1
   distance where moving mass costs the same between any two tokens (ULD's closed form);
   it is 0 for distributions that differ only in which token is which, and at most
-  2 T^2. Like total variation it is not quadratic near p = q. In float32; the gradient
-  flows to the student alone.
+  2 T^2. Like total variation it is not quadratic near p = q. In float32.
+
+  Args:
+    teacher_logits: of p, a constant of the gradient.
+    student_logits: of q, to whom the gradient flows.
+    temperature: T, by which both logits are divided.
+
+  Returns:
+    The distance at each position [*B].
+
+  Source: Universal Logit Distillation, arXiv 2402.12030.
+
+  >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.0, 0.75]))
+  >>> print(f"{sorted_distance(p, q):.2f}")  # |0.5 - 0.75| + |0.5 - 0.25|
+  0.50
   """
   p = jax.lax.stop_gradient(_ascending(teacher_logits, temperature))
   q = _ascending(student_logits, temperature)
@@ -32,12 +48,25 @@ def sorted_distance(
 
 
 def align(
-  student_mask: Bool[Array, "B L"], teacher_mask: Bool[Array, "B M"]
+  student_mask: Bool[Array | np.ndarray, "B L"],
+  teacher_mask: Bool[Array | np.ndarray, "B M"],
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B L"]]:
   """The teacher's position for answer token j, at the student's position for its own.
 
+  Args:
+    student_mask: where the student's row holds tokens of the answer.
+    teacher_mask: where the teacher's row, of the same answer, does.
+
   Returns:
     (index into the teacher's row, whether both answers have a token j).
+
+  Source: Universal Logit Distillation, arXiv 2402.12030, where the answers are
+  compared token by token, as far as the shorter one goes.
+
+  >>> ours, theirs = jnp.array([[False, True, True]]), jnp.array([[True, False]])
+  >>> index, both = align(ours, theirs)
+  >>> print(both, index[both])
+  [[False  True False]] [0]
   """
   number = jnp.cumsum(student_mask, axis=-1) - 1
   # The teacher's masked positions first, in order.
@@ -48,11 +77,11 @@ def align(
   return index, student_mask & (number < length)
 
 
-def _ascending(logits, temperature: Knob):
+def _ascending(logits: Float[Array, "*B V"], temperature: Knob) -> _Ascending:
   return jnp.sort(jnp.exp(log_probs(logits, temperature)), axis=-1)
 
 
-def _filled(ascending, size: int):
+def _filled(ascending: _Ascending, size: int) -> _Ascending:
   """Tokens of probability 0 come first in ascending order."""
   missing = size - ascending.shape[-1]
   return jnp.pad(ascending, [(0, 0)] * (ascending.ndim - 1) + [(missing, 0)])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from okd_jax.losses.divergences import at_least_zero
+from okd_jax.losses.logits import Knob, PerToken, at_least_zero
 
 # Stands for a logit of -inf: finite, so that no difference of two is NaN.
 _LOWEST = -1e30
@@ -16,19 +16,31 @@ def rank_correlation(
   teacher_logits: Float[Array, "*B V"],
   student_logits: Float[Array, "*B V"],
   k: int = 5,
-  temperature: float | Float[Array, ""] = 1.0,
-) -> Float[Array, "*B"]:
+  temperature: Knob = 1.0,
+) -> PerToken:
   """1 - rho: rho is Spearman's correlation of both models' soft ranks, in [-1, 1].
 
-  RLKD, Zhang et al. 2024, arXiv 2409.12545. Ranks are taken among the union of both
-  models' top k, on logits, so adding a constant changes nothing:
-  rank_i = sum_j sigmoid((z_i - z_j) / temperature). Towards temperature 0 they are
-  the true ranks. Which tokens are ranked is a constant of the gradient, which flows
-  to both sides through the ranks. Where one side ranks nothing (all logits equal) the
-  loss is 1; where neither does, or both agree, it is 0.
+  Ranks are taken among the union of both models' top k, where an id counts once (unlike
+  in the authors' code): rank_i = sum_j sigmoid((z_i - z_j) / temperature), towards
+  temperature 0 the true one. Which tokens are ranked is a constant of the gradient,
+  which flows to both sides. Where one side ranks nothing (all logits equal) the loss is
+  1; where neither does, or both agree, it is 0.
 
-  Unlike the authors' code, an id in both top k counts once. Shapes are fixed: always
-  2k slots, masked where they repeat.
+  Args:
+    teacher_logits: of one model.
+    student_logits: of the other, over the same vocabulary.
+    k: how many of each model's likeliest tokens are ranked; cut to V.
+    temperature: how soft the ranks are.
+
+  Returns:
+    The loss at each position [*B], in [0, 2].
+
+  Source: RLKD, Zhang et al. 2024, arXiv 2409.12545.
+
+  >>> p = jnp.array([4.0, 2.0, 0.0])
+  >>> losses = [rank_correlation(p, q, k=3) for q in (p, p[::-1])]
+  >>> print([f"{loss:.2f}" for loss in losses])  # the same order, the opposite one
+  ['0.00', '2.00']
   """
   k = min(k, teacher_logits.shape[-1])
   ids, valid = _union(teacher_logits, student_logits, k)
@@ -42,9 +54,12 @@ def rank_correlation(
 
 
 def _union(
-  teacher_logits, student_logits, k: int
-) -> tuple[Int[Array, "*B 2k"], Bool[Array, "*B 2k"]]:
-  """Ids of both top k side by side, and which of them appear for the first time."""
+  teacher_logits: Float[Array, "*B V"], student_logits: Float[Array, "*B V"], k: int
+) -> tuple[Int[Array, "*B S"], Bool[Array, "*B S"]]:
+  """Ids of both top k side by side, and which of them appear for the first time.
+
+  Shapes are fixed: always S = 2 k slots, masked where they repeat.
+  """
   teacher, student = (
     jax.lax.top_k(jax.lax.stop_gradient(logits), k)[1]
     for logits in (teacher_logits, student_logits)
@@ -54,7 +69,9 @@ def _union(
   return jnp.concatenate([teacher, student], axis=-1), valid
 
 
-def _soft_ranks(logits, valid, temperature) -> Float[Array, "*B S"]:
+def _soft_ranks(
+  logits: Float[Array, "*B S"], valid: Bool[Array, "*B S"], temperature: Knob
+) -> Float[Array, "*B S"]:
   """Soft ranks among the valid slots, centred and of length 1; 0 elsewhere."""
   logits = jnp.maximum(logits.astype(jnp.float32), _LOWEST)
   gaps = (logits[..., :, None] - logits[..., None, :]) / temperature

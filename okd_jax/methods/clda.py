@@ -28,13 +28,11 @@ such a teacher.
 """
 
 import dataclasses
-import functools
 
 from okd_jax.methods import okd
-from okd_jax.methods.base.method import Method
+from okd_jax.methods.base import Method
 
 
-@functools.wraps(okd.build, assigned=())
-def build(**knobs) -> Method:
-  """OKD, its knobs included, whose module is blocks unless adapter.kind says other."""
-  return dataclasses.replace(okd.build(**knobs), module="blocks")
+def build(knobs: okd.Knobs) -> Method:
+  """OKD whose adapters are blocks of the teacher unless adapter.kind says other."""
+  return dataclasses.replace(okd.build(knobs), adapter="blocks")

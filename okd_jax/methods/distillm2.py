@@ -8,19 +8,30 @@ training:
 
 each averaged over a sequence's tokens first and then over sequences, the student in
 the second mixture being a constant (unlike in DistiLLM). Cross-entropy on gold and an
-online module's loss are averaged in the same way here, not over all tokens. Its
-curricula for a and b are off in the release: b may move (`end.contrast`), the one for a
-is not here.
+adapter's loss are averaged in the same way here, not over all tokens. Its curricula for
+a and b are off in the release: b may move (`end.contrast`), the one for a is not here.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.losses import forward_kl, log_probs, skew_forward_kl
-from okd_jax.methods.base.knobs import Knob, check_weight, ends
-from okd_jax.methods.base.method import (
+from okd_jax.methods.base import (
+  Knob,
+  Logits,
+  Loss,
   Method,
+  Models,
+  Now,
+  Params,
+  TextKnobs,
+  check_weight,
   combine,
   diagnostics,
   gold_nll,
@@ -28,67 +39,89 @@ from okd_jax.methods.base.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.base.sequences import make_sequences, never
+from okd_jax.methods.base.knobs import ends, never
 
 
-def build(*, skew: Knob, contrast: Knob, gold_weight: Knob, **sampling) -> Method:
-  """DistiLLM-2.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knobs(TextKnobs):
+  """What `distillm2` reads; left open, both writers draw at 0.8 with top_p 0.95.
 
-  Args:
-    skew: a.
-    contrast: b, from 0 (the teacher's text alone) to 2 (the student's alone).
-    gold_weight: cross-entropy on gold, on top.
-    sampling: left open, temperature 0.8 and top_p 0.95 for both writers.
+  skew: a.
+  contrast: b, from 0 (the teacher's text alone) to 2 (the student's alone).
+  gold_weight: cross-entropy on gold, on top.
   """
-  if not all(0 < value < 1 for value in ends(skew)):
-    raise UserError(f"method.skew={skew} must lie between 0 and 1")
-  if not all(0 <= value <= 2 for value in ends(contrast)):
-    raise UserError(f"method.contrast={contrast} must lie between 0 and 2")
-  check_weight("method.gold_weight", gold_weight)
 
-  def pull(logits, labels, *, skew, contrast):
-    student, teacher = logits["student"], stop_gradient(logits["teacher"])
-    d = skew_forward_kl(teacher, student, alpha=skew)
-    metrics = {"divergence": d} | diagnostics(logits, labels)
-    return combine((2 - contrast, d)), metrics
+  skew: Knob = 0.1
+  contrast: Knob = 1.0
+  gold_weight: Knob = 0.0
 
-  def push(logits, labels, *, skew, contrast):
-    log_q, log_p = log_probs(logits["student"]), log_probs(logits["teacher"])
-    mixture = jnp.logaddexp(log_p + jnp.log1p(-skew), log_q + jnp.log(skew))
-    d = forward_kl(log_q, stop_gradient(mixture))
-    return combine((contrast, d)), {"student_divergence": d}
+  own_temperature, own_top_p = 0.8, 0.95
 
-  def loss(models, params, frozen, batch, key, knobs):
-    knobs = dict(knobs)
-    gold_weight = knobs.pop("gold_weight")
+  def __post_init__(self):
+    super().__post_init__()
+    if not all(0 < value < 1 for value in ends(self.skew)):
+      raise UserError(f"method.skew={self.skew} must lie between 0 and 1")
+    if not all(0 <= value <= 2 for value in ends(self.contrast)):
+      raise UserError(f"method.contrast={self.contrast} must lie between 0 and 2")
+    check_weight("method.gold_weight", self.gold_weight)
+
+
+def build(knobs: Knobs) -> Method:
+  """Both terms, and cross-entropy on gold."""
+
+  def loss(
+    models: Models,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    now: Now,
+  ) -> Loss:
+    now = dict(now)
+    gold_weight = now.pop("gold_weight")
     value, metrics = 0.0, {}
-    for number, (writer, term) in enumerate((("teacher", pull), ("student", push))):
-      rows = batch[writer]
+    for number, (writer, term) in enumerate((("teacher", _pull), ("student", _push))):
+      rows = batch.answers[writer]
+      own_key = jax.random.fold_in(key, number)
       outputs = {
-        "student": models.student(
-          params["student"], rows, jax.random.fold_in(key, number)
-        ),
+        "student": models.student(params["student"], rows, own_key),
         "teacher": models.teacher(frozen, None, rows),
       }
-      part, more = token_sums(models, term, outputs, rows, knobs)
+      part, more = token_sums(models, term, outputs, rows, now)
       value, metrics = value + part, metrics | more
-    if "gold" in batch and not is_zero(gold_weight):
-      nll = gold_nll(models, params, batch, jax.random.fold_in(key, 2))
+    if batch.gold is not None and not is_zero(gold_weight):
+      nll = gold_nll(models, params, batch.gold, jax.random.fold_in(key, 2))
       value, metrics = value + gold_weight * nll, metrics | {"gold_nll": nll}
     return value, metrics
 
-  sequences = make_sequences(
+  sequences = knobs.sequences(
     "gold",
-    **sampling,
-    defaults=(1.0, 0.8, 0.95),
     beforehand=("teacher", "student"),
-    gold=not never(gold_weight),
+    gold=not never(knobs.gold_weight),
   )
-  knobs = {"skew": skew, "contrast": contrast, "gold_weight": gold_weight}
-  return Method(loss, "frozen", knobs, sequences=sequences, weights=sequence_weights)
+  numbers = {
+    "skew": knobs.skew,
+    "contrast": knobs.contrast,
+    "gold_weight": knobs.gold_weight,
+  }
+  return Method(loss, numbers, sequences=sequences, weights=sequence_weights)
 
 
-def sequence_weights(mask):
+def _pull(logits: Logits, labels: Int[Array, "B C"], *, skew: Any, contrast: Any):
+  student, teacher = logits["student"], stop_gradient(logits["teacher"])
+  d = skew_forward_kl(teacher, student, alpha=skew)
+  metrics = {"divergence": d} | diagnostics(logits, labels)
+  return combine((2 - contrast, d)), metrics
+
+
+def _push(logits: Logits, labels: Int[Array, "B C"], *, skew: Any, contrast: Any):
+  log_q, log_p = log_probs(logits["student"]), log_probs(logits["teacher"])
+  mixture = jnp.logaddexp(log_p + jnp.log1p(-skew), log_q + jnp.log(skew))
+  d = forward_kl(log_q, stop_gradient(mixture))
+  return combine((contrast, d)), {"student_divergence": d}
+
+
+def sequence_weights(mask: Bool[Array, "B L"]) -> Float[Array, "B L"]:
   """1 / (tokens of the row times rows with any), so that long and short weigh alike."""
   tokens = jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.float32)
   rows = jnp.sum(tokens > 0, dtype=jnp.float32)

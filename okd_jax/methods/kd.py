@@ -4,21 +4,27 @@ Distilling the Knowledge in a Neural Network, Hinton et al. 2015, arXiv 1503.025
 `kd` takes the divergence as a knob; the others are names that papers use.
 """
 
-import jax
+import dataclasses
+from typing import Any
 
-from okd_jax.errors import UserError
-from okd_jax.losses import cross_entropy
-from okd_jax.methods.base.knobs import (
+import jax
+from jaxtyping import Array, Key
+
+from okd_jax.data.batch import Batch
+from okd_jax.losses import TokenLoss, cross_entropy
+from okd_jax.losses.stored import token_distance
+from okd_jax.methods.base import (
+  DivergenceKnobs,
   Knob,
-  among_top_k,
-  check_positive,
+  Logits,
+  Loss,
+  Method,
+  Models,
+  Now,
+  Params,
+  check_least,
   check_share,
   check_weight,
-  find_divergence,
-  own_shape,
-)
-from okd_jax.methods.base.method import (
-  Method,
   combine,
   diagnostics,
   gold_nll,
@@ -26,73 +32,89 @@ from okd_jax.methods.base.method import (
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.stored import token_distance
+from okd_jax.methods.base.divergences import Distance, among_top_k
 
 
-def build(
-  *,
-  divergence: str,
-  kd_ratio: Knob,
-  temperature: Knob,
-  gold_weight: Knob,
-  top_k: int,
-  **shape: Knob,
-) -> Method:
-  """loss = r D(p, q) + (1 - r + g) CE(y; q), the token mean.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knobs(DivergenceKnobs):
+  """What `kd` reads.
 
-  Args:
-    divergence: D, a key of `knobs.DIVERGENCES`; its own knobs are in `shape`. '' is
-      the forward KL.
-    kd_ratio: r, the share of the divergence.
-    temperature: T of the divergence, which is multiplied by T^2.
-    gold_weight: g, cross-entropy on gold on top of that share.
-    top_k: use the teacher's so many likeliest tokens and one bucket for the rest, as
-      a stored teacher would give them; 0 is the whole vocabulary.
+  divergence: D; '' is the forward KL.
+  temperature: T of the divergence, which is multiplied by T^2.
+  kd_ratio: r, the share of the divergence.
+  gold_weight: g, cross-entropy on gold on top of that share.
+  top_k: use the teacher's so many likeliest tokens and one bucket for the rest, as a
+    stored teacher would give them; 0 is the whole vocabulary.
   """
-  check_share("method.kd_ratio", kd_ratio)
-  check_positive("method.temperature", temperature)
-  check_weight("method.gold_weight", gold_weight)
-  if top_k < 0:
-    raise UserError(f"method.top_k={top_k} must be at least 0")
-  divergence = divergence or "forward_kl"
-  distance = find_divergence("method.divergence", divergence, shape)
-  if top_k:
-    distance = among_top_k(distance, top_k)
 
-  def token_loss(logits, labels, *, kd_ratio, gold_weight, **knobs):
+  kd_ratio: Knob = 1.0
+  gold_weight: Knob = 0.0
+  top_k: int = 0
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_share("method.kd_ratio", self.kd_ratio)
+    check_weight("method.gold_weight", self.gold_weight)
+    check_least("method.top_k", self.top_k, 0)
+
+
+def build(knobs: Knobs) -> Method:
+  """loss = r D(p, q) + (1 - r + g) CE(y; q), the token mean."""
+  distance = knobs.distance()
+  if knobs.top_k:
+    distance = among_top_k(distance, knobs.top_k)
+  token_loss = _token_loss(distance)
+
+  def loss(
+    models: Models,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    now: Now,
+  ) -> Loss:
+    outputs = {"student": models.student(params["student"], batch, key)}
+    if batch.stored is not None:
+      labels = batch.labels, batch.stored
+      return token_sums(models, token_loss, outputs, batch, now, labels)
+    outputs["teacher"] = models.teacher(frozen, None, batch)
+    if batch.gold is None:
+      return token_sums(models, token_loss, outputs, batch, now)
+    # Sampled rows, and beside them what their prompts' answers should have been: no
+    # cross-entropy on the former.
+    no_gold = {**now, "gold_weight": now["kd_ratio"] - 1}
+    value, metrics = token_sums(models, token_loss, outputs, batch, no_gold)
+    weight = 1 - now["kd_ratio"] + now["gold_weight"]
+    if is_zero(weight):
+      return value, metrics
+    nll = gold_nll(models, params, batch.gold, jax.random.fold_in(key, 1))
+    return value + weight * nll, metrics | {"gold_nll": nll}
+
+  numbers = {
+    "kd_ratio": knobs.kd_ratio,
+    "temperature": knobs.temperature,
+    "gold_weight": knobs.gold_weight,
+  }
+  # Whoever asks for K of the tokens must find a whole distribution.
+  return Method(loss, numbers | knobs.shape, takes_stored=not knobs.top_k)
+
+
+def _token_loss(distance: Distance) -> TokenLoss:
+  def token_loss(
+    logits: Logits, labels: Any, *, kd_ratio: Any, gold_weight: Any, **rest: Any
+  ):
     student = logits["student"]
     if "teacher" in logits:
-      d = distance(stop_gradient(logits["teacher"]), student, **knobs)
+      d = distance(stop_gradient(logits["teacher"]), student, **rest)
       figures = diagnostics(logits, labels)
     else:
       labels, stored = labels
-      d, figures = token_distance(distance, student, stored, **knobs)
+      d, figures = token_distance(distance, student, stored, **rest)
     ce = cross_entropy(student, labels)
     loss = combine((kd_ratio, d), (1 - kd_ratio + gold_weight, ce))
     return loss, figures | {"divergence": d, "student_nll": stop_gradient(ce)}
 
-  def loss(models, params, frozen, batch, key, knobs):
-    outputs = {"student": models.student(params["student"], batch, key)}
-    if "stored" in batch:
-      labels = batch["labels"], batch["stored"]
-      return token_sums(models, token_loss, outputs, batch, knobs, labels)
-    outputs["teacher"] = models.teacher(frozen, None, batch)
-    if "gold" not in batch:
-      return token_sums(models, token_loss, outputs, batch, knobs)
-    # Sampled rows, and beside them what their prompts' answers should have been: no
-    # cross-entropy on the former.
-    no_gold = knobs | {"gold_weight": knobs["kd_ratio"] - 1}
-    value, metrics = token_sums(models, token_loss, outputs, batch, no_gold)
-    weight = 1 - knobs["kd_ratio"] + knobs["gold_weight"]
-    if is_zero(weight):
-      return value, metrics
-    nll = gold_nll(models, params, batch, jax.random.fold_in(key, 1))
-    return value + weight * nll, metrics | {"gold_nll": nll}
-
-  knobs = {"kd_ratio": kd_ratio, "temperature": temperature, "gold_weight": gold_weight}
-  knobs |= own_shape(shape, divergence)
-  # Whoever asks for K of the tokens must find a whole distribution.
-  return Method(loss=loss, teacher="frozen", knobs=knobs, takes_stored=not top_k)
+  return token_loss
 
 
 # KD by one divergence, under the name it has in the literature.
@@ -104,3 +126,12 @@ NAMED = {
   "skl": "skew_forward_kl",  # DistiLLM's, Ko et al. 2024, arXiv 2402.03898
   "srkl": "skew_reverse_kl",  # likewise
 }
+
+
+def named(name: str) -> type[Knobs]:
+  """The knobs of one of NAMED: those of `kd`, but the divergence is settled."""
+  settled = dataclasses.field(default=NAMED[name], init=False)
+  fields = [("divergence", str, settled)]
+  return dataclasses.make_dataclass(
+    f"Knobs_{name}", fields, bases=(Knobs,), frozen=True, kw_only=True
+  )

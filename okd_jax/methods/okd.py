@@ -16,27 +16,33 @@ gamma, is our addition: nothing else in L_t remembers the base teacher, so that 
 alpha = 1 every student is a fixed point and the adapted teacher collapses.
 """
 
+import dataclasses
 import logging
+from typing import Any
 
-from okd_jax.errors import UserError
-from okd_jax.losses import cross_entropy, forward_kl
-from okd_jax.methods.base.knobs import (
+from jaxtyping import Array, Int, Key
+
+from okd_jax.data.batch import Batch
+from okd_jax.losses import Output, TokenLoss, cross_entropy, forward_kl
+from okd_jax.methods.base import (
+  DivergenceKnobs,
   Knob,
-  check_positive,
+  Logits,
+  Loss,
+  Method,
+  Models,
+  Now,
+  Params,
+  check_choice,
   check_share,
   check_weight,
-  ends,
-  find_divergence,
-  own_shape,
-)
-from okd_jax.methods.base.method import (
-  Method,
   combine,
   diagnostics,
   stop_gradient,
   token_sums,
 )
-from okd_jax.methods.base.sequences import never
+from okd_jax.methods.base.divergences import ShapedKnobs, bind
+from okd_jax.methods.base.knobs import ends, never
 
 _log = logging.getLogger(__name__)
 
@@ -52,100 +58,135 @@ UPDATES = {
 _UNSAFE_ALPHA = 0.75
 
 
-def build(
-  *,
-  divergence: str,
-  teacher_divergence: str,
-  teacher_kl_weight: Knob,
-  student_kl_weight: Knob,
-  anchor_weight: Knob,
-  gold_weight: Knob,
-  temperature: Knob,
-  update_order: str,
-  **shape: Knob,
-) -> Method:
-  """The sum of both losses; one gradient of it is both separate gradients.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleKnobs(ShapedKnobs):
+  """What the loss of an adapter reads, whatever the student's own loss is.
 
-  Args:
-    divergence: the student's, from the adapted teacher (target) to the student.
-    teacher_divergence: the module's, from the student (target) to the adapted
-      teacher, so that 'forward_kl' is the paper's KL(q || p_ta).
-    teacher_kl_weight: alpha; above 0.75 without an anchor it warns.
-    student_kl_weight: w, the rest is cross-entropy on gold (the paper's Figure 9).
-    anchor_weight: gamma; above 0 it needs the frozen teacher's logits as well.
-    gold_weight: g, cross-entropy on gold for the student, on top of 1 - w.
-    temperature: of both divergences, each times T^2; the anchor's is 1.
-    update_order: 'simultaneous' or 'sequential'.
-    shape: the knobs of either divergence.
+  teacher_divergence: from the student (target) to the adapted teacher, so that
+    'forward_kl' is the paper's KL(q || p_ta).
+  teacher_kl_weight: alpha; above 0.75 without an anchor it warns.
+  anchor_weight: gamma; above 0 it needs the frozen teacher's logits as well.
+  temperature: of the divergence, which is multiplied by T^2; the anchor's is 1.
   """
-  check_share("method.student_kl_weight", student_kl_weight)
-  check_weight("method.gold_weight", gold_weight)
-  if update_order not in UPDATES:
-    raise UserError(
-      f"method.update_order={update_order!r} must be one of {', '.join(UPDATES)}"
-    )
-  divergence = divergence or "forward_kl"
-  student_distance = find_divergence("method.divergence", divergence, shape)
-  module_loss, module_knobs = build_module_loss(
-    teacher_divergence=teacher_divergence,
-    teacher_kl_weight=teacher_kl_weight,
-    anchor_weight=anchor_weight,
-    temperature=temperature,
-    **shape,
-  )
 
-  def token_loss(logits, labels, *, student_kl_weight, gold_weight, **knobs):
+  teacher_divergence: str = "forward_kl"
+  teacher_kl_weight: Knob = 0.25
+  anchor_weight: Knob = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_share("method.teacher_kl_weight", self.teacher_kl_weight)
+    check_weight("method.anchor_weight", self.anchor_weight)
+    pulls = ends(self.teacher_kl_weight), ends(self.anchor_weight)
+    if any(a > _UNSAFE_ALPHA and not g for a, g in zip(*pulls, strict=True)):
+      _log.warning(
+        "method.teacher_kl_weight above %s lets the adapted teacher collapse onto the "
+        "student; set method.anchor_weight (0.3 is a good start)",
+        _UNSAFE_ALPHA,
+      )
+
+  def named_divergences(self) -> dict[str, str]:
+    own = {"method.teacher_divergence": self.teacher_divergence}
+    return super().named_divergences() | own
+
+  def module_numbers(self) -> dict[str, Knob]:
+    """The numbers that the adapter's loss reads, by key."""
+    return {
+      "teacher_kl_weight": self.teacher_kl_weight,
+      "anchor_weight": self.anchor_weight,
+      "temperature": self.temperature,
+    } | self.shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knobs(ModuleKnobs, DivergenceKnobs):
+  """What `okd` reads.
+
+  divergence: the student's, from the adapted teacher (target) to the student.
+  student_kl_weight: w, the rest is cross-entropy on gold (the paper's Figure 9).
+  gold_weight: g, cross-entropy on gold for the student, on top of 1 - w.
+  update_order: 'simultaneous' or 'sequential'.
+  """
+
+  student_kl_weight: Knob = 1.0
+  gold_weight: Knob = 0.0
+  update_order: str = "simultaneous"
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_share("method.student_kl_weight", self.student_kl_weight)
+    check_weight("method.gold_weight", self.gold_weight)
+    check_choice("method.update_order", self.update_order, UPDATES)
+
+
+def build(knobs: Knobs) -> Method:
+  """The sum of both losses; one gradient of it is both separate gradients."""
+  student_distance, module_loss = knobs.distance(), build_module_loss(knobs)
+
+  def token_loss(
+    logits: Logits,
+    labels: Int[Array, "B C"],
+    *,
+    student_kl_weight: Any,
+    gold_weight: Any,
+    **rest: Any,
+  ):
     student, teacher = logits["student"], logits["teacher"]
-    d = student_distance(stop_gradient(teacher), student, **knobs)
+    d = student_distance(stop_gradient(teacher), student, **rest)
     loss = combine(
       (student_kl_weight, d),
       (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
     )
-    module, metrics = module_loss(logits, labels, **knobs)
+    module, metrics = module_loss(logits, labels, **rest)
     metrics |= {"divergence": d, "student_loss": loss}
     return loss + module, metrics | diagnostics(logits, labels)
 
-  def loss(models, params, frozen, batch, key, knobs):
+  def loss(
+    models: Models,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    now: Now,
+  ) -> Loss:
     outputs = {"student": models.student(params["student"], batch, key)}
-    outputs |= teacher_outputs(models, params, frozen, batch, anchor_weight)
-    return token_sums(models, token_loss, outputs, batch, knobs)
+    if never(knobs.anchor_weight):
+      outputs["teacher"] = models.teacher(frozen, params["adapter"], batch)
+    else:
+      both = models.both(frozen, params["adapter"], batch)
+      outputs["teacher"], outputs["base"] = both
+    return token_sums(models, token_loss, outputs, batch, now)
 
-  knobs = {"student_kl_weight": student_kl_weight, "gold_weight": gold_weight}
-  knobs |= module_knobs | own_shape(shape, divergence)
-  return Method(loss, "adapted", knobs, UPDATES[update_order])
+  numbers = {
+    "student_kl_weight": knobs.student_kl_weight,
+    "gold_weight": knobs.gold_weight,
+  }
+  return Method(
+    loss,
+    numbers | knobs.module_numbers(),
+    adapts=True,
+    updates=UPDATES[knobs.update_order],
+  )
 
 
-def build_module_loss(
-  *,
-  teacher_divergence: str,
-  teacher_kl_weight: Knob,
-  anchor_weight: Knob,
-  temperature: Knob,
-  **shape: Knob,
-):
-  """(L_t, its knobs): what moves the module, whatever the student's own loss is.
+def build_module_loss(knobs: ModuleKnobs) -> TokenLoss:
+  """L_t, what moves an adapter.
 
-  L_t reads logits 'student', 'teacher' (adapted) and, with an anchor, 'base'.
+  It reads logits 'student', 'teacher' (adapted) and, with an anchor, 'base'.
   """
-  check_share("method.teacher_kl_weight", teacher_kl_weight)
-  check_weight("method.anchor_weight", anchor_weight)
-  check_positive("method.temperature", temperature)
-  distance = find_divergence("method.teacher_divergence", teacher_divergence, shape)
-  anchored = not never(anchor_weight)
-  unsafe = [
-    alpha > _UNSAFE_ALPHA and not anchor
-    for alpha, anchor in zip(ends(teacher_kl_weight), ends(anchor_weight), strict=True)
-  ]
-  if any(unsafe):
-    _log.warning(
-      "method.teacher_kl_weight above %s lets the adapted teacher collapse onto the "
-      "student; set method.anchor_weight (0.3 is a good start)",
-      _UNSAFE_ALPHA,
-    )
+  distance = bind(knobs.teacher_divergence)
+  anchored = not never(knobs.anchor_weight)
 
-  def module_loss(logits, labels, *, teacher_kl_weight, anchor_weight, **knobs):
+  def module_loss(
+    logits: Logits,
+    labels: Int[Array, "B C"],
+    *,
+    teacher_kl_weight: Any,
+    anchor_weight: Any,
+    **rest: Any,
+  ):
     teacher = logits["teacher"]
-    d = distance(stop_gradient(logits["student"]), teacher, **knobs)
+    d = distance(stop_gradient(logits["student"]), teacher, **rest)
     terms = [
       (teacher_kl_weight, d),
       (1 - teacher_kl_weight, cross_entropy(teacher, labels)),
@@ -157,18 +198,20 @@ def build_module_loss(
     loss = combine(*terms)
     return loss, metrics | {"module_loss": loss}
 
-  knobs = {
-    "teacher_kl_weight": teacher_kl_weight,
-    "anchor_weight": anchor_weight,
-    "temperature": temperature,
-  }
-  return module_loss, knobs | own_shape(shape, teacher_divergence)
+  return module_loss
 
 
-def teacher_outputs(models, params, frozen, batch, anchor_weight: Knob):
-  """{'teacher': the adapted one's, with an anchor also 'base': the frozen one's}."""
-  adapter = params["adapter"]
+def adapted_outputs(
+  models: Models,
+  name: str,
+  params: Params,
+  frozen: Params,
+  batch: Batch,
+  anchor_weight: Knob,
+) -> dict[str, Output]:
+  """{'teacher': this one, adapted; with an anchor also 'base': the frozen one}."""
+  teacher, adapter = models.teachers[name], params["adapter"][name]
   if never(anchor_weight):
-    return {"teacher": models.teacher(frozen, adapter, batch)}
-  adapted, base = models.teachers(frozen, adapter, batch)
+    return {"teacher": teacher.apply(frozen[name], adapter, batch)}
+  adapted, base = teacher.both(frozen[name], adapter, batch)
   return {"teacher": adapted, "base": base}

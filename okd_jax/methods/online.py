@@ -1,126 +1,108 @@
 """The online teacher for any method: on-policy OKD and its like.
 
-The student's loss stays what the method says, on whatever text it says, with the
-adapted teacher in the frozen one's place. The module's loss is OKD's L_t (`okd`), on
+The student's loss stays what the method says, on whatever text it says, with adapted
+teachers in the place of the frozen ones. Each adapter's loss is OKD's L_t (`okd`), on
 the data's own rows: only there is there gold to hold it.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
+from jaxtyping import Array, Key, PyTree
 
+from okd_jax.data.batch import Batch
+from okd_jax.losses import Output
 from okd_jax.methods import okd
-from okd_jax.methods.base.knobs import Knob
-from okd_jax.methods.base.method import Method, Models, stop_gradient, token_sums
+from okd_jax.methods.base import (
+  Loss,
+  Method,
+  Models,
+  Now,
+  Params,
+  Sequences,
+  Teacher,
+  stop_gradient,
+  token_sums,
+)
+from okd_jax.models import Mix
 
-KNOBS = ("teacher_divergence", "teacher_kl_weight", "anchor_weight", "temperature")
+_DROPOUT = 7  # folded into the step's key: the student's second pass, for the adapters
 
 
-def wrap(
-  method: Method,
-  *,
-  teacher_divergence: str,
-  teacher_kl_weight: Knob,
-  anchor_weight: Knob,
-  temperature: Knob,
-  **shape: Knob,
-) -> Method:
-  """`method`, whose teacher is frozen, with a teacher that learns."""
-  module_loss, module_knobs = okd.build_module_loss(
-    teacher_divergence=teacher_divergence,
-    teacher_kl_weight=teacher_kl_weight,
-    anchor_weight=anchor_weight,
-    temperature=temperature,
-    **shape,
-  )
+def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
+  """`method`, whose teachers are frozen, with teachers that learn.
 
-  def loss(models, params, frozen, batch, key, knobs):
-    own = {name: knobs[name] for name in method.knobs}
-    adapted = with_adapter(models, stop_gradient(params["adapter"]))
-    value, metrics = method.loss(adapted, params, frozen, batch, key, own)
-    gold = batch.get("gold", batch)
+  Those learn that have an adapter, a tree of params['adapter'].
+  """
+  module_loss, own = okd.build_module_loss(knobs), knobs.module_numbers()
+
+  def loss(
+    models: Models,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key[Array, ""] | None,
+    now: Now,
+  ) -> Loss:
+    theirs = {name: now[name] for name in method.knobs}
+    adapted = with_adapters(models, stop_gradient(params["adapter"]))
+    value, metrics = method.loss(adapted, params, frozen, batch, key, theirs)
+    gold = batch if batch.gold is None else batch.gold
     student = jax.tree.map(stop_gradient, params["student"])
-    outputs = {"student": models.student(student, gold, jax.random.fold_in(key, 7))}
-    outputs |= okd.teacher_outputs(models, params, frozen, gold, anchor_weight)
-    rest = {name: knobs[name] for name in module_knobs}
-    module, more = token_sums(models, module_loss, outputs, gold, rest)
-    return value + module, metrics | more
+    again = models.student(student, gold, jax.random.fold_in(key, _DROPOUT))
+    rest, anchor = {name: now[name] for name in own}, knobs.anchor_weight
+    for name in sorted(params["adapter"]):
+      both = okd.adapted_outputs(models, name, params, frozen, gold, anchor)
+      outputs = {"student": again} | both
+      module, more = token_sums(models, module_loss, outputs, gold, rest)
+      value += module
+      metrics |= {f"{k}{models.suffix(name)}": v for k, v in more.items()}
+    return value, metrics
 
-  plan = method.sequences
-  if plan.prepare:
-    inner = plan.prepare
-
-    def prepare(models, params, frozen, batch, key):
-      adapted = with_adapter(models, params["adapter"])
-      return inner(adapted, params, frozen, batch, key)
-
-    plan = dataclasses.replace(plan, prepare=prepare)
-  plan = dataclasses.replace(plan, gold=plan.gold or plan.source != "gold")
+  first, *others = method.updates
   return dataclasses.replace(
     method,
     loss=loss,
-    teacher="adapted",
-    knobs=dict(method.knobs) | module_knobs,
-    updates=(("student", "adapter"),),
-    sequences=plan,
+    adapts=True,
+    knobs=dict(method.knobs) | own,
+    updates=((*first, "adapter"), *others),
+    sequences=_with_gold(method.sequences),
     takes_stored=False,
   )
 
 
-def wrap_several(method: Method, anchor_weight: Knob, **given) -> Method:
-  """`method`, of several frozen teachers, those of whom learn that have a module.
+def _with_gold(plan: Sequences) -> Sequences:
+  """The sequences, gold rows beside sampled ones, prepared by adapted teachers."""
+  inner = plan.prepare
 
-  given: the other knobs of `wrap`.
-  """
-  module_loss, module_knobs = okd.build_module_loss(
-    anchor_weight=anchor_weight, **given
-  )
+  def prepare(
+    models: Models,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    key: Key[Array, ""],
+    now: Now,
+  ) -> Batch:
+    adapted = with_adapters(models, params["adapter"])
+    return inner(adapted, params, frozen, batch, key, now)
 
-  def adapt(models, modules):
-    named = {
-      name: with_adapter(own, modules[name]) if name in modules else own
-      for name, own in models.named.items()
-    }
-    return dataclasses.replace(models, named=named)
-
-  def loss(models, params, frozen, batch, key, knobs):
-    modules = params["adapter"]
-    own = {name: knobs[name] for name in method.knobs}
-    adapted = adapt(models, stop_gradient(modules))
-    value, metrics = method.loss(adapted, params, frozen, batch, key, own)
-    student = stop_gradient(models.student(params["student"], batch, None))
-    rest = {name: knobs[name] for name in module_knobs}
-    for name in sorted(modules):
-      one = {"adapter": modules[name]}
-      teacher = models.named[name]
-      outputs = okd.teacher_outputs(teacher, one, frozen[name], batch, anchor_weight)
-      outputs |= {"student": student}
-      module, more = token_sums(models, module_loss, outputs, batch, rest)
-      value += module
-      metrics |= {f"{k}_{name}": v for k, v in more.items()}
-    return value, metrics
-
-  plan = method.sequences
-  if inner := plan.prepare:
-
-    def prepare(models, params, frozen, batch, key):
-      return inner(adapt(models, params["adapter"]), params, frozen, batch, key)
-
-    plan = dataclasses.replace(plan, prepare=prepare)
-  first, *rest = method.updates
   return dataclasses.replace(
-    method,
-    loss=loss,
-    knobs=dict(method.knobs) | module_knobs,
-    updates=((*first, "adapter"), *rest),
-    sequences=plan,
+    plan, gold=plan.gold or plan.source != "gold", prepare=inner and prepare
   )
 
 
-def with_adapter(models: Models, adapter) -> Models:
-  """The models, with the adapted teacher wherever the plain one is asked for."""
+def with_adapters(models: Models, adapters: Mapping[str, PyTree]) -> Models:
+  """The models, with an adapted teacher wherever the plain one is asked for."""
+  named = {
+    name: _with_adapter(teacher, adapters[name]) if name in adapters else teacher
+    for name, teacher in models.teachers.items()
+  }
+  return dataclasses.replace(models, teachers=named)
 
-  def teacher(frozen, _, batch, mix=None):
-    return models.teacher(frozen, adapter, batch, mix)
 
-  return dataclasses.replace(models, teacher=teacher)
+def _with_adapter(teacher: Teacher, adapter: PyTree) -> Teacher:
+  def apply(frozen: PyTree, _: None, batch: Batch, mix: Mix | None = None) -> Output:
+    return teacher.apply(frozen, adapter, batch, mix)
+
+  return dataclasses.replace(teacher, apply=apply)

@@ -16,10 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from okd_jax.models import kernels
 from okd_jax.models.config import ModelConfig, RopeScaling
+
+Ids = Int[Array | np.ndarray, "B L"]
+Length = Int[Array, ""] | int  # a plain number where it is known while tracing
 
 
 class Cache(NamedTuple):
@@ -35,10 +40,12 @@ class Cache(NamedTuple):
   key: Float[Array, "N B K D S"]
   value: Float[Array, "N B K D S"]
   segment_ids: Int[Array, "B S"]
-  length: Int[Array, ""] | int
+  length: Length
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+def init_cache(
+  config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32
+) -> Cache:
   """An empty cache for `batch` rows of at most `slots` tokens each."""
   shape = (config.num_layers, batch, config.num_kv_heads, config.head_dim, slots)
   return Cache(
@@ -68,7 +75,7 @@ class Slots(NamedTuple):
   key: Float[Array, "N B K D S"]
   value: Float[Array, "N B K D S"]
   layer: Int[Array, ""]
-  length: Int[Array, ""] | int
+  length: Length
 
 
 def attend(
@@ -79,16 +86,18 @@ def attend(
   prefix: tuple[Float[Array, "#B m K D"], Float[Array, "#B m K D"]] | None = None,
   slots: Slots | None = None,
   kernel: str = "xla",
-):
+) -> tuple[Float[Array, "B L H D"], tuple[Float[Array, "..."], Float[Array, "..."]]]:
   """Grouped-query attention; scores and softmax in float32.
 
-  prefix: keys and values before all others. Keys are taken as they are: turned for
-    their positions, if they have any.
-  kernel: of `kernels.KERNELS`, or '' for the platform's; XLA's where it cannot do it.
+  Args:
+    prefix: keys and values before all others. Keys are taken as they are: turned for
+      their positions, if they have any.
+    slots: the layer's part of the cache, where there is one.
+    kernel: of `kernels.KERNELS`, or '' for the platform's; XLA's where it cannot do it.
 
   Returns:
-    (out [B, L, H, D], (keys, values)): the latter as the new tokens have them, turned,
-    or with `slots` all layers' stores with these written into them.
+    (out, (keys, values)): the latter as the new tokens have them, turned, or with
+    `slots` all layers' stores with these written into them.
   """
   rotation, mask, segment_ids = inputs
   if rotation is not None:
@@ -101,15 +110,14 @@ def attend(
     key_BLKD, value_BLKD = map(_prepend, prefix, (key_BLKD, value_BLKD))
     width = ((0, 0), (0, 0), (0, 0), (prefix[0].shape[1], 0))
     mask = jnp.pad(mask, width, constant_values=True)
-  keys = (key_BLKD, value_BLKD)
+  heads = (query_BLHD, key_BLKD, value_BLKD)
   sizes = (query_BLHD.shape[3], query_BLHD.shape[1], key_BLKD.shape[1])
   match kernels.choose(kernel, query_BLHD.dtype, *sizes, cached=slots is not None):
     case "splash":
-      return kernels.splash(query_BLHD, *keys, segment_ids), written
+      return kernels.splash(*heads, segment_ids), written
     case "cudnn":
-      return kernels.cudnn(query_BLHD, *keys, mask), written
-  xla = recomputed(functools.partial(kernels.xla, mask=mask))
-  return xla(query_BLHD, *keys), written
+      return kernels.cudnn(*heads, mask), written
+  return recomputed(functools.partial(kernels.xla, mask=mask))(*heads), written
 
 
 def recomputed(function: Callable) -> Callable:
@@ -120,13 +128,15 @@ def recomputed(function: Callable) -> Callable:
   return jax.checkpoint(function, prevent_cse=False)
 
 
-def _prepend(prefix, keys_BSKD):
+def _prepend(
+  prefix: Float[Array, "#B m K D"], keys_BSKD: Float[Array, "B S K D"]
+) -> Float[Array, "B T K D"]:
   batch, _, *heads = keys_BSKD.shape
   prefix = jnp.broadcast_to(prefix, (batch, prefix.shape[1], *heads))
   return jnp.concatenate([prefix.astype(keys_BSKD.dtype), keys_BSKD], axis=1)
 
 
-def positions_from_segments(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+def positions_from_segments(segment_ids: Ids) -> Int[Array, "B L"]:
   """0, 1, 2, … from the first token of each segment; padding counts on harmlessly."""
   index = jnp.arange(segment_ids.shape[1])[None]
   previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
@@ -147,13 +157,17 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
   return _scale_frequencies(frequencies, scaling) if scaling else frequencies
 
 
-def _scale_frequencies(frequencies, scaling: RopeScaling):
-  if scaling.kind == "linear":
-    return frequencies / scaling.factor
-  turns = scaling.original_max_length * frequencies / (2 * jnp.pi)
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+def _scale_frequencies(
+  frequencies: Float[Array, " half"], scaling: RopeScaling
+) -> Float[Array, " half"]:
+  match scaling.kind:
+    case "linear":
+      return frequencies / scaling.factor
+    case "llama3":
+      turns = scaling.original_max_length * frequencies / (2 * jnp.pi)
+      low, high = scaling.low_freq_factor, scaling.high_freq_factor
+      keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+      return keep * frequencies + (1 - keep) * frequencies / scaling.factor
 
 
 def rotate(
@@ -170,8 +184,8 @@ def rotate(
 
 def attention_inputs(
   config: ModelConfig,
-  segment_ids: Int[Array, "B L"],
-  positions: Int[Array, "B L"],
+  segment_ids: Ids,
+  positions: Ids,
   cache: Cache | None = None,
 ) -> Inputs:
   """Angles and mask of new tokens; with a cache, one that `extend` has marked."""
@@ -189,7 +203,9 @@ def attention_inputs(
   return Inputs(rotation, mask, segment_ids)
 
 
-def _causal_mask(index, segment_ids, seen_ids) -> Bool[Array, "B 1 L S"]:
+def _causal_mask(
+  index: Int[Array, " L"], segment_ids: Ids, seen_ids: Int[Array | np.ndarray, "B S"]
+) -> Bool[Array, "B 1 L S"]:
   seen = jnp.arange(seen_ids.shape[1])
   causal = seen[None, None, :] <= index[None, :, None]
   same = segment_ids[:, :, None] == seen_ids[:, None, :]
@@ -199,14 +215,20 @@ def _causal_mask(index, segment_ids, seen_ids) -> Bool[Array, "B 1 L S"]:
   return ((causal & same & real) | itself)[:, None]
 
 
-def extend(cache: Cache, segment_ids: Int[Array, "B L"]) -> Cache:
+def extend(cache: Cache, segment_ids: Ids) -> Cache:
   """Marks the slots that L new tokens will take; `length` grows once they have."""
   start = (jnp.zeros((), jnp.int32), cache.length)
   ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, start)
   return cache._replace(segment_ids=ids)
 
 
-def _write(slots, key_BLKD, value_BLKD):
+def _write(
+  slots: Slots, key_BLKD: Float[Array, "B L K D"], value_BLKD: Float[Array, "B L K D"]
+) -> tuple[
+  Float[Array, "B S K D"],
+  Float[Array, "B S K D"],
+  tuple[Float[Array, "N B K D slots"], Float[Array, "N B K D slots"]],
+]:
   """Puts this layer's new keys and values into the cache and returns all of them."""
   *stores, layer, length = slots
   zero = jnp.zeros((), jnp.int32)
@@ -222,6 +244,6 @@ def _write(slots, key_BLKD, value_BLKD):
   return *read, tuple(written)
 
 
-def _visible(length, new: int, slots: int) -> int:
+def _visible(length: Length, new: int, slots: int) -> int:
   """How many slots can hold anything after `new` more tokens."""
   return length + new if isinstance(length, int) else slots

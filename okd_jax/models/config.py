@@ -1,6 +1,7 @@
 """What decides the shape of a decoder: one frozen dataclass for every family."""
 
 import dataclasses
+from collections.abc import Iterator
 
 from okd_jax.errors import UserError
 
@@ -24,7 +25,7 @@ class RopeScaling:
   high_freq_factor: float = 4.0
   original_max_length: int = 8192
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.kind not in ("linear", "llama3"):
       raise UserError(
         f"rope scaling {self.kind!r} is not supported; use 'linear' or 'llama3'"
@@ -64,7 +65,7 @@ class ModelConfig:
   eos_ids: tuple[int, ...] = ()  # generation stops at any of these
   pad_id: int | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     fill = object.__setattr__
     if not self.num_kv_heads:
       fill(self, "num_kv_heads", self.num_heads)
@@ -76,6 +77,8 @@ class ModelConfig:
     if problems:
       raise UserError("the model's configuration is unusable: " + "; ".join(problems))
 
+
+Field = bool | int | float | str | tuple[int, ...] | RopeScaling | None
 
 # What sets a family apart from the defaults above.
 PRESETS = {
@@ -93,14 +96,14 @@ PRESETS = {
 }
 
 
-def preset(family: str, **dimensions) -> ModelConfig:
+def preset(family: str, **dimensions: Field) -> ModelConfig:
   """A model of `family` with these dimensions; a UserError if there is none such."""
   if family not in PRESETS:
     raise UserError(f"model family {family!r} is none of {', '.join(PRESETS)}")
   return ModelConfig(family=family, **(PRESETS[family] | dimensions))
 
 
-def _problems(config: ModelConfig):
+def _problems(config: ModelConfig) -> Iterator[str]:
   for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_length"):
     if getattr(config, name) < 1:
       yield f"{name}={getattr(config, name)} must be at least 1"

@@ -15,11 +15,13 @@ So who compiles ahead of time, for devices that are not here, names the kernel.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 KERNELS = ("xla", "cudnn", "splash")
@@ -29,7 +31,12 @@ _ROWS, _HEADS = ("data", "fsdp"), ("tensor",)  # axes of the mesh that divide th
 
 
 def choose(
-  kernel: str, dtype, head_dim: int, queries: int, keys: int, cached: bool = False
+  kernel: str,
+  dtype: DTypeLike,
+  head_dim: int,
+  queries: int,
+  keys: int,
+  cached: bool = False,
 ) -> str:
   """`kernel`, the platform's if that is '', or 'xla' where this cannot compute it."""
   kernel = kernel or of_platform()
@@ -38,26 +45,28 @@ def choose(
 
 def of_platform() -> str:
   """The kernel of this machine's devices."""
-  device = jax.local_devices()[0]
-  if device.platform == "tpu":
+  if jax.local_devices()[0].platform == "tpu":
     return "splash"
-  return "cudnn" if _capability(device) >= 8 else "xla"
+  return "cudnn" if _capability() >= 8 else "xla"
 
 
-def _capability(device) -> float:
-  """Of a CUDA device, 8 since Ampere, 9 since Hopper; 0 of any other."""
+def _capability() -> float:
+  """Of this machine's CUDA devices, 8 since Ampere, 9 since Hopper; 0 of any other."""
+  device = jax.local_devices()[0]
   cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
   return float(device.compute_capability) if cuda else 0.0
 
 
-def problem(kernel: str, dtype, head_dim: int, queries: int, keys: int) -> str:
+def problem(
+  kernel: str, dtype: DTypeLike, head_dim: int, queries: int, keys: int
+) -> str:
   """What keeps a kernel from rows of these lengths, whatever the platform; '' nothing.
 
   queries, keys: tokens of a row; there are more keys where there is a learned prefix.
   """
   dtype = jnp.dtype(dtype).name
   if kernel == "cudnn":
-    largest = 256 if _capability(jax.local_devices()[0]) >= 9 else 128
+    largest = 256 if _capability() >= 9 else 128
     if dtype not in ("bfloat16", "float16"):
       return f"takes bfloat16 or float16, not {dtype}"
     if head_dim % 8 or head_dim > largest:
@@ -98,7 +107,12 @@ def cudnn(
   public interface.
   """
 
-  def attend(query, key, value, mask):
+  def attend(
+    query: Float[Array, "B L H D"],
+    key: Float[Array, "B S K D"],
+    value: Float[Array, "B S K D"],
+    mask: Bool[Array, "B 1 L S"],
+  ) -> Float[Array, "B L H D"]:
     return jax.nn.dot_product_attention(
       query,
       key,
@@ -128,7 +142,13 @@ def splash(
   return _per_device(attend, key_BLKD)(query_BLHD, key_BLKD, value_BLKD, segment_ids)
 
 
-def _splash(query_BLHD, key_BLKD, value_BLKD, segment_ids, interpret):
+def _splash(
+  query_BLHD: Float[Array, "B L H D"],
+  key_BLKD: Float[Array, "B L K D"],
+  value_BLKD: Float[Array, "B L K D"],
+  segment_ids: Int[Array, "B L"],
+  interpret: bool,
+) -> Float[Array, "B L H D"]:
   _, length, heads, head_dim = query_BLHD.shape
   block = next(size for size in _BLOCKS if length % size == 0)
   names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq")
@@ -146,7 +166,9 @@ def _splash(query_BLHD, key_BLKD, value_BLKD, segment_ids, interpret):
   return jax.vmap(kernel)(query, key, value, segments).swapaxes(1, 2)
 
 
-def _per_device(attend, key_BSKD):
+def _per_device(
+  attend: Callable[..., Float[Array, "B L H D"]], key_BSKD: Float[Array, "B S K D"]
+) -> Callable[..., Float[Array, "B L H D"]]:
   """`attend` of four arrays, on each device for its rows and heads.
 
   XLA cannot divide a kernel by itself. Rows or heads that do not come out even are

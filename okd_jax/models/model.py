@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from okd_jax.errors import UserError
 from okd_jax.losses import unembed
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import gguf, hf
-from okd_jax.models.formats.weights import Put
+from okd_jax.models.formats.weights import Params, Put
 from okd_jax.models.transformer import Decoder, head_kernel
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -30,14 +31,14 @@ class Model:
   """A loaded model. `params` is None if only the rest was asked for."""
 
   config: ModelConfig
-  params: dict | None
+  params: Params | None
   tokenizer: "transformers.PreTrainedTokenizerBase | None" = None
 
   def logits(
     self,
-    params,
-    tokens: Int[Array, "B L"],
-    segment_ids: Int[Array, "B L"] | None = None,
+    params: Params,
+    tokens: Int[Array | np.ndarray, "B L"],
+    segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
   ) -> Float[Array, "B L V"]:
     """float32 next-token logits, computed in the parameters' dtype.
 
@@ -53,27 +54,39 @@ class Model:
 def load(
   path: str | os.PathLike,
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   put: Put = hf.put_whole,
   params: bool = True,
 ) -> Model:
   """Loads a model from an HF folder, a hub id, a .gguf file or a run's workdir.
 
   Args:
+    path: of the folder, file or workdir, or the hub's id.
     dtype: what the parameters become, whatever they are stored as.
     put: places a parameter given its path ('layers/mlp/up/kernel') and host array;
       with one that shards, the model is never whole on one device.
     params: False reads configuration and tokenizer only.
 
+  Returns:
+    Configuration, parameters, and the tokenizer if there is one.
+
   Raises:
     UserError: one sentence, for whatever is wrong with `path` or what it holds.
+
+  >>> import tempfile
+  >>> config = ModelConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=2)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   hf.save(f"{folder}/model", init(config, jax.random.key(0)), config)
+  ...   model = load(f"{folder}/model")
+  >>> model.logits(model.params, jnp.zeros((1, 3), jnp.int32)).shape
+  (1, 3, 8)
   """
   place = _find(path)
   reader = gguf if place.is_file() else hf
   return Model(*reader.load(place, dtype=dtype, put=put, params=params))
 
 
-def load_tokenizer(path: str | os.PathLike):
+def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizerBase":
   """The tokenizer of a model, or of a folder that holds nothing else.
 
   Raises:
@@ -107,14 +120,16 @@ def fingerprint(path: str | os.PathLike) -> str:
   return total.hexdigest()
 
 
-def init(config: ModelConfig, key) -> dict:
+def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
   """Random float32 parameters; a UserError if no HF folder could hold the model."""
   hf.hf_config(config)
   tokens = jnp.zeros((1, 1), jnp.int32)
   return Decoder(config).init(key, tokens)["params"]
 
 
-def take_layers(params, config: ModelConfig, n: int) -> tuple[dict, ModelConfig]:
+def take_layers(
+  params: Params, config: ModelConfig, n: int
+) -> tuple[Params, ModelConfig]:
   """A shallower model: `n` evenly spaced layers, first and last among them.
 
   With n = 1 it is the first. Every array is a copy: a step that donates the new

@@ -7,27 +7,31 @@ Notable features:
     loss can do so chunk by chunk (`losses.chunked`);
   masks, positions and the key-value cache are those of `attention.py`;
   online modules of the top k layers live in the collection `adapter`; the layers
-    below them are scanned on their own and cost no backward pass; so are runs of
-    trained and of frozen layers where adapter.kind is 'blocks';
-  virtual tokens (adapter.kind 'prompt') come before all others and so depend on none
-    of them: they run through the layers once, in a batch of one, and the real tokens
-    see their keys and values as a prefix. Lengths and the cache stay as they are;
+    below them are scanned on their own and cost no backward pass; what a module adds
+    and which layers are alike, it says itself (`adapters.base`);
+  virtual tokens come before all others and so depend on none of them: they run through
+    the layers once, in a batch of one, and the real tokens see their keys and values as
+    a prefix. Lengths and the cache stay as they are;
   a pass may stop below some layer and go on from there later.
 
 No sharding annotations here: `sharding.py` does it by parameter path.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from okd_jax.data.batch import Batch
 from okd_jax.losses import Output
-from okd_jax.models import adapters
-from okd_jax.models.adapters import AdapterConfig
+from okd_jax.models.adapters import Adapter
+from okd_jax.models.adapters.base import Run, Tree
 from okd_jax.models.attention import (
   Cache,
   Inputs,
@@ -54,6 +58,11 @@ __all__ = [
   "rope_frequencies",
 ]
 
+# Keys and values: of no token, and what `attend` gives back.
+_Prefix = tuple[Float[Array, "#B m K d"], Float[Array, "#B m K d"]]
+_Stores = tuple[Float[Array, "..."], Float[Array, "..."]]
+
+_PLAIN = Adapter()
 _ACTIVATIONS = {
   "gelu": functools.partial(nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(nn.gelu, approximate=True),
@@ -69,7 +78,7 @@ class Mix(NamedTuple):
   et al. 2021, arXiv 2011.00593).
   """
 
-  tokens: Int[Array, "B L"]
+  tokens: Int[Array | np.ndarray, "B L"]
   share: Float[Array, "B L"]
 
 
@@ -87,8 +96,8 @@ class Decoder(nn.Module):
   """
 
   config: ModelConfig
-  adapter: AdapterConfig | None = None
-  dtype: jnp.dtype = jnp.float32
+  adapter: Adapter | None = None
+  dtype: DTypeLike = jnp.float32
   remat: bool = False
   dropout: float = 0.0
   attention: str = ""
@@ -96,9 +105,9 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(
     self,
-    tokens: Int[Array, "B L"],
-    segment_ids: Int[Array, "B L"] | None = None,
-    positions: Int[Array, "B L"] | None = None,
+    tokens: Int[Array | np.ndarray, "B L"],
+    segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
+    positions: Int[Array | np.ndarray, "B L"] | None = None,
     cache: Cache | None = None,
     *,
     mix: Mix | None = None,
@@ -129,7 +138,14 @@ class Decoder(nn.Module):
     return _Norm(self.config, self.dtype, name="norm")(x), cache
 
   @nn.nowrap
-  def _check(self, cache, mix, hidden, start, stop):
+  def _check(
+    self,
+    cache: Cache | None,
+    mix: Mix | None,
+    hidden: Float[Array, "B L D"] | None,
+    start: int,
+    stop: int,
+  ) -> None:
     """Raises a ValueError for a part of a pass that cannot be had."""
     total = self.config.num_layers
     if not 0 <= start <= stop <= total:
@@ -140,14 +156,18 @@ class Decoder(nn.Module):
       raise ValueError("mix is of embeddings, which hidden takes the place of")
     if cache is not None and (hidden is not None or stop < total):
       raise ValueError("a part of the layers cannot be combined with a cache")
-    if self._has("prompt") and (start or stop < total):
-      raise ValueError("a prompt's virtual tokens must pass through all layers at once")
+    module = self.adapter or _PLAIN
+    if module.whole and (start or stop < total):
+      raise ValueError(
+        f"a {module.kind}'s virtual tokens must pass through all layers at once"
+      )
 
-  @nn.nowrap
-  def _has(self, kind: str) -> bool:
-    return self.adapter is not None and self.adapter.kind == kind
-
-  def _embed(self, tokens, positions, mix):
+  def _embed(
+    self,
+    tokens: Int[Array | np.ndarray, "B L"],
+    positions: Int[Array, "B L"],
+    mix: Mix | None,
+  ) -> Float[Array, "B L D"]:
     """Input vectors of tokens at positions; declares the head beside them."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
@@ -164,7 +184,15 @@ class Decoder(nn.Module):
       self.param("head", init, (config.vocab_size, config.hidden_size))
     return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
 
-  def _layers(self, x, segment_ids, positions, cache, start, stop):
+  def _layers(
+    self,
+    x: Float[Array, "B L D"],
+    segment_ids: Int[Array | np.ndarray, "B L"],
+    positions: Int[Array | np.ndarray, "B L"],
+    cache: Cache | None,
+    start: int,
+    stop: int,
+  ) -> tuple[Float[Array, "B L D"], Cache | None]:
     """Scans the layers from `start` to `stop`; plain and adapted ones apart."""
     if cache is not None:
       cache = extend(cache, segment_ids)
@@ -176,62 +204,44 @@ class Decoder(nn.Module):
       dropout=self.make_rng("dropout") if self.dropout else None,
     )
     carry = (x, virtual, None if cache is None else (cache.key, cache.value))
-    for block, first, last, weights, modules in self._stacks(start, stop):
+    for block, run in self._runs(start, stop):
       step = functools.partial(_step, block, common)
       step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-      xs = (jnp.arange(first, last), weights, modules)
+      xs = (jnp.arange(run.first, run.last), run.layers, run.modules)
       carry, _ = jax.lax.scan(step, carry, xs)
     x, _, stores = carry
     if cache is None:
       return x, None
     return x, Cache(*stores, cache.segment_ids, cache.length + segment_ids.shape[1])
 
-  def _virtual(self):
-    """Virtual tokens' vectors [1, m, D] and attention inputs; None where none are.
+  def _virtual(self) -> tuple[Float[Array, "1 m D"] | None, Inputs | None]:
+    """Virtual tokens' vectors and attention inputs; None where there are none.
 
     They stand at -m … -1, so that the real ones keep their positions, and have no
     learned position: what that would add, their vectors can learn.
     """
-    if not self._has("prompt"):
+    module = self.adapter or _PLAIN
+    x = module.virtual(self, self.config.hidden_size, self.dtype)
+    if x is None:
       return None, None
-    x = adapters.prompt(self, self.adapter, self.config.hidden_size, self.dtype)
     index = jnp.arange(x.shape[1])[None]
     ones = jnp.ones_like(index)
     return x, attention_inputs(self.config, ones, index - x.shape[1])
 
-  def _stacks(self, start, stop):
-    """(block, first layer, last, params, modules): the runs of equal layers to scan."""
-    total = self.config.num_layers
-    stacked = self._has("lora") or self._has("prefix")
-    adapted = self.adapter.num_layers(total) if stacked else 0
-    low = total - adapted
+  def _runs(self, start: int, stop: int) -> Iterator[tuple["Block", Run]]:
+    """The runs of equal layers to scan, each with the layer that computes it."""
+    total, module = self.config.num_layers, self.adapter or _PLAIN
     options = (self.dtype, self.dropout, self.attention)
-    plain, block = (
-      Block(self.config, module, *options, parent=None)
-      for module in (None, self.adapter)
+    plain, adapted = (
+      Block(self.config, each, *options, parent=None) for each in (_PLAIN, module)
     )
-    params = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
-    if self._has("blocks"):
-      take = functools.partial(adapters.take_blocks, params, self.adapter)
-      own = self.variable("adapter", "layers", take).value
-      for run in adapters.block_runs(params, own, self.adapter, start, stop):
-        yield plain, *run, {}
-      return
-    modules = {}
-    # A pass that stops below the modules can do without them.
-    if adapted and (stop > low or self.is_initializing()):
-      modules = self.variable(
-        "adapter",
-        "layers",
-        lambda: _init_stack(block, "adapter", self.make_rng("params"), adapted),
-      ).value
-    middle = min(max(start, low), stop)
-    for layer, first, last in ((plain, start, middle), (block, middle, stop)):
-      if first < last:
-        weights, own = adapters.cut(params, first, last), {}
-        if layer is block:
-          own = adapters.cut(modules, first - low, last - low)
-        yield layer, first, last, weights, own
+    layers = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
+
+    def draw(count: int) -> Tree:
+      return _init_stack(adapted, "adapter", self.make_rng("params"), count)
+
+    for run in module.runs(self, layers, draw, start, stop):
+      yield adapted if run.modules else plain, run
 
 
 class _Common(NamedTuple):
@@ -243,7 +253,12 @@ class _Common(NamedTuple):
   dropout: Array | None
 
 
-def _step(block, common: _Common, carry, xs):
+def _step(
+  block: "Block",
+  common: _Common,
+  carry: tuple[Float[Array, "B L D"], Float[Array, "1 m D"] | None, _Stores | None],
+  xs: tuple[Int[Array, ""], Tree, Tree],
+) -> tuple[tuple, None]:
   """One layer of the scan: the virtual tokens, where there are any, go first."""
   x, virtual, stores = carry
   index, weights, modules = xs
@@ -265,13 +280,19 @@ class Block(nn.Module):
   """One pre-norm layer: attention, then the MLP, each added to its input."""
 
   config: ModelConfig
-  adapter: AdapterConfig | None
-  dtype: jnp.dtype
+  adapter: Adapter
+  dtype: DTypeLike
   dropout: float = 0.0
   kernel: str = "xla"
 
   @nn.compact
-  def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    inputs: Inputs,
+    prefix: _Prefix | None = None,
+    slots: Slots | None = None,
+  ) -> tuple[Float[Array, "B L D"], _Stores]:
     drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
     common = (self.config, self.adapter, self.dtype)
     h = _Norm(self.config, self.dtype, name="attention_norm")(x)
@@ -286,25 +307,30 @@ class Attention(nn.Module):
   """Projections around `attend`, and the learned prefix where the adapter is one."""
 
   config: ModelConfig
-  adapter: AdapterConfig | None
-  dtype: jnp.dtype
+  adapter: Adapter
+  dtype: DTypeLike
   kernel: str = "xla"
 
   @nn.compact
-  def __call__(self, x, inputs: Inputs, prefix=None, slots: Slots | None = None):
+  def __call__(
+    self,
+    x: Float[Array, "B L D"],
+    inputs: Inputs,
+    prefix: _Prefix | None = None,
+    slots: Slots | None = None,
+  ) -> tuple[Float[Array, "B L D"], _Stores]:
     c = self.config
     project = functools.partial(_Projection, c, self.adapter, self.dtype)
 
-    def heads(name, count):
+    def heads(name: str, count: int) -> Float[Array, "B L N D"]:
       y = project(count * c.head_dim, c.qkv_bias, name=name)(x)
       return y.reshape(*x.shape[:2], count, c.head_dim)
 
     query_BLHD = heads("query", c.num_heads)
     key_BLKD = heads("key", c.num_kv_heads)
     value_BLKD = heads("value", c.num_kv_heads)
-    if self.adapter and self.adapter.kind == "prefix":
-      size = (c.num_kv_heads, c.head_dim)
-      prefix = adapters.prefix(self, self.adapter, *size, self.dtype)
+    size = (c.num_kv_heads, c.head_dim)
+    prefix = self.adapter.prefix(self, *size, self.dtype) or prefix
     heads = (query_BLHD, key_BLKD, value_BLKD)
     out, written = attend(*heads, inputs, prefix, slots, self.kernel)
     out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
@@ -315,11 +341,11 @@ class MLP(nn.Module):
   """Gated (SwiGLU-like) or plain two-layer perceptron."""
 
   config: ModelConfig
-  adapter: AdapterConfig | None
-  dtype: jnp.dtype
+  adapter: Adapter
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     c = self.config
     project = functools.partial(_Projection, c, self.adapter, self.dtype)
     h = project(c.mlp_size, c.mlp_bias, name="up")(x)
@@ -336,32 +362,31 @@ class _Projection(nn.Module):
   """A dense layer, plus its online module where the adapter names this one."""
 
   config: ModelConfig
-  adapter: AdapterConfig | None
-  dtype: jnp.dtype
+  adapter: Adapter
+  dtype: DTypeLike
   features: int
   use_bias: bool
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H"]:
     init = nn.initializers.normal(self.config.init_std)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
     y = project(x, kernel.astype(self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y += bias.astype(self.dtype)[None, None]
-    if self.adapter and self.adapter.adapts(self.name):
-      y += adapters.lora_delta(self, self.adapter, x, self.features)
-    return y
+    delta = self.adapter.delta(self, x, self.features)
+    return y if delta is None else y + delta
 
 
 class _Norm(nn.Module):
   """LayerNorm or RMSNorm, computed in float32."""
 
   config: ModelConfig
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
     scale, bias = self.param("scale", nn.initializers.ones, (x.shape[-1],)), None
     if self.config.norm == "layernorm":
       bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
@@ -369,7 +394,12 @@ class _Norm(nn.Module):
     return recomputed(normalize)(x, scale, bias).astype(self.dtype)
 
 
-def _normalize(x, scale, bias, eps: float):
+def _normalize(
+  x: Float[Array, "B L D"],
+  scale: Float[Array, " D"],
+  bias: Float[Array, " D"] | None,
+  eps: float,
+) -> Float[Array, "B L D"]:
   """LayerNorm, or RMSNorm where there is no bias; in float32."""
   h = x.astype(jnp.float32)
   if bias is not None:
@@ -379,7 +409,7 @@ def _normalize(x, scale, bias, eps: float):
   return h if bias is None else h + bias[None, None]
 
 
-def _init_stack(block: Block, collection: str, key, count: int):
+def _init_stack(block: Block, collection: str, key: Array, count: int) -> Tree:
   """`count` independent draws of one collection of `block`, stacked on axis 0."""
   x = jnp.zeros((1, 1, block.config.hidden_size), block.dtype)
   segment_ids = jnp.ones((1, 1), jnp.int32)
@@ -390,24 +420,32 @@ def _init_stack(block: Block, collection: str, key, count: int):
   )
 
 
-def head_kernel(params, config: ModelConfig) -> Float[Array, "V D"]:
+def head_kernel(params: Tree, config: ModelConfig) -> Float[Array | np.ndarray, "V D"]:
   """The unembedding matrix: the tied embedding or the model's own head."""
   return params["embed"]["embedding"] if config.tie_embeddings else params["head"]
 
 
-def output(decoder: Decoder, variables, batch, key=None, **kwargs) -> Output:
+def output(
+  decoder: Decoder,
+  variables: Mapping[str, Tree],
+  batch: Batch,
+  key: Array | None = None,
+  **kwargs: Any,
+) -> Output:
   """A decoder's hidden states on a batch, and the head that makes logits of them.
 
-  variables: {'params': …} or, for an adapted teacher, also {'adapter': …}.
-  batch: 'tokens' and 'segment_ids', both [B, L].
-  key: of dropout, where the decoder has any.
-  kwargs: mix, hidden, start, stop, for the decoder. With `stop` the hidden states are
-    those that enter that layer, on which the head makes no sense.
+  Args:
+    decoder: with the online module, for an adapted teacher.
+    variables: {'params': …} or, for an adapted teacher, also {'adapter': …}.
+    batch: whose `tokens` and `segment_ids` [B, L] are read.
+    key: of dropout, where the decoder has any.
+    **kwargs: mix, hidden, start, stop, for the decoder. With `stop` the hidden states
+      are those that enter that layer, on which the head makes no sense.
   """
   hidden, _ = decoder.apply(
     variables,
-    batch["tokens"],
-    batch["segment_ids"],
+    batch.tokens,
+    batch.segment_ids,
     rngs={"dropout": key} if decoder.dropout else {},
     **kwargs,
   )

@@ -1,4 +1,4 @@
-"""Batches of sampled text: whatever a method's `Sequences` ask for.
+"""The batches of a run: the data's rows, sampled ones, and what lies beside them.
 
 Sampled rows go through the very path that the data's rows take (`data.pad_row`), so a
 sampled answer and the same answer as data are the same batch. All choices follow from
@@ -7,27 +7,24 @@ not depend on how many there are.
 """
 
 import dataclasses
-import json
-import logging
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
+from jaxtyping import Array, Int, Key, PyTree
 
-from okd_jax.data import Example, pad_row, stop_ids
-from okd_jax.errors import UserError
-from okd_jax.methods.base.knobs import Linear
-from okd_jax.methods.base.sequences import Sequences
+from okd_jax.data import PAD_ID, Example, pad_row, stop_ids
+from okd_jax.data.batch import ROW, Batch
+from okd_jax.methods.base import Linear, Sequences
+from okd_jax.methods.base.knobs import knobs_at, progress
+from okd_jax.models import Decoder
+from okd_jax.run.build import Run
 from okd_jax.run.replay import Buffer, Share
 from okd_jax.runtime import sharding
-from okd_jax.runtime.files import read_json, write_text
-from okd_jax.teachers.store import digest
+from okd_jax.teachers.trunk import Kept
 from okd_jax.text.pairs import (
   Interleaved,
   Mixed,
@@ -37,33 +34,29 @@ from okd_jax.text.pairs import (
   pair_source,
 )
 from okd_jax.text.rollout import draw, generate
-from okd_jax.text.source import decoder_source
+from okd_jax.text.source import Source, decoder_source
 
-_log = logging.getLogger(__name__)
-
-ROW = ("tokens", "labels", "mask", "segment_ids")
-_PIECE = 4  # batches that are answered, and then written, at once
-# Branches of the seed's key, apart from each other and from those that the first
-# state is drawn with, which count from 0.
-_BEFOREHAND = {"teacher": 2**31, "student": 2**31 + 1}
+# A branch of the seed's key, apart from those that the first state is drawn with, which
+# count from 0, and from those of answers before training (`beforehand`).
 _EACH_STEP = 2**31 + 2
 
+Rows = Mapping[str, np.ndarray]
+Answers = Mapping[str, Sequence[Example]]
 
-class Sampler:
-  """Turns batches of the data into batches to train on, one a step.
 
-  answers: by model, 'teacher' or 'student', its answers to `run.train`'s prompts, where
+class Batches:
+  """Turns rows of the data into batches to train on, one a step.
+
+  answers: by model, 'teacher' or 'student', its answers to the training prompts, where
     the method wants them beforehand.
+  trunk: what enters the teacher's adapted layers, where that is kept.
   """
 
-  def __init__(
-    self, run, answers: Mapping[str, Sequence[Example]], pad_id: int, trunk=None
-  ):
-    self._run, self._answers, self._pad_id = run, answers, pad_id
-    self._trunk = trunk
+  def __init__(self, run: Run, answers: Answers, trunk: Kept | None = None):
+    self._run, self._answers, self._trunk = run, answers, trunk
     self.plan: Sequences = run.method.sequences
-    self._length = run.config.data.max_length
-    self._seed = run.config.train.seed
+    self._length = run.settings.data.max_length
+    self._seed = run.settings.train.seed
     replay = self.plan.replay
     self._buffer = Buffer(replay.capacity, self._length) if replay else None
     self._share = Share(replay) if replay and replay.adaptive else None
@@ -71,153 +64,182 @@ class Sampler:
     if self.plan.prepare:
       where = sharding.batch_sharding(run.mesh)
       self._prepare = jax.jit(self._prepared, out_shardings=where)
-    self._held = None  # a sampled batch that several steps train on
+    self._held: Batch | None = None  # a sampled batch that several steps train on
 
   def batch(
-    self, step: int, params, gold: Mapping[str, np.ndarray]
-  ) -> tuple[dict[str, Any], dict[str, float]]:
+    self, step: int, params: Mapping[str, PyTree], gold: Rows
+  ) -> tuple[Batch, dict[str, float]]:
     """(batch on the devices, figures) of the step after `step`.
 
-    gold: this process's rows of the data, with their indices in `run.packs` as 'row'.
+    gold: this process's rows of the data, with their indices in the packs as 'row'.
     """
-    run, plan = self._run, self.plan
-    rows, gold = gold["row"], {name: gold[name] for name in ROW}
-    texts = [run.packs[row] for row in rows]
-    start = time.monotonic()
-    figures, beside = {}, {}
-    if plan.source == "teacher":
-      main = sharding.put_batch(self._beforehand("teacher", rows), run.mesh)
-    elif not plan.sampled:
-      main = sharding.put_batch(gold, run.mesh)
-      if self._prepare:
-        main = self._prepare(params, run.frozen, main, self._key(step))
-    elif self._held is not None and step % plan.updates:
-      main = self._held
+    rows, start = gold["row"], time.monotonic()
+    if self.plan.source == "teacher":
+      main, figures = self._put(self._beforehand("teacher", rows)), {}
+    elif not self.plan.sampled:
+      main, figures = self._facts(step, params, self._put(Batch.of(gold))), {}
+    elif self._held is not None and step % self.plan.updates:
+      main, figures = self._held, {}
     else:
       main, figures = self._sampled(step, params, gold, rows)
-      main = sharding.put_batch(main, run.mesh)
-      if self._prepare:
-        main = self._prepare(params, run.frozen, main, self._key(step))
-      self._held = main if plan.updates > 1 else None
+      main = self._facts(step, params, self._put(main))
+      self._held = main if self.plan.updates > 1 else None
       waited = figures.pop("waited_s", 0.0)
       figures["sampling_s"] = time.monotonic() - start - waited
-    if plan.gold:
-      beside["gold"] = gold
+    return main.replace(**self._put(self._beside(gold))), figures
+
+  def _put(self, tree: PyTree) -> PyTree:
+    return sharding.put_batch(tree, self._run.mesh)
+
+  def _beside(self, gold: Rows) -> dict[str, Any]:
+    """What lies beside the rows, by the names of a batch's fields."""
+    run, plan, rows = self._run, self.plan, gold["row"]
+    texts = [run.data.packs[row] for row in rows]
+    beside: dict[str, Any] = {}
+    trunk = None
     if self._trunk:
-      hidden = self._trunk.read(texts, gold["segment_ids"] > 0)["hidden"]
-      (beside["gold"] if plan.gold else beside)["trunk"] = hidden
-    if run.stored:
-      beside["stored"] = run.stored["train"].read(texts, gold["mask"])
-    if run.reading:
-      beside["teacher"] = self._rows([run.reading.train[row] for row in rows])
-    if plan.source != "teacher":
-      beside |= {name: self._beforehand(name, rows) for name in plan.beforehand}
-    return main | sharding.put_batch(beside, run.mesh), figures
+      trunk = self._trunk.read(texts, gold["segment_ids"] > 0)["hidden"]
+    if plan.gold:
+      beside["gold"] = Batch.of(gold).replace(trunk=trunk)
+    elif trunk is not None:
+      beside["trunk"] = trunk
+    if run.cast.stored:
+      beside["stored"] = run.cast.stored["train"].read(texts, gold["mask"])
+    if run.data.other:
+      beside["other_tokens"] = self._rows([run.data.other.train[row] for row in rows])
+    if plan.beforehand and plan.source != "teacher":
+      beside["answers"] = {n: self._beforehand(n, rows) for n in plan.beforehand}
+    return beside
 
-  def _prepared(self, params, frozen, batch, key):
-    return self.plan.prepare(self._run.models, params, frozen, batch, key)
+  def _facts(self, step: int, params: Mapping[str, PyTree], batch: Batch) -> Batch:
+    if not self._prepare:
+      return batch
+    return self._prepare(params, self._run.cast.frozen, batch, np.int32(step))
 
-  def _key(self, step: int):
+  def _prepared(
+    self, params: PyTree, frozen: PyTree, batch: Batch, step: Int[Array, ""]
+  ) -> Batch:
+    run, key = self._run, self._key(step)
+    now = knobs_at(run.method.knobs, progress(step, run.plan.steps))
+    return self.plan.prepare(run.plan.models, params, frozen, batch, key, now)
+
+  def _key(self, step: int | Int[Array, ""]) -> Key[Array, ""]:
     """Of the step's own draws; those of tokens are folded once more."""
     branch = jax.random.fold_in(jax.random.key(self._seed), _EACH_STEP)
     return jax.random.fold_in(branch, step)
 
-  def _sampled(self, step, params, gold, rows):
+  def _sampled(
+    self, step: int, params: Mapping[str, PyTree], gold: Rows, rows: np.ndarray
+  ) -> tuple[Batch, dict[str, float]]:
     """Rows of this process: fresh, from the store, or the data's own."""
-    run, plan = self._run, self.plan
     chance = np.random.default_rng((self._seed, step))
     u = chance.random()
-    progress = min(step / max(run.steps - 1, 1), 1.0)
-    share = plan.share(progress) if isinstance(plan.share, Linear) else plan.share
+    passed = min(step / max(self._run.plan.steps - 1, 1), 1.0)
+    share = self.plan.share
+    share = share(passed) if isinstance(share, Linear) else share
     fresh = u < share
     if self._share:
       wanted = self._share.phi * share
-      fresh = u < self._share.fresh(progress) * share or (
+      fresh = u < self._share.fresh(passed) * share or (
         u < wanted and not self._buffer.full
       )
       if not fresh and u < wanted:
         return self._replayed(step, len(rows), chance)
     if not fresh:
-      return gold, {"sampled": 0.0}
+      return Batch.of(gold), {"sampled": 0.0}
+    new, figures = self._fresh(step, params, rows)
+    if self._buffer is None:
+      return self._mine(new, len(rows)), figures
+    self._buffer.push(new.rows, step)
+    if self._share:
+      return self._mine(new, len(rows)), figures
+    replayed, more = self._replayed(step, len(rows), chance)
+    return replayed, figures | more
+
+  def _fresh(
+    self, step: int, params: Mapping[str, PyTree], rows: np.ndarray
+  ) -> tuple[Batch, dict[str, float]]:
+    """(rows of all processes, figures), written now."""
     # The step before may still be running: that time is its own, not sampling.
     begun = time.monotonic()
     jax.block_until_ready(params)
     waited = time.monotonic() - begun
     answers, ended = self._write(step, params, rows)
-    new = self._rows(answers)
     lengths = [len(a.tokens) - a.prompt_length for a in answers]
-    figures = {
+    return self._rows(answers), {
       "sampled": 1.0,
       "sampled_length": float(np.mean(lengths)),
       "sampled_ended": float(np.mean(ended)),
       "waited_s": waited,
     }
-    if self._buffer is not None:
-      self._buffer.push(new, step)
-      if not self._share:
-        replayed, more = self._replayed(step, len(rows), chance)
-        return replayed, figures | more
-    return self._mine(new, len(rows)), figures
 
-  def _replayed(self, step: int, count: int, chance):
+  def _replayed(
+    self, step: int, count: int, chance: np.random.Generator
+  ) -> tuple[Batch, dict[str, float]]:
     total = count * jax.process_count()
     rows, written = self._buffer.draw(total, chance)
     figures = {"sampled": 1.0, "replay_age": float(np.mean(step - written))}
-    return self._mine(rows, count), figures
+    return self._mine(Batch.of(rows), count), figures
 
-  def _write(self, step: int, params, rows):
+  def _write(
+    self, step: int, params: Mapping[str, PyTree], rows: np.ndarray
+  ) -> tuple[list[Example], list[bool]]:
     """(answers as examples, whether each ended) to the prompts of all processes."""
     run = self._run
     if jax.process_count() > 1:
       rows = multihost_utils.process_allgather(rows).reshape(-1)
-    examples = [run.train[row] for row in rows]
+    examples = [run.data.train[row] for row in rows]
     source, variables, choose, sampling = self._author(params)
     completions = generate(
       source,
       variables,
-      [_prompt(example) for example in examples],
+      [prompt_of(example) for example in examples],
       self._key(step),
       max_new_tokens=room(run),
       sampling=sampling,
-      eos_ids=_ends(run),
+      eos_ids=end_ids(run),
       batch_size=len(examples),
       choose=choose,
       sharding=sharding.batch_sharding(run.mesh),
     )
     answers = [
-      _answered(example, completion.tokens)
+      answered(example, completion.tokens)
       for example, completion in zip(examples, completions, strict=True)
     ]
     return answers, [completion.ended for completion in completions]
 
-  def _author(self, params):
+  def _author(
+    self, params: Mapping[str, PyTree]
+  ) -> tuple[Source, PyTree, Callable, Any]:
     """(source, variables, choose, sampling) of whoever writes."""
     run, plan = self._run, self.plan
-    student = _source(run, "student")
+    student = text_source(run, run.cast.student)
     own = {"params": params["student"]}
     if plan.source == "student":
       return student, own, draw, plan.student
-    role, variables = "teacher", {"params": run.frozen}
-    if "adapter" in params:
-      role, variables = "adapted", variables | {"adapter": params["adapter"]}
-    source = pair_source(student, _source(run, role))
+    [(name, decoder)] = run.cast.teachers.items()
+    variables = {"params": run.cast.frozen[name]}
+    if name in params.get("adapter", {}):
+      decoder = run.cast.adapted[name]
+      variables["adapter"] = params["adapter"][name]
+    source = pair_source(student, text_source(run, decoder))
     if plan.source == "mixture":
       settings = Mixed(plan.student, np.float32(plan.weight))
       return source, (own, variables), draw_mixed, settings
     settings = Interleaved(plan.student, plan.teacher, np.int32(plan.top))
     return source, (own, variables), draw_interleaved, settings
 
-  def _beforehand(self, name: str, rows) -> dict[str, np.ndarray]:
+  def _beforehand(self, name: str, rows: np.ndarray) -> Batch:
     return self._rows([self._answers[name][row] for row in rows])
 
-  def _rows(self, examples) -> dict[str, np.ndarray]:
-    padded = [pad_row(e, self._length, self._pad_id) for e in examples]
-    return {name: np.stack([row[name] for row in padded]) for name in ROW}
+  def _rows(self, examples: Sequence[Example]) -> Batch:
+    padded = [pad_row(e, self._length, PAD_ID) for e in examples]
+    return Batch.of({name: np.stack([row[name] for row in padded]) for name in ROW})
 
-  def _mine(self, rows, count: int):
+  def _mine(self, rows: Batch, count: int) -> Batch:
     """This process's share of rows that all processes have."""
     first = jax.process_index() * count
-    return {name: values[first : first + count] for name, values in rows.items()}
+    return jax.tree.map(lambda values: values[first : first + count], rows)
 
   def observe(self, loss: float) -> None:
     """Tells the held-out loss, on which DistiLLM's share of sampled text depends."""
@@ -226,26 +248,27 @@ class Sampler:
 
   def state(self) -> dict[str, Any]:
     """Everything a resumed run needs, as arrays of fixed shapes; may be empty."""
-    state = {}
+    state: dict[str, Any] = {}
     if self._buffer is not None:
       state["buffer"] = self._buffer.state()
     if self._share:
       state["share"] = self._share.state()
     if self.plan.updates > 1:
-      state["held"] = self._held if self._held is not None else self._nothing()
+      held = self._nothing() if self._held is None else self._held
+      state["held"] = {"rows": held.rows, "facts": dict(held.facts)}
     return state
 
-  def _nothing(self):
+  def _nothing(self) -> Batch:
     """What stands for a held batch before there is one."""
     run = self._run
-    rows = run.config.train.batch_size
-    shape = (rows, self._length)
+    shape = (run.settings.train.batch_size, self._length)
     kinds = dict(tokens=np.int32, labels=np.int32, mask=bool, segment_ids=np.int32)
-    batch = {k: jax.ShapeDtypeStruct(shape, kind) for k, kind in kinds.items()}
+    rows = {k: jax.ShapeDtypeStruct(shape, kind) for k, kind in kinds.items()}
+    batch = Batch.of(rows)
     if self._prepare:
-      params, frozen = run.abstract.params, run.frozen
-      key = jax.eval_shape(self._key, 0)
-      batch = jax.eval_shape(self._prepared, params, frozen, batch, key)
+      params = run.plan.abstract.params
+      step = jax.ShapeDtypeStruct((), np.int32)
+      batch = jax.eval_shape(self._prepared, params, run.cast.frozen, batch, step)
     where = sharding.batch_sharding(run.mesh)
     return jax.tree.map(
       lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), batch
@@ -258,135 +281,35 @@ class Sampler:
     if self._share:
       self._share.restore(state["share"])
     if self.plan.updates > 1:
-      self._held = state["held"]
+      held = state["held"]
+      self._held = Batch.of(held["rows"]).replace(facts=held["facts"])
 
 
-def answers_beforehand(run, name: str, path: Path) -> list[Example]:
-  """One answer to each prompt of `run.train`, by 'teacher' or the untrained 'student'.
-
-  Sampled into `path`, a line of token ids each, and read from there where it is done
-  already; interrupted, it goes on after the last whole line. What was asked lies beside
-  it, as NAME.json.
-
-  Raises:
-    UserError: if the file holds answers to other prompts, or is damaged.
-  """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _check_asked(run, name, path)
-  answers = _read_answers(path, len(run.train))
-  total, piece = len(run.train), _PIECE * run.config.eval.batch_size
-  params = run.frozen if name == "teacher" else None
-  bar = tqdm(
-    total=total,
-    initial=len(answers),
-    unit="row",
-    desc=f"{name} answers",
-    disable=not sys.stderr.isatty(),
-  )
-  with bar:
-    while len(answers) < total:
-      if params is None:
-        params = run.init().params["student"]
-      rows = range(len(answers), min(len(answers) + piece, total))
-      new = _answer(run, name, params, rows)
-      if jax.process_index() == 0:
-        with path.open("a", encoding="utf8") as file:
-          file.writelines(json.dumps(tokens) + "\n" for tokens in new)
-      answers += new
-      bar.update(len(new))
-      if not sys.stderr.isatty():
-        _log.info("%s answered %d of %d prompts", name, len(answers), total)
-  return [
-    _answered(example, np.array(tokens, np.int32))
-    for example, tokens in zip(run.train, answers, strict=True)
-  ]
-
-
-def _answer(run, name: str, params, rows) -> list[list[int]]:
-  plan = run.method.sequences
-  completions = generate(
-    _source(run, name),
-    {"params": params},
-    [_prompt(run.train[row]) for row in rows],
-    jax.random.fold_in(jax.random.key(run.config.train.seed), _BEFOREHAND[name]),
-    max_new_tokens=room(run),
-    sampling=plan.student,
-    eos_ids=_ends(run),
-    batch_size=run.config.eval.batch_size,
-    rows=rows,
-    sharding=sharding.batch_sharding(run.mesh),
-  )
-  return [completion.tokens.tolist() for completion in completions]
-
-
-def _source(run, role: str):
+def text_source(run: Run, decoder: Decoder) -> Source:
   """What samples a model, in the tokens that all models of the run have."""
-  source, sizes = decoder_source(run.decoders[role]), _vocabulary_sizes(run)
+  source, sizes = decoder_source(decoder), run.cast.vocab_sizes
   return cut_source(source, min(sizes)) if len(sizes) > 1 else source
 
 
-def _vocabulary_sizes(run) -> set[int]:
-  return {decoder.config.vocab_size for decoder in run.decoders.values()}
-
-
-def _check_asked(run, name: str, path: Path) -> None:
-  """Writes down what is asked, or refuses answers to anything else."""
-  plan, config = run.method.sequences, run.config
-  asked = {
-    "prompts": digest(_prompt(example).tobytes() for example in run.train),
-    "model": config.teacher.path if name == "teacher" else config.student.path,
-    "max_new_tokens": room(run),
-    "sampling": [float(value) for value in plan.student],
-    "ends": _ends(run),
-    "seed": config.train.seed,
-  }
-  about = path.with_suffix(".json")
-  if not path.exists():
-    if jax.process_index() == 0:
-      write_text(about, json.dumps(asked, indent=2) + "\n")
-    return
-  found = read_json(about)
-  if different := [key for key, value in asked.items() if found.get(key) != value]:
-    raise UserError(
-      f"{path} holds answers to other questions ({', '.join(different)} differ); "
-      "delete it to have them sampled anew, or name another workdir"
-    )
-
-
-def _read_answers(path: Path, most: int) -> list[list[int]]:
-  """The whole lines of a file that may have been cut off; it is left with just them."""
-  if not path.exists():
-    return []
-  text = path.read_text(encoding="utf8")
-  whole = text[: text.rfind("\n") + 1]
-  if whole != text:
-    write_text(path, whole)
-  try:
-    answers = [json.loads(line) for line in whole.splitlines()]
-  except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); delete it") from error
-  if len(answers) > most:
-    raise UserError(f"{path}: {len(answers)} answers to {most} prompts; delete it")
-  return answers
-
-
-def room(run) -> int:
+def room(run: Run) -> int:
   """New tokens an answer may have, beside the longest prompt."""
-  data = run.config.data
-  return run.method.sequences.max_new_tokens or (
-    data.max_length - data.max_prompt_length
-  )
+  data = run.settings.data
+  fits = data.max_length - data.max_prompt_length
+  return run.method.sequences.max_new_tokens or fits
 
 
-def _prompt(example: Example) -> np.ndarray:
+def prompt_of(example: Example) -> np.ndarray:
+  """The tokens [P] that are given."""
   return example.tokens[: example.prompt_length]
 
 
-def _answered(example: Example, tokens: np.ndarray) -> Example:
+def answered(example: Example, tokens: np.ndarray) -> Example:
   """The example with another answer: the path every row takes to the model."""
-  return dataclasses.replace(example, tokens=np.concatenate([_prompt(example), tokens]))
+  whole = np.concatenate([prompt_of(example), tokens])
+  return dataclasses.replace(example, tokens=whole)
 
 
-def _ends(run) -> list[int]:
-  ids = stop_ids(run.tokenizer, run.config.data.template)
-  return sorted({*run.decoders["student"].config.eos_ids, *ids})
+def end_ids(run: Run) -> list[int]:
+  """Ids that end an answer: the student's own and the template's."""
+  ids = stop_ids(run.data.tokenizer, run.settings.data.template)
+  return sorted({*run.cast.student.config.eos_ids, *ids})

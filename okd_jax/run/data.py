@@ -1,13 +1,18 @@
-"""Training and held-out rows: the data in the tokens of one tokenizer, or of two."""
+"""Phase 3, data: training and held-out rows in the tokens of one tokenizer or two."""
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from okd_jax.config.schema import DataSettings, EvalSettings
 from okd_jax.data import (
   Example,
+  Record,
+  check_vocabulary,
   each_alone,
   load_records,
   pack,
@@ -19,46 +24,79 @@ from okd_jax.data import (
 )
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
+from okd_jax.run.outline import Outline
 
 _log = logging.getLogger(__name__)
+
+Pack = tuple[int, ...]  # the texts of one row, by their indices
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """The data in another tokenizer's tokens, `train` row by row beside the run's."""
+  """The data in one tokenizer's tokens."""
 
-  tokenizer: Any
-  train: list[Example]
-  eval: list[Example]
+  tokenizer: PreTrainedTokenizerBase
+  train: Sequence[Example]
+  eval: Sequence[Example]
 
 
-def read_rows(
-  config, tokenizer, records, teacher
-) -> tuple[list[Example], list[Example], Reading | None]:
+@dataclasses.dataclass(frozen=True)
+class Data(Reading):
+  """The rows of a run.
+
+  packs: the texts of `train` that are one row: one or several.
+  other: the same records in the teacher's own tokens, `train` row by row beside this
+    one's; None where all models share one tokenizer.
+  """
+
+  packs: Sequence[Pack] = ()
+  other: Reading | None = None
+
+  def where(self, rows: np.ndarray) -> str:
+    """Where some rows of packs come from; a packed one says how many texts it holds."""
+    named = []
+    for row in rows[:8]:
+      first, *others = self.packs[row]
+      more = f" and {len(others)} texts with it" if others else ""
+      named.append(self.train[first].where + more)
+    return ", ".join(named) + (", …" if len(rows) > 8 else "")
+
+
+def read_data(
+  data: DataSettings,
+  evaluation: EvalSettings,
+  outline: Outline,
+  records: Sequence[Record],
+) -> Data:
   """Training and evaluation rows; without data.eval, the last ones are held out.
 
-  Beside them what `teacher` reads, unless that is None.
+  Raises:
+    UserError: for rows that cannot be used, or tokens that a model does not have.
   """
-  readers = [(tokenizer, "")]
-  if teacher:
-    readers.append((_own_tokenizer(config, teacher), ", in the teacher's tokens"))
+  readers = [(outline.tokenizer, "")]
+  if outline.teacher_tokenizer is not None:
+    readers.append((outline.teacher_tokenizer, ", in the teacher's tokens"))
     records = shared_text(records, [own for own, _ in readers])
-  rows = [_training_rows(config, *reader, records) for reader in readers]
-  if teacher:
+  rows = [_training_rows(data, *reader, records) for reader in readers]
+  if len(rows) > 1:
     rows = pair(*rows)
-  rows = [
-    _with_held_out(config, *reader, train)
+  own, *other = [
+    _with_held_out(data, evaluation, *reader, train)
     for reader, train in zip(readers, rows, strict=True)
   ]
-  (train, held_out), *other = rows
-  _log.info("first row, trained part marked:\n%s", show_example(train[0], tokenizer))
-  return train, held_out, Reading(readers[1][0], *other[0]) if other else None
+  _log.info(
+    "first row, trained part marked:\n%s", show_example(own.train[0], own.tokenizer)
+  )
+  other = other[0] if other else None
+  _check_tokens(outline, own, other)
+  packs = make_packs(data, own.train)
+  return Data(own.tokenizer, own.train, own.eval, packs, other)
 
 
-def make_packs(config, train: list[Example]) -> list[tuple[int, ...]]:
+def make_packs(data: DataSettings, train: Sequence[Example]) -> list[Pack]:
   """Which texts share a row: with `data.pack` as many as fit, else each has its own."""
-  lengths, length = np.array([positions(e) for e in train]), config.data.max_length
-  packs = pack(lengths, length) if config.data.pack else each_alone(train)
+  lengths, length = np.array([positions(e) for e in train]), data.max_length
+  packs = pack(lengths, length) if data.pack else each_alone(train)
   _log.info(
     "%d texts in %d rows of %d tokens, %.1f %% of them padding",
     len(train),
@@ -69,45 +107,59 @@ def make_packs(config, train: list[Example]) -> list[tuple[int, ...]]:
   return packs
 
 
-def _own_tokenizer(config, teacher):
-  if teacher.tokenizer is None:
-    raise UserError(
-      f"method.cross_tokenizer: teacher.path={config.teacher.path} brings no tokenizer"
-    )
-  return teacher.tokenizer
+def _check_tokens(outline: Outline, own: Reading, other: Reading | None) -> None:
+  sizes = {name: config.vocab_size for name, config in outline.teachers.items()}
+  if other:
+    check_vocabulary(_called(sizes), [*other.train, *other.eval])
+    sizes = {}
+  sizes = {"student": outline.student.vocab_size} | _called(sizes)
+  check_vocabulary(sizes, [*own.train, *own.eval])
 
 
-def _options(config) -> dict[str, Any]:
+def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:
+  """The teachers by what a message calls them."""
+  if len(teachers) == 1:
+    return {"teacher": next(iter(teachers.values()))}
+  return {f"teacher {name}": value for name, value in teachers.items()}
+
+
+def _options(data: DataSettings) -> dict[str, Any]:
   keys = ("template", "max_length", "max_prompt_length")
-  return {key: config.data[key] for key in keys}
+  return {key: getattr(data, key) for key in keys}
 
 
-def _training_rows(config, tokenizer, note: str, records) -> list[Example]:
-  data = config.data
+def _training_rows(
+  data: DataSettings,
+  tokenizer: PreTrainedTokenizerBase,
+  note: str,
+  records: Sequence[Record],
+) -> list[Example]:
   rows, _ = prepare(
     records,
     tokenizer,
     overlong_prompt=data.overlong_prompt,
     overlong_row=data.overlong_row,
     name=data.train + note,
-    **_options(config),
+    **_options(data),
   )
   return rows
 
 
 def _with_held_out(
-  config, tokenizer, note: str, train
-) -> tuple[list[Example], list[Example]]:
-  data = config.data
-  if data.eval or data.train == "embedded":
-    source = data.eval or "embedded:eval"
+  data: DataSettings,
+  evaluation: EvalSettings,
+  tokenizer: PreTrainedTokenizerBase,
+  note: str,
+  train: Sequence[Example],
+) -> Reading:
+  if source := data.eval_source:
     held_out, _ = prepare(
-      load_records(source_list(source))[: config.eval.limit or None],
+      load_records(source_list(source))[: evaluation.limit or None],
       tokenizer,
       overlong_prompt="truncate",
       overlong_row="truncate",
       name=source + note,
-      **_options(config),
+      **_options(data),
     )
   else:
     if not 0 < data.holdout < len(train):
@@ -116,4 +168,4 @@ def _with_held_out(
         f"{len(train)} rows of {data.train}; or set data.eval"
       )
     train, held_out = train[: -data.holdout], train[-data.holdout :]
-  return train, held_out[: config.eval.limit or None]
+  return Reading(tokenizer, train, held_out[: evaluation.limit or None])

@@ -1,126 +1,147 @@
 """What a run measures on its held-out rows, of the student and of its teachers."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from okd_jax.data import PAD_ID, eval_batches
+from okd_jax.data.batch import Batch
 from okd_jax.evaluation.answers import answer, answerable
 from okd_jax.evaluation.rouge import score
 from okd_jax.evaluation.tokens import (
+  ADAPTED,
+  STUDENT,
+  TEACHER,
   compile_token_step,
   evaluate_tokens,
   perplexity,
   stored_metrics,
   token_metrics,
 )
+from okd_jax.models import Decoder
 from okd_jax.run.build import Run
+from okd_jax.run.data import Reading
 from okd_jax.runtime import sharding
+from okd_jax.teachers.store import Store
 
 
 class Evaluator:
   """Everything measured during training, on the held-out rows; compiled once."""
 
-  def __init__(self, parts: Run):
-    self._parts = parts
-    config = parts.config
-    self._beside = parts.decoders  # the student and who can be compared with it
-    if parts.reading:  # no vocabulary to compare in
-      self._beside = {"student": parts.decoders["student"]}
-    self._stored = (parts.stored or {}).get("eval")
-    weights = tuple(config.method.teacher_weights)
-    options = {"metrics": functools.partial(token_metrics, teacher_weights=weights)}
+  def __init__(self, run: Run):
+    self._run, self._cast = run, run.cast
+    self._beside = {(STUDENT, ""): run.cast.student}  # who can be compared with it
+    if not run.data.other:  # else there is no vocabulary to compare in
+      self._beside |= {(TEACHER, n): d for n, d in run.cast.teachers.items()}
+      self._beside |= {(ADAPTED, n): d for n, d in run.cast.adapted.items()}
+    self._stored = run.cast.stored.get("eval")
+    weights = tuple(run.settings.method.knobs.get("teacher_weights", ()))
+    options: dict[str, Any] = {
+      "metrics": functools.partial(token_metrics, teacher_weights=weights)
+    }
     if self._stored:
-      temperature = config.method.temperature
+      temperature = run.settings.method.temperature
       options["metrics"] = functools.partial(stored_metrics, temperature=temperature)
       options["vocab_size"] = self._stored.about["vocab_size"]
-    self._step = compile_token_step(self._beside, config.train.loss_chunk, **options)
+    chunk = run.settings.train.loss_chunk
+    self._step = compile_token_step(self._beside, chunk, **options)
 
-  def __call__(self, params) -> dict[str, float]:
+  def __call__(self, params: Mapping[str, PyTree]) -> dict[str, float]:
     """The student's figures; beside a teacher, also the distances between them."""
-    variables = {role: self._variables(role, params) for role in self._beside}
-    scores = self._tokens(self._step, variables, self._parts, self._stored)
-    return scores | self._text("student", variables["student"], self._parts)
+    variables = {who: self._variables(*who, params) for who in self._beside}
+    scores = self._tokens(self._step, variables, self._run.data, self._stored)
+    own = variables[STUDENT, ""]
+    return scores | self._text(self._cast.student, own, self._run.data)
 
   def teachers(self) -> dict[str, dict[str, float]]:
-    """The frozen teachers' own figures, by role; they never change.
+    """The frozen teachers' own figures, by name; they never change.
 
     On tokens of its own a teacher's loss is another measure than the student's, and is
     called so: `own_token_loss`.
     """
-    decoders, found = self._parts.decoders, {}
+    found = {}
     if self._stored:
       gold = [self._stored.row(i)["gold_log_prob"] for i in range(self._stored.count)]
       loss = -float(np.concatenate(gold).mean())
       found["teacher"] = {"loss": loss, "perplexity": perplexity(loss)}
-    reading = self._parts.reading or self._parts
-    for role in decoders:
-      if role.partition(":")[0] == "teacher":
-        variables = self._variables(role, {})
-        chunk = self._parts.config.train.loss_chunk
-        step = compile_token_step({"student": decoders[role]}, chunk)
-        tokens = self._tokens(step, {"student": variables}, reading)
-        if self._parts.reading:
-          tokens = {"own_token_loss": tokens["loss"]}
-        found[role] = tokens | self._text(role, variables, reading)
+    other = self._run.data.other
+    reading = other or self._run.data
+    for name, decoder in self._cast.teachers.items():
+      variables = self._variables(TEACHER, name, {})
+      who, chunk = (STUDENT, ""), self._run.settings.train.loss_chunk
+      step = compile_token_step({who: decoder}, chunk)
+      tokens = self._tokens(step, {who: variables}, reading)
+      if other:
+        tokens = {"own_token_loss": tokens["loss"]}
+      found[name] = tokens | self._text(decoder, variables, reading)
     return found
 
-  def _variables(self, role: str, params):
-    """What the decoder of this role, 'student', 'teacher' or 'adapted:NAME', reads."""
-    kind, _, name = role.partition(":")
-    if kind == "student":
+  def _variables(
+    self, kind: str, name: str, params: Mapping[str, PyTree]
+  ) -> dict[str, PyTree]:
+    """What the decoder of student, teacher or adapted teacher reads."""
+    if kind == STUDENT:
       return {"params": params["student"]}
-    frozen = self._parts.frozen
-    variables = {"params": frozen[name] if name else frozen}
-    if kind == "adapted":
-      adapter = params["adapter"]
-      variables["adapter"] = adapter[name] if name else adapter
+    variables = {"params": self._cast.frozen[name]}
+    if kind == ADAPTED:
+      variables["adapter"] = params["adapter"][name]
     return variables
 
-  def _tokens(self, step, variables, reading, stored=None):
-    parts, config = self._parts, self._parts.config
+  def _tokens(
+    self,
+    step: Any,
+    variables: Mapping[Any, PyTree],
+    reading: Reading,
+    stored: Store | None = None,
+  ) -> dict[str, float]:
     batches = eval_batches(
       reading.eval,
-      batch_size=_eval_batch_size(parts),
-      length=config.data.max_length,
+      batch_size=self._batch_size(),
+      length=self._run.settings.data.max_length,
       pad_id=PAD_ID,
     )
 
-    def arrays(batch):
-      rows = batch.pop("row")
-      if stored:
-        batch["stored"] = stored.read(rows[rows >= 0][:, None], batch["mask"])
-      return batch
+    def batch(rows: Mapping[str, np.ndarray]) -> Batch:
+      own, numbers = Batch.of(rows), rows["row"]
+      if not stored:
+        return own
+      said = stored.read(numbers[numbers >= 0][:, None], rows["mask"])
+      return own.replace(stored=said)
 
-    where = sharding.batch_sharding(parts.mesh)
+    where = sharding.batch_sharding(self._run.mesh)
     return evaluate_tokens(
       step,
       variables,
-      map(arrays, batches),
+      map(batch, batches),
       put=lambda rows: jax.device_put(rows, where),
     )
 
-  def _text(self, role, variables, reading) -> dict[str, float]:
-    parts, config = self._parts, self._parts.config
-    prompts = answerable(reading.eval)[: config.eval.generate_limit or None]
-    if not config.eval.generate or not prompts:
+  def _text(
+    self, decoder: Decoder, variables: Mapping[str, PyTree], reading: Reading
+  ) -> dict[str, float]:
+    settings = self._run.settings
+    limit = settings.eval.generate_limit or None
+    prompts = answerable(reading.eval)[:limit]
+    if not settings.eval.generate or not prompts:
       return {}
     texts = answer(
-      parts.decoders[role],
+      decoder,
       variables,
       prompts,
       reading.tokenizer,
-      template=config.data.template,
-      max_new_tokens=config.eval.max_new_tokens,
-      temperature=config.eval.temperature,
-      seed=config.train.seed,
-      batch_size=_eval_batch_size(parts),
-      sharding=sharding.batch_sharding(parts.mesh),
+      template=settings.data.template,
+      max_new_tokens=settings.eval.max_new_tokens,
+      temperature=settings.eval.temperature,
+      seed=settings.train.seed,
+      batch_size=self._batch_size(),
+      sharding=sharding.batch_sharding(self._run.mesh),
     )
     scores = score(texts, [list(p.references) for p in prompts])
     return {name: scores[name] for name in ("rougeL", "exact_match")}
 
-
-def _eval_batch_size(parts: Run) -> int:
-  return sharding.whole_rows(parts.config.eval.batch_size, parts.mesh)
+  def _batch_size(self) -> int:
+    return sharding.whole_rows(self._run.settings.eval.batch_size, self._run.mesh)

@@ -1,62 +1,99 @@
-"""A trained student as a Hugging Face folder, its online module as a PEFT folder.
+"""A trained student as a Hugging Face folder, adapters as PEFT folders.
 
 A teacher whose own blocks learned is no PEFT adapter; it becomes a folder like the
 student's.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from jaxtyping import PyTree
+
 from okd_jax import models
-from okd_jax.models.adapters import replace_blocks
-from okd_jax.run.build import Run
-from okd_jax.run.state import named
+from okd_jax.config.schema import Settings
+from okd_jax.run.build import Run, Shapes
+from okd_jax.run.outline import teacher_paths
+
+# Kinds of records that data.template puts into words; others are taken as they are.
+_TEMPLATED = ("instruction", "messages")
 
 
-def module_folder(parts: Run) -> str:
-  """The name of the folder of a workdir that the online module goes to."""
-  return "teacher" if parts.choice else "adapter"
+def export_student(
+  run: Run | Shapes,
+  params: Mapping[str, PyTree],
+  folder: Path,
+  template: str | None = None,
+) -> None:
+  """Writes the student to a folder.
 
-
-def export_run(parts: Run, params, student: Path, adapter: Path | None) -> None:
-  """Writes the student to a folder and, if there is one, its module to another."""
-  config = parts.config
+  template: what its prompts were written with, '' for none; None is what the run says.
+  """
   models.save(
-    student,
+    folder,
     params["student"],
-    parts.decoders["student"].config,
-    parts.tokenizer,
-    dtype=config.export.dtype,
-    card=_card(config),
+    run.outline.student,
+    run.outline.tokenizer,
+    dtype=run.job.settings.export.dtype,
+    card=_card(run.job.settings),
+    template=_template(run) if template is None else template,
   )
-  if not (parts.adapter and adapter):
-    return
-  if parts.choice:
-    new = replace_blocks(
-      parts.frozen["layers"], params["adapter"]["layers"], parts.adapter
-    )
+
+
+def export_teachers(
+  run: Run | Shapes,
+  params: Mapping[str, PyTree],
+  frozen: Mapping[str, PyTree],
+  folder: Path,
+) -> None:
+  """Writes adapters, of several teachers each to its own folder in `folder`.
+
+  frozen: the teachers' parameters; read only where a teacher's own blocks learned.
+  """
+  paths, alone = teacher_paths(run.job.settings), len(run.cast.teachers) == 1
+  for name, decoder in run.cast.adapted.items():
+    place = folder if alone else folder / name
+    adapter, tree = decoder.adapter, params["adapter"][name]
+    if adapter.folder == "adapter":
+      base = _base_model(paths.get(name, ""))
+      models.save_adapter(place, tree, adapter, decoder.config, base)
+      continue
+    blocks = ", ".join(map(str, adapter.blocks))
     models.save(
-      adapter,
-      parts.frozen | {"layers": new},
-      parts.decoders["teacher"].config,
-      parts.tokenizer,
-      dtype=config.export.dtype,
-      card=_card(config)
-      | {"Trained blocks": ", ".join(map(str, parts.adapter.blocks))},
-    )
-    return
-  for name in named(parts.decoders, "adapted") or [""]:
-    models.save_adapter(
-      adapter / name,
-      params["adapter"][name] if name else params["adapter"],
-      parts.adapter,
-      parts.decoders[f"adapted:{name}" if name else "adapted"].config,
-      config.teachers.get(name, config.teacher.path),
+      place,
+      adapter.merge(frozen[name], tree),
+      decoder.config,
+      run.outline.tokenizer,
+      dtype=run.job.settings.export.dtype,
+      card=_card(run.job.settings) | {"Trained blocks": blocks},
     )
 
 
-def _card(config) -> dict[str, str]:
-  return {
-    "Teacher": ", ".join(config.teachers.to_dict().values()) or config.teacher.path,
-    "Method": config.method.name,
-    "Data": config.data.train,
-  }
+def _base_model(path: str) -> str:
+  """A teacher's path as PEFT finds it from anywhere: hub ids stay, folders are whole.
+
+  PEFT opens what is named from the folder that a program runs in. Of a workdir it is
+  the folder of the exported model.
+  """
+  local = Path(path).expanduser()
+  if not path or not local.exists():
+    return path
+  exported = local / "student"
+  return str((exported if exported.is_dir() else local).resolve())
+
+
+def _template(run: Run | Shapes) -> str:
+  """data.template, if it had any part in the rows; '' where they were used as they are.
+
+  Without the rows nobody knows; then it is data.template.
+  """
+  template = run.job.settings.data.template
+  if isinstance(run, Shapes):
+    return template
+  kinds = {e.record.kind for e in run.data.train if e.record is not None}
+  return template if kinds & set(_TEMPLATED) else ""
+
+
+def _card(settings: Settings) -> dict[str, str]:
+  teachers = ", ".join(settings.teachers.values()) or settings.teacher.path
+  method, data = settings.method.name, settings.data.train
+  return {"Teacher": teachers, "Method": method, "Data": data}

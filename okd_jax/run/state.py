@@ -1,71 +1,105 @@
-"""The state of step 0: a student, its teachers' modules and what a method adds."""
+"""What a run carries from step to step, and how it is at step 0."""
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key, PyTree
 
 from okd_jax import models
-from okd_jax.models.adapters import take_blocks
-from okd_jax.run.step import TrainState, init_state
+from okd_jax.config.schema import StudentSettings
+from okd_jax.run.cast import Cast
 from okd_jax.runtime import sharding
 
 
-def named(decoders, role: str = "teacher") -> list[str]:
-  """The names of several teachers, or of those that adapt."""
-  prefix = f"{role}:"
-  return [key.removeprefix(prefix) for key in decoders if key.startswith(prefix)]
+@flax.struct.dataclass
+class TrainState:
+  """All that a run must carry from step to step; the frozen teachers are not in it.
+
+  params and opt_state are dicts with the trained trees: 'student'; 'adapter' in methods
+  that adapt teachers, a tree by teacher's name; and what else a method trains
+  (`Method.trees`).
+  """
+
+  step: Int[Array, ""]
+  params: dict[str, Any]
+  opt_state: dict[str, Any]
+  key: Key[Array, ""]
 
 
-def random_state(config, decoders, optimizers, prompt_ids, method) -> TrainState:
-  """The state of step 0 with a student drawn at random, a prompt of `prompt_ids` 0."""
-  student_key, adapter_key, key = jax.random.split(jax.random.key(config.train.seed), 3)
+def init_state(
+  params: dict[str, PyTree],
+  optimizers: Mapping[str, optax.GradientTransformation],
+  key: Key[Array, ""],
+) -> TrainState:
+  """The state of step 0."""
+  opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+
+
+def random_state(
+  seed: int,
+  cast: Cast,
+  optimizers: Mapping[str, optax.GradientTransformation],
+  trees: Mapping[str, tuple[Callable[..., PyTree], float]],
+) -> TrainState:
+  """The state of step 0 with a student drawn at random.
+
+  Args:
+    trees: what a method trains besides (`Method.trees`).
+  """
+  root = jax.random.key(seed)
+  # A key is also what `fold_in` makes of the seed's and its number here: that of
+  # number 1 is a random teacher's, so an adapter's is folded once more.
+  student_key, adapter_key, key, tree_key = jax.random.split(root, 4)
   tokens = jnp.zeros((1, 1), jnp.int32)
-  params = {"student": decoders["student"].init(student_key, tokens)["params"]}
-  if "adapted" in decoders:
-    params["adapter"] = decoders["adapted"].init(adapter_key, tokens)["adapter"]
-  modules = {
-    name: decoders[f"adapted:{name}"].init(jax.random.fold_in(adapter_key, i), tokens)
-    for i, name in enumerate(named(decoders, "adapted"))
-  }
-  if modules:
-    params["adapter"] = {name: tree["adapter"] for name, tree in modules.items()}
-  count, width = len(named(decoders)), decoders["student"].config.hidden_size
-  for i, (name, (init, _)) in enumerate(sorted(method.trees.items())):
-    params[name] = init(jax.random.fold_in(key, i), count, width)
-  if prompt_ids is not None:
-    size = decoders["adapted"].config.hidden_size
-    vectors = jnp.zeros((len(prompt_ids), size))
-    params["adapter"] = {"prompt": {"vectors": vectors}}  # no MLP: a text is a start
+  params = {"student": cast.student.init(student_key, tokens)["params"]}
+  if cast.adapted:
+    params["adapter"] = {}
+  for i, (name, decoder) in enumerate(sorted(cast.adapted.items())):
+    own = jax.random.fold_in(adapter_key, i)
+    params["adapter"][name] = decoder.init(own, tokens)["adapter"]
+  count, width = len(cast.teachers), cast.student.config.hidden_size
+  for i, (name, (init, _)) in enumerate(sorted(trees.items())):
+    params[name] = init(jax.random.fold_in(tree_key, i), count, width)
   return init_state(params, optimizers, key)
 
 
 def first_state(
-  config, mesh, teacher, random, abstract, prompt_ids, adapter
+  student: StudentSettings,
+  cast: Cast,
+  random: Callable[[], TrainState],
+  abstract: TrainState,
+  mesh: Mesh,
 ) -> TrainState:
-  """The state of step 0; no array is ever whole on one device."""
+  """The state of step 0; no array is ever whole on one device.
+
+  Args:
+    random: makes it with a random student, `abstract` are its shapes.
+
+  Raises:
+    UserError: for a student's weights that cannot be read.
+  """
   where = sharding.shardings(abstract, mesh)
   state = jax.jit(random, out_shardings=where)()
-  if prompt_ids is not None:
-    vectors = teacher.params["embed"]["embedding"][prompt_ids].astype(jnp.float32)
-    prompt = {"prompt": {"vectors": vectors}}
-    prompt = jax.device_put(prompt, where.params["adapter"])
-    state = state.replace(params=state.params | {"adapter": prompt})
-  if adapter and adapter.kind == "blocks":
-    take = functools.partial(take_blocks, config=adapter)
-    own = where.params["adapter"]["layers"]
-    layers = jax.jit(take, out_shardings=own)(teacher.params["layers"])
-    state = state.replace(params=state.params | {"adapter": {"layers": layers}})
-  if config.student.path:
+  params = dict(state.params)
+  for name, decoder in cast.adapted.items():
+    start, frozen = decoder.adapter.start, cast.frozen[name]
+    if jax.eval_shape(start, frozen) is not None:
+      own = jax.jit(start, out_shardings=where.params["adapter"][name])(frozen)
+      params["adapter"] = params["adapter"] | {name: own}
+  if student.path:
     put = functools.partial(sharding.put, mesh)
-    params = models.load(config.student.path, put=put).params
-  elif config.student.layers:
+    params["student"] = models.load(student.path, put=put).params
+  elif student.layers:
     # Copies, in float32: the step donates the student's buffers, not the teacher's.
-    params, _ = models.take_layers(
-      teacher.params, teacher.config, config.student.layers
-    )
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    params = jax.device_put(params, where.params["student"])
-  else:
-    return state
-  return state.replace(params=state.params | {"student": params})
+    [(name, teacher)] = cast.teachers.items()
+    own, _ = models.take_layers(cast.frozen[name], teacher.config, student.layers)
+    own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
+    params["student"] = jax.device_put(own, where.params["student"])
+  return state.replace(params=params)

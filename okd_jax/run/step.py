@@ -1,126 +1,142 @@
-"""The training state and the one jitted training step."""
+"""The one jitted training step."""
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
+from okd_jax.data.batch import Batch
+from okd_jax.evaluation import figures
 from okd_jax.methods import Method, Models
+from okd_jax.methods.base.knobs import knobs_at, progress
+from okd_jax.run.state import TrainState
 from okd_jax.runtime.sharding import batch_sharding, shardings
 
-
-@flax.struct.dataclass
-class TrainState:
-  """All that a run must carry from step to step; the frozen teacher is not in it.
-
-  params and opt_state are dicts with the trained trees 'student', in methods that
-  adapt the teacher 'adapter', and what else a method trains (`Method.trees`).
-  """
-
-  step: Int[Array, ""]
-  params: dict[str, Any]
-  opt_state: dict[str, Any]
-  key: Key[Array, ""]
-
-
-def init_state(params, optimizers: Mapping, key) -> TrainState:
-  """The state of step 0."""
-  opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+Metrics = dict[str, Float[Array, ""]]
 
 
 def train_step(
   state: TrainState,
-  frozen,
-  batch: dict[str, Array],
+  frozen: Mapping[str, PyTree],
+  batch: Batch,
   *,
   method: Method,
   models: Models,
   optimizers: Mapping[str, optax.GradientTransformation],
   microbatches: int,
   steps: int,
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, Metrics]:
   """One update of every trained tree; a pure function.
 
   Knobs that move reach their ends at the last of `steps`.
 
-  Gradients are taken with respect to the moving trees alone, so the frozen teacher
-  has no gradient buffers. If a loss, gradient or update is not finite, the state comes
+  Gradients are taken with respect to the moving trees alone, so the frozen teachers
+  have no gradient buffers. If a loss, gradient or update is not finite, the state comes
   back unchanged and the metric 'finite' is 0.
   """
   batch = _weighted(batch, method.weights)
   key = jax.random.fold_in(state.key, state.step)
-  knobs = method.knobs_at(jnp.clip(state.step / max(steps - 1, 1), 0, 1))
-  loss_fn = functools.partial(method.loss, models, knobs=knobs)
+  now = knobs_at(method.knobs, progress(state.step, steps))
+
+  def loss(params: PyTree, part: Batch, part_key: Key[Array, ""]):
+    return method.loss(models, params, frozen, part, part_key, now)
+
   params, opt_state = dict(state.params), dict(state.opt_state)
-  logged = {f"method.{k}": v for k, v in knobs.items() if isinstance(v, jax.Array)}
+  logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}
   for names in method.updates:
-    loss, metrics, grads = _accumulate(
-      loss_fn, {n: params[n] for n in names}, params, frozen, batch, key, microbatches
-    )
+    moving = {name: params[name] for name in names}
+    total, metrics, grads = _accumulate(loss, moving, params, batch, key, microbatches)
     # Of passes in sequence, each figure is that of the one that moved its tree.
-    new = metrics | {"loss": loss}
-    logged |= {k: v for k, v in new.items() if _owner(k) in names or k not in logged}
+    for figure, value in (metrics | {"loss": total}).items():
+      if figures.owner(figure) in names or figure not in logged:
+        logged[figure] = value
     for name in names:
-      updates, opt_state[name] = optimizers[name].update(
-        grads[name], opt_state[name], params[name]
+      params[name], opt_state[name], norms = _updated(
+        optimizers[name], grads[name], opt_state[name], params[name]
       )
-      params[name] = optax.apply_updates(params[name], updates)
-      logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
-      logged[f"{name}_update_norm"] = optax.tree.norm(updates)
-  if "adapter" in params:
-    logged |= _module_norms(frozen, params["adapter"], models)
-  finite = jnp.isfinite(sum(logged.values()))
+      logged |= {f"{name}_{kind}_norm": norm for kind, norm in norms.items()}
+  logged |= _adapter_norms(models, frozen, params.get("adapter", {}))
   new = TrainState(state.step + 1, params, opt_state, state.key)
-  keep = functools.partial(jnp.where, finite)
-  new = new.replace(
-    params=jax.tree.map(keep, new.params, state.params),
-    opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
-  )
-  logged["finite"] = finite.astype(jnp.float32)
-  logged["tokens"] = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
-  logged["trained_tokens"] = jnp.sum(batch["mask"], dtype=jnp.float32)
-  return new, logged
+  return _if_finite(new, state, logged, batch)
 
 
-def _module_norms(frozen, adapter, models: Models) -> dict[str, Array]:
-  """'adapter_norm', of several teachers one for each."""
-  if not models.named:
-    return {"adapter_norm": models.module_norm(frozen, adapter)}
+def _adapter_norms(
+  models: Models, frozen: Mapping[str, PyTree], adapters: Mapping[str, PyTree]
+) -> Metrics:
   return {
-    f"adapter_norm_{name}": models.named[name].module_norm(frozen[name], tree)
-    for name, tree in adapter.items()
+    f"adapter_norm{models.suffix(name)}": models.teachers[name].adapter_norm(
+      frozen[name], adapter
+    )
+    for name, adapter in adapters.items()
   }
 
 
-def _owner(name: str) -> str:
-  """The tree that a metric is about."""
-  prefixes = {"module": "adapter", "policy": "policy"}
-  return next((t for p, t in prefixes.items() if name.startswith(p)), "student")
+def _updated(
+  optimizer: optax.GradientTransformation,
+  grads: PyTree,
+  opt_state: PyTree,
+  params: PyTree,
+) -> tuple[PyTree, PyTree, Metrics]:
+  """(parameters, optimiser's state, norms of gradient and update) of one tree."""
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  norms = {"grad": optax.tree.norm(grads), "update": optax.tree.norm(updates)}
+  return optax.apply_updates(params, updates), opt_state, norms
 
 
-def _weighted(batch, weights: Callable):
-  """The batch, and the batches beside it (such as 'gold'), with their weights."""
-  rows = {k: v for k, v in batch.items() if isinstance(v, dict) and "mask" in v}
-  beside = {k: _weighted(v, weights) for k, v in rows.items()}
-  return batch | beside | {"weights": weights(batch["mask"])}
+def _if_finite(
+  new: TrainState, old: TrainState, logged: Metrics, batch: Batch
+) -> tuple[TrainState, Metrics]:
+  """The new state, or the old one's trees if a figure is not finite."""
+  finite = jnp.isfinite(sum(logged.values()))
+  keep = functools.partial(jnp.where, finite)
+  new = new.replace(
+    params=jax.tree.map(keep, new.params, old.params),
+    opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
+  )
+  return new, logged | {
+    "finite": finite.astype(jnp.float32),
+    "tokens": jnp.sum(batch.segment_ids != 0, dtype=jnp.float32),
+    "trained_tokens": jnp.sum(batch.mask, dtype=jnp.float32),
+  }
 
 
-def _accumulate(loss, moving, params, frozen, batch, key, microbatches):
+def _weighted(
+  batch: Batch, weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]]
+) -> Batch:
+  """The batch, and the batches beside it (such as gold), with their weights."""
+
+  def own(rows: Batch | None) -> Batch | None:
+    return rows if rows is None else _weighted(rows, weights)
+
+  return batch.replace(
+    weights=weights(batch.mask),
+    gold=own(batch.gold),
+    answers={writer: own(rows) for writer, rows in batch.answers.items()},
+    other_tokens=own(batch.other_tokens),
+    partner=own(batch.partner),
+  )
+
+
+def _accumulate(
+  loss: Callable[..., tuple[Array, Metrics]],
+  moving: dict[str, PyTree],
+  params: dict[str, PyTree],
+  batch: Batch,
+  key: Key[Array, ""],
+  microbatches: int,
+) -> tuple[Array, Metrics, dict[str, PyTree]]:
   """(loss, metrics, gradients) summed over micro-batches.
 
   The weights were normalised over the whole batch, so plain sums are its means.
   """
 
-  def value(moving, part, index):
-    part_key = jax.random.fold_in(key, index)
-    return loss(params | moving, frozen, part, part_key)
+  def value(moving: dict[str, PyTree], part: Batch, index: Any):
+    return loss(params | moving, part, jax.random.fold_in(key, index))
 
   gradient = jax.value_and_grad(value, has_aux=True)
   if microbatches == 1:
@@ -131,7 +147,7 @@ def _accumulate(loss, moving, params, frozen, batch, key, microbatches):
     lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
   )
 
-  def body(sums, inputs):
+  def body(sums: PyTree, inputs: PyTree):
     new = gradient(moving, *inputs)
     return jax.tree.map(jnp.add, sums, new), None
 
@@ -150,7 +166,7 @@ def compile_step(
   steps: int,
   state: TrainState,
   mesh: Mesh,
-) -> Callable:
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """`train_step` under jit: (state, frozen, batch) -> (state, metrics).
 
   `state` may be abstract. Its buffers are donated: the new state takes their place.

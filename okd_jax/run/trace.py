@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 
 _log = logging.getLogger("okd_jax")
 
@@ -11,7 +12,7 @@ _log = logging.getLogger("okd_jax")
 _FIRST, _LAST = 3, 7
 
 
-class Profile:
+class Trace:
   """Traces the 3rd to the 7th step after `step`, the last one of a shorter run.
 
   A context for the loop: however that is left, the trace is written. Nothing is traced
@@ -26,7 +27,7 @@ class Profile:
   def __enter__(self):
     return self
 
-  def begin(self, step: int, state) -> None:
+  def begin(self, step: int, state: PyTree) -> None:
     """Step `step` begins here, and the one before it, whose `state` this is, ends."""
     if self._folder is None or not self._first <= step <= self._last + 1:
       return
@@ -41,7 +42,7 @@ class Profile:
     self._annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
     self._annotation.__enter__()
 
-  def __exit__(self, *_):
+  def __exit__(self, *_: object) -> None:
     self._end_step()
     self._stop()
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 
@@ -16,7 +17,7 @@ from okd_jax.errors import UserError
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
   """Shows defaults, but neither None nor an empty one."""
 
-  def _get_help_string(self, action):
+  def _get_help_string(self, action: argparse.Action) -> str | None:
     return (
       action.help if action.default in (None, "") else super()._get_help_string(action)
     )
@@ -25,14 +26,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
   """An argument parser whose errors are one line, with exit status 2."""
 
-  def __init__(self, **kwargs):
+  def __init__(self, **kwargs: Any) -> None:  # argparse's own
     super().__init__(
       formatter_class=_Help,
       allow_abbrev=False,
       **kwargs,
     )
 
-  def error(self, message: str):
+  def error(self, message: str) -> NoReturn:
     self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -40,6 +41,35 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
   """The flag --dtype."""
   kinds = ("float32", "bfloat16")
   parser.add_argument("--dtype", default=kinds[0], choices=kinds, help="of matmuls")
+
+
+def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
+  """The flags that say how to sample; `temperature` is the default of its flag."""
+  add = parser.add_argument
+  add(
+    "--temperature",
+    type=number(float, "at least 0", lambda t: 0 <= t < math.inf),
+    default=temperature,
+    help="of the sampling; 0 always takes the likeliest token",
+  )
+  add(
+    "--top_p",
+    type=number(float, "above 0 and at most 1", lambda p: 0 < p <= 1),
+    default=1.0,
+    help="sample from the likeliest tokens that hold this much probability",
+  )
+  add(
+    "--top_k",
+    type=number(int, "at least 0", lambda k: 0 <= k < 2**31),
+    default=0,
+    help="sample from this many likeliest tokens; 0 is all",
+  )
+  add(
+    "--seed",
+    type=number(int, "from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32),
+    default=0,
+    help="of the sampling; the same seed gives the same text",
+  )
 
 
 def number(

@@ -44,6 +44,11 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   return value
 
 
+def remove_folder(folder: Path) -> None:
+  """Removes a folder and what it holds; one that is not there is no error."""
+  shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike, ours: re.Pattern) -> Iterator[Path]:
   """A new folder that takes the place of `folder` once the block has ended well.

@@ -1,17 +1,16 @@
 """Figures on their way out: metrics.jsonl always, TensorBoard and W&B as extras."""
 
+import hashlib
 import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from okd_jax.errors import UserError
-
-# A larger value of these is better; of every other metric a smaller one is.
-LARGER_IS_BETTER = ("rougeL", "exact_match", "top1_agreement")
 
 
 class Writer:
@@ -19,69 +18,89 @@ class Writer:
 
   Opening it for a run that resumes at `step` drops what the killed run had written but
   the resumed one will write again: rows beyond that step, and of an export. A run that
-  starts anew gives -1.
+  starts anew gives -1. Close it: the extras lose their last rows otherwise.
+
+  config: the run's, for W&B to show beside the curves.
   """
 
-  def __init__(self, workdir: Path, step: int, tensorboard: bool, wandb: str):
-    self._path = workdir / "metrics.jsonl"
+  def __init__(
+    self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping
+  ):
+    self._sinks = []
+    if tensorboard:
+      self._sinks.append(_TensorBoard(workdir))
+    if wandb:
+      self._sinks.append(_Wandb(workdir, wandb, config))
+    path = workdir / "metrics.jsonl"
     kept = [
       row for row in read(workdir) if row["step"] <= step and row["kind"] != "export"
     ]
-    temporary = self._path.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, self._path)
-    self._file = open(self._path, "a", encoding="utf8")
-    self._sinks = []
-    if tensorboard:
-      module = _extra("tensorboardX", "train.tensorboard", "tensorboard")
-      self._tensorboard = module.SummaryWriter(str(workdir / "tensorboard"))
-      self._sinks.append(self._to_tensorboard)
-    if wandb:
-      run = _extra("wandb", "train.wandb", "wandb").init(
-        project=wandb, dir=str(workdir), resume="allow", id=workdir.name
-      )
-      self._sinks.append(lambda step, values: run.log(values, step=step))
+    os.replace(temporary, path)
+    self._file = open(path, "a", encoding="utf8")
 
-  def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-    """Writes one row; a figure that is not finite is written as null."""
-    row = {name: _number(value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
+  def write(
+    self, step: int, kind: str, values: Mapping[str, float], *, name: str = ""
+  ) -> None:
+    """Writes one row; a figure that is not finite is written as null.
+
+    name: who was measured, where there are several of this kind.
+    """
+    row = {figure: _number(value) for figure, value in values.items()}
+    head = {"step": step, "kind": kind} | ({"name": name} if name else {})
+    self._file.write(json.dumps(head | row) + "\n")
     self._file.flush()
+    group = f"{kind}/{name}" if name else kind
+    shown = {f"{group}/{figure}": v for figure, v in row.items() if v is not None}
     for sink in self._sinks:
-      sink(
-        step,
-        {f"{kind}/{name}": value for name, value in row.items() if value is not None},
-      )
-
-  def _to_tensorboard(self, step, values):
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, step)
+      sink.write(step, shown)
 
   def close(self) -> None:
     self._file.close()
+    for sink in self._sinks:
+      sink.close()
 
 
-def score_by(name: str) -> Callable[[Mapping[str, float]], float] | None:
-  """What ranks checkpoints by metric `name`, larger being better; None for ''."""
-  if not name:
-    return None
-  sign = 1 if name in LARGER_IS_BETTER else -1
-  return lambda values: sign * values[name]
+class _TensorBoard:
+  def __init__(self, workdir: Path):
+    module = _extra("tensorboardX", "train.tensorboard", "tensorboard")
+    self._writer = module.SummaryWriter(str(workdir / "tensorboard"))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._writer.close()
 
 
-def stalled(evals: Mapping[int, Mapping[str, float]], best: str, patience: int) -> bool:
-  """Whether the last `patience` evaluations brought nothing better than one before.
+class _Wandb:
+  """A run on W&B, which a resumed run goes on with: a workdir has one id."""
 
-  evals: figures by step; step 0, of which there is no checkpoint, does not count. With
-    patience 0, or no metric to go by, a run never stalls.
-  """
-  score = score_by(best)
-  if not (score and patience):
-    return False
-  scores = [score(evals[step]) for step in sorted(evals) if step]
-  if len(scores) <= patience:
-    return False
-  return not max(scores[-patience:]) > max(scores[:-patience])
+  def __init__(self, workdir: Path, project: str, config: Mapping):
+    path = workdir.resolve()
+    stage = path.parent.name == "stages"
+    self._run = _extra("wandb", "train.wandb", "wandb").init(
+      project=project,
+      dir=str(workdir),
+      resume="allow",
+      id=_run_id(path),
+      name=f"{path.parent.parent.name}/{path.name}" if stage else path.name,
+      config=dict(config),
+    )
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._run.log(values, step=step)
+
+  def close(self) -> None:
+    self._run.finish()
+
+
+def _run_id(path: Path) -> str:
+  """The folder's name, and a digest: every recipe's stages have the same names."""
+  readable = re.sub(r"[^A-Za-z0-9_.-]", "-", path.name)[:40]  # W&B refuses others
+  return f"{readable}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
 def read(workdir: Path) -> list[dict]:
@@ -98,42 +117,18 @@ def read(workdir: Path) -> list[dict]:
   return rows
 
 
-def table(rows: Mapping[str, Mapping[str, float]], columns: Mapping[str, str]) -> str:
-  """A plain-text table: a row a name, a column a metric; `columns` has their titles."""
-  shown = {m: t for m, t in columns.items() if any(m in row for row in rows.values())}
-  cells = [["", *shown.values()]]
-  for name, row in rows.items():
-    cells.append([name, *(_cell(row.get(metric)) for metric in shown)])
-  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-  lines = [
-    "  ".join(
-      [line[0].ljust(widths[0])]
-      + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-    ).rstrip()
-    for line in cells
-  ]
-  return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
 def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
   """Figures that are not finite become None: JSON has no NaN."""
   bad = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
   return {k: None if k in bad else v for k, v in values.items()}
 
 
-def _cell(value) -> str:
-  if value is None or not math.isfinite(value):
-    return "–"
-  digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-  return f"{value:.{digits}f}"
-
-
-def _number(value) -> float | None:
+def _number(value: float) -> float | None:
   value = float(value)
   return value if math.isfinite(value) else None
 
 
-def _extra(module: str, key: str, extra: str):
+def _extra(module: str, key: str, extra: str) -> Any:
   try:
     return importlib.import_module(module)
   except ImportError as error:

@@ -9,6 +9,8 @@ import re
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
+from jaxtyping import Array, PyTree
 
 from okd_jax.errors import UserError
 
@@ -50,7 +52,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
   """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)),
@@ -71,13 +73,13 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   return PartitionSpec()
 
 
-def put(mesh: Mesh, path: str, array) -> jax.Array:
+def put(mesh: Mesh, path: str, array: Array | np.ndarray) -> Array:
   """Places the parameter of this path by the rules."""
   where = NamedSharding(mesh, spec(path, array.shape, mesh))
   return jax.device_put(array, where)
 
 
-def path_name(path) -> str:
+def path_name(path: KeyPath) -> str:
   """'a/b/c' for a key path of jax.tree_util."""
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
@@ -87,7 +89,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
-def put_batch(batch, mesh: Mesh):
+def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
   """This process's rows of a batch, any tree of arrays, as global arrays."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(

@@ -1,50 +1,78 @@
-"""Teachers: who they are, what has adapted them, and what of them is kept."""
+"""Teachers: their weights, what has adapted them, and what their words depend on."""
 
-import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from okd_jax import models
+from okd_jax.config.schema import Settings, TeacherSettings
+from okd_jax.data import Example
 from okd_jax.errors import UserError
-from okd_jax.models.adapters import merge
-from okd_jax.models.formats.weights import Put
+from okd_jax.models import ModelConfig
+from okd_jax.runtime import sharding
 from okd_jax.teachers.store import Store, digest, rows_digest
 
-
-def load_teacher(config, put: Put) -> models.Model:
-  """The teacher, what adapted it added; of a stored one all but the weights."""
-  settings = config.teacher
-  dtype = jnp.dtype(settings.dtype or config.train.dtype)
-  if settings.cache:
-    return models.load(settings.path, params=False)
-  teacher = models.load(settings.path, dtype=dtype, put=put)
-  if not settings.adapter:
-    return teacher
-  adapter, kind = models.load_adapter(_adapter_folder(config), teacher.config)
-  where = jax.tree.map(lambda x: x.sharding, teacher.params)
-  merged = jax.jit(merge, static_argnums=2, out_shardings=where)
-  return dataclasses.replace(teacher, params=merged(teacher.params, adapter, kind))
+ONLY = "teacher"  # the name of the only one
 
 
-def load_several(config, put: Put) -> dict[str, models.Model]:
-  """The models of `teachers`, by name in alphabetical order; none is no error."""
-  dtype = jnp.dtype(config.teacher.dtype or config.train.dtype)
-  named = config.teachers.to_dict()
-  return {
-    name: models.load(named[name], dtype=dtype, put=put) for name in sorted(named)
+def load_teachers(
+  settings: Settings, shapes: Mapping[str, ModelConfig], mesh: Mesh
+) -> dict[str, PyTree]:
+  """The frozen parameters of the teachers, by name, placed by the sharding rules.
+
+  shapes: what the outline found; a teacher without a path is drawn at random.
+
+  Raises:
+    UserError: for a model or an adapter that cannot be read or does not fit.
+  """
+  if settings.teacher.model.wanted and not settings.teachers:
+    return {name: _random(shape, settings, mesh) for name, shape in shapes.items()}
+  dtype = jnp.dtype(settings.teacher_dtype)
+  put = functools.partial(sharding.put, mesh)
+  paths = settings.teachers or {ONLY: settings.teacher.path}
+  found = {
+    name: models.load(paths[name], dtype=dtype, put=put).params for name in shapes
   }
+  if settings.teacher.adapter:
+    [(name, params)] = found.items()
+    found[name] = _merged(settings.teacher, shapes[name], params)
+  return found
 
 
-def _adapter_folder(config) -> Path:
+def _merged(teacher: TeacherSettings, shape: ModelConfig, params: PyTree) -> PyTree:
+  """The parameters with what an earlier run's adapter added."""
+  tree, adapter = models.load_adapter(_adapter_folder(teacher), shape)
+  where = jax.tree.map(lambda x: x.sharding, params)
+  return jax.jit(adapter.merge, out_shardings=where)(params, tree)
+
+
+def _random(shape: ModelConfig, settings: Settings, mesh: Mesh) -> PyTree:
+  """A teacher that knows nothing: what trials and tests distil from."""
+  # Its own key: a student of the same shape must not be born as its twin.
+  key = jax.random.fold_in(jax.random.key(settings.train.seed), 1)
+  init = functools.partial(models.init, shape)
+  where = sharding.shardings(jax.eval_shape(init, key), mesh)
+  return jax.jit(init, out_shardings=where)(key)
+
+
+def _adapter_folder(teacher: TeacherSettings) -> Path:
   """The PEFT folder that teacher.adapter names, or the one of that run."""
-  folder = Path(config.teacher.adapter).expanduser()
+  folder = Path(teacher.adapter).expanduser()
   return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
-def open_stored(config, train, held_out, vocab_size: int) -> dict[str, Store]:
+def open_stored(
+  settings: Settings,
+  train: Sequence[Example],
+  held_out: Sequence[Example],
+  vocab_size: int,
+) -> dict[str, Store]:
   """What a stored teacher said about the rows of 'train' and, if there are any, 'eval'.
 
   vocab_size: the student's.
@@ -57,8 +85,8 @@ def open_stored(config, train, held_out, vocab_size: int) -> dict[str, Store]:
   for part, examples in {"train": train, "eval": held_out}.items():
     if not examples:
       continue
-    folder = Path(config.teacher.cache) / part
-    found[part] = Store(folder, len(examples), stored_key(config, examples))
+    folder = Path(settings.teacher.cache) / part
+    found[part] = Store(folder, len(examples), stored_key(settings, examples))
     known = found[part].about["vocab_size"]
     if known > vocab_size:
       raise UserError(
@@ -73,32 +101,30 @@ def open_stored(config, train, held_out, vocab_size: int) -> dict[str, Store]:
   return found
 
 
-def dtypes(config) -> dict[str, str]:
+def dtypes(settings: Settings) -> dict[str, str]:
   """What a teacher is computed in, and its weights."""
-  weights = config.teacher.dtype or config.train.dtype
-  return {"computed_in": config.train.dtype, "weights": weights}
+  return {"computed_in": settings.train.dtype, "weights": settings.teacher_dtype}
 
 
-def stored_key(config, examples) -> dict[str, Any]:
+def stored_key(settings: Settings, examples: Sequence[Example]) -> dict[str, Any]:
   """What a stored teacher's words depend on."""
-  return teacher_key(config, examples) | {"temperature": config.method.temperature}
+  temperature = {"temperature": settings.method.temperature}
+  return teacher_key(settings, examples) | temperature
 
 
-def teacher_key(config, examples) -> dict[str, Any]:
+def teacher_key(settings: Settings, examples: Sequence[Example]) -> dict[str, Any]:
   """What a teacher's states depend on; the teacher itself only where it is named."""
-  key = {"data": rows_digest(examples)}
-  if config.teacher.path:
-    key["teacher"] = models.fingerprint(config.teacher.path)
-    key["adapter"] = _adapter_digest(config)
-  elif config.teacher.model.hidden_size:
-    key["teacher"] = (
-      f"random, seed {config.train.seed}: {config.teacher.model.to_json()}"
-    )
+  key, teacher = {"data": rows_digest(examples)}, settings.teacher
+  if teacher.path:
+    key["teacher"] = models.fingerprint(teacher.path)
+    key["adapter"] = _adapter_digest(teacher)
+  elif teacher.model.wanted:
+    key["teacher"] = f"random, seed {settings.train.seed}: {teacher.model}"
   return key
 
 
-def _adapter_digest(config) -> str:
-  if not config.teacher.adapter:
+def _adapter_digest(teacher: TeacherSettings) -> str:
+  if not teacher.adapter:
     return ""
-  files = sorted(_adapter_folder(config).glob("adapter_*"))
+  files = sorted(_adapter_folder(teacher).glob("adapter_*"))
   return digest(file.read_bytes() for file in files)

@@ -1,28 +1,36 @@
 """Whatever a frozen teacher gives for the data of a run, computed once and kept."""
 
+import functools
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from okd_jax.data import PAD_ID, Example, pad_row
+from okd_jax.data.batch import Batch
 from okd_jax.runtime import sharding
+from okd_jax.runtime.workdir import barrier
+from okd_jax.teachers.store import Memory, Store
 
 _BATCHES = 8  # whose rows are written at once
 _log = logging.getLogger("okd_jax")
 
 
 def fill(
-  run,
   examples: Sequence[Example],
-  kept,
-  compute: Callable[[Any, Mapping], dict],
+  kept: Store | Memory,
+  compute: Callable[[Any, Batch], dict],
   where: str,
+  *,
+  frozen: Any,
+  mesh: Mesh,
+  length: int,
+  batch_size: int,
 ) -> None:
   """Computes those rows of `examples` that `kept` lacks.
 
@@ -31,41 +39,53 @@ def fill(
 
   compute: jitted (frozen, batch) -> {name: [B, L, ...]}.
   where: the array of a batch that is true, or above 0, where a row has values.
+  frozen: the teacher's parameters, on `mesh`.
+  length: what rows are padded to.
+  batch_size: rows at once, rounded up to what the mesh splits.
   """
   todo, total = set(kept.missing()), len(examples)
   barrier("listed")  # before anyone writes, so that all agree on what is missing
   if not todo:
     return
-  size = _batch_size(run)
-  bar = tqdm(
-    total=total,
-    initial=total - len(todo),
-    unit="row",
-    desc="teacher",
-    disable=not sys.stderr.isatty(),
-  )
-  with bar:
+  size = _whole_batch(batch_size, mesh)
+  compute = functools.partial(compute, frozen)
+  with _bar(total, total - len(todo)) as bar:
     for first in range(0, total, _BATCHES * size):
       rows = range(first, min(first + _BATCHES * size, total))
       if missing := todo.intersection(rows):
-        own = _compute_rows(run, examples, compute, where, rows, size)
+        own = _compute_rows(examples, compute, where, rows, size, length, mesh)
         if new := {row: own[row] for row in sorted(own) if row in missing}:
           kept.write(list(new), list(new.values()))
         bar.update(len(missing))
   barrier("computed")
   kept.reload()
+  _log_size(examples, kept)
+
+
+def _bar(total: int, done: int) -> tqdm:
+  hidden = not sys.stderr.isatty()
+  return tqdm(total=total, initial=done, unit="row", desc="teacher", disable=hidden)
+
+
+def _log_size(examples: Sequence[Example], kept: Store | Memory) -> None:
   tokens = sum(len(example.tokens) - 1 for example in examples)
   _log.info(
     "%s: %d rows, %.1f MB, %.0f bytes per token",
     kept.name,
-    total,
+    len(examples),
     kept.bytes / 1e6,
     kept.bytes / max(tokens, 1),
   )
 
 
 def _compute_rows(
-  run, examples, compute, where: str, rows: range, size: int
+  examples: Sequence[Example],
+  compute: Callable[[Batch], dict],
+  where: str,
+  rows: range,
+  size: int,
+  length: int,
+  mesh: Mesh,
 ) -> dict[int, dict]:
   """{row: its arrays} of those rows that this process computed."""
   own = {}
@@ -74,9 +94,9 @@ def _compute_rows(
     mine = range(first, first + size)[jax.process_index() * share :][:share]
     # The last batch is filled up with its last row, which is nobody's twice.
     real = [examples[min(row, rows.stop - 1)] for row in mine]
-    padded = [pad_row(example, run.config.data.max_length, PAD_ID) for example in real]
+    padded = [pad_row(example, length, PAD_ID) for example in real]
     arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
-    values = compute(run.frozen, sharding.put_batch(arrays, run.mesh))
+    values = compute(sharding.put_batch(Batch.of(arrays), mesh))
     values = jax.tree.map(_local, values)
     for i, row in enumerate(row for row in mine if row < rows.stop):
       valid = arrays[where][i] > 0
@@ -90,12 +110,6 @@ def _local(array: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
 
 
-def _batch_size(run) -> int:
-  ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-  return -(-run.config.eval.batch_size // ways) * ways
-
-
-def barrier(name: str) -> None:
-  """Waits for the other processes."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f"okd_jax {name}")
+def _whole_batch(batch_size: int, mesh: Mesh) -> int:
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  return -(-batch_size // ways) * ways

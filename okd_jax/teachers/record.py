@@ -1,44 +1,76 @@
-"""What a teacher says about the rows of a run, written to disk."""
+"""A teacher cache: what a teacher says about the rows of a run, written to disk."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
 
-from okd_jax.methods import Models, stored
-from okd_jax.models import output
-from okd_jax.teachers import load as teachers
-from okd_jax.teachers import precompute, store
+from okd_jax.config.schema import Settings
+from okd_jax.data import Example
+from okd_jax.data.batch import Batch
+from okd_jax.losses import stored
+from okd_jax.models import Decoder, output
+from okd_jax.teachers import load, precompute, store
 
 
-def write(run, folder: Path, k: int, dtype: str) -> dict[str, store.Store]:
-  """Stores the teacher's top k for every row of the run, or what is missing of it.
+def write(
+  parts: Mapping[str, Sequence[Example]],
+  teacher: Decoder,
+  frozen: PyTree,
+  settings: Settings,
+  mesh: Mesh,
+  folder: Path,
+  *,
+  k: int,
+  dtype: str,
+  vocab_size: int,
+) -> dict[str, store.Store]:
+  """Stores the teacher's top k for every row, or what is missing of it.
 
   Every process calls it; each writes the rows that its devices computed.
 
+  Args:
+    parts: rows by part, 'train' and, if any are held out, 'eval'.
+    frozen: the teacher's parameters.
+    k: tokens kept a position; 0 is all of them.
+    dtype: of the log-probabilities.
+    vocab_size: ids that count: those that student and teacher both have.
+
   Returns:
-    The stores by part: 'train' and, if the run holds out any rows, 'eval'.
+    The stores by part, each a folder of that name in `folder`.
   """
-  size = min(run.decoders[role].config.vocab_size for role in ("student", "teacher"))
-  decoder, temperature = run.decoders["teacher"], run.config.method.temperature
-  models = Models(None, None, None, run.config.train.loss_chunk, vocab_size=size)
-  k = min(k or size, size)
-
-  @jax.jit
-  def record(frozen, batch):
-    out = output(decoder, {"params": frozen}, batch)
-    labels, kind = batch["labels"], jnp.dtype(dtype)
-    return stored.record(models, out, labels, k, temperature, kind)
-
-  parts = {"train": run.train} | ({"eval": run.eval} if run.eval else {})
-  kept = {}
+  k, kept = min(k or vocab_size, vocab_size), {}
+  record = _recorder(teacher, settings, k, dtype, vocab_size)
+  made_by = {"k": k, "dtype": dtype, "vocab_size": vocab_size} | load.dtypes(settings)
+  sizes = {
+    "length": settings.data.max_length,
+    "batch_size": settings.eval.batch_size,
+  }
   for part, examples in parts.items():
-    about = teachers.stored_key(run.config, examples)
-    about |= {"k": k, "dtype": dtype, "vocab_size": size} | teachers.dtypes(run.config)
-    where = folder / part
-    if jax.process_index() == 0:
-      store.begin(where, len(examples), about)
-    precompute.barrier(f"{part} begun")
-    kept[part] = store.Store(where, len(examples), about)
-    precompute.fill(run, examples, kept[part], record, "mask")
+    about = load.stored_key(settings, examples) | made_by
+    kept[part] = store.begin(folder / part, len(examples), about)
+    precompute.fill(
+      examples, kept[part], record, "mask", frozen=frozen, mesh=mesh, **sizes
+    )
   return kept
+
+
+def _recorder(
+  teacher: Decoder, settings: Settings, k: int, dtype: str, vocab_size: int
+) -> Callable[[PyTree, Batch], dict[str, Array]]:
+  @jax.jit
+  def record(frozen: PyTree, batch: Batch) -> dict[str, Array]:
+    return stored.record(
+      output(teacher, {"params": frozen}, batch),
+      batch.labels,
+      k=k,
+      temperature=settings.method.temperature,
+      dtype=jnp.dtype(dtype),
+      vocab_size=vocab_size,
+      chunk=settings.train.loss_chunk,
+    )
+
+  return record

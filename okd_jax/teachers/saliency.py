@@ -4,21 +4,25 @@ The choice of `adapter.kind=blocks` (`methods.clda`), made once and kept in a fi
 """
 
 import dataclasses
-import json
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy, weighted_sums
 from okd_jax.models import Decoder, output
-from okd_jax.runtime.files import write_text
+from okd_jax.runtime.files import read_json
 from okd_jax.runtime.sharding import batch_sharding, shardings
+from okd_jax.runtime.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +60,11 @@ def choose(saliency: Iterable[float], share: float) -> Choice:
 
 
 def block_saliency(
-  decoder: Decoder, params, batches: Iterable[Mapping], mesh: Mesh, chunk: int
+  decoder: Decoder,
+  params: Mapping[str, Any],
+  batches: Iterable[Batch],
+  mesh: Mesh,
+  chunk: int,
 ) -> np.ndarray:
   """mean |theta dCE/dtheta| over the parameters of each block, [N].
 
@@ -64,7 +72,7 @@ def block_saliency(
   before their absolute value is taken. After the weight importance of pruning
   (Molchanov et al. 2019, arXiv 1906.10771), without its square.
 
-  batches: whole batches, the same in every process; 'row' is not looked at.
+  batches: whole batches, the same in every process.
   """
   layers = params["layers"]
   where = shardings(layers, mesh)
@@ -74,32 +82,44 @@ def block_saliency(
     out_shardings=where,
   )
 
-  def add(sums, params, batch):
-    def loss(layers):
-      out = output(decoder, {"params": params | {"layers": layers}}, batch)
-      weights = batch["mask"].astype(jnp.float32)
-      labels = batch["labels"]
-      return weighted_sums(_token_loss, {"teacher": out}, labels, weights, chunk)[0]
-
-    grads = jax.grad(loss)(params["layers"])
-    return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
-
   # Of the size of the layers in float32, so the sums are split as the layers are.
+  add = functools.partial(_add, decoder, chunk)
   step = jax.jit(add, out_shardings=where, donate_argnums=0)
   sums, tokens = zeros(), 0
   for batch in batches:
-    tokens += int(np.sum(batch["mask"]))
-    rows = {k: v for k, v in batch.items() if k != "row"}
-    sums = step(sums, params, jax.device_put(rows, batch_sharding(mesh)))
+    tokens += int(np.sum(batch.mask))
+    rows = jax.device_put(batch, batch_sharding(mesh))
+    sums = step(sums, params, rows)
   means = jax.jit(_means, out_shardings=replicated)(layers, sums)
   return np.asarray(means, np.float64) / max(tokens, 1)
 
 
-def _token_loss(logits, labels):
+def _add(
+  decoder: Decoder,
+  chunk: int,
+  sums: Any,
+  params: Mapping[str, Any],
+  batch: Batch,
+) -> Any:
+  """sums and a batch's gradients by the layers, of the sum of the loss over tokens."""
+
+  def loss(layers: Any) -> Float[Array, ""]:
+    out = output(decoder, {"params": params | {"layers": layers}}, batch)
+    weights = batch.mask.astype(jnp.float32)
+    labels = batch.labels
+    return weighted_sums(_token_loss, {"teacher": out}, labels, weights, chunk)[0]
+
+  grads = jax.grad(loss)(params["layers"])
+  return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
+
+
+def _token_loss(
+  logits: Mapping[str, Float[Array, "... V"]], labels: Int[Array, "..."]
+) -> tuple[Float[Array, "..."], dict]:
   return cross_entropy(logits["teacher"], labels), {}
 
 
-def _means(layers, grads):
+def _means(layers: Any, grads: Any) -> Float[Array, " N"]:
   """mean |theta g| over all leaves, by the leading axis."""
   products = jax.tree.leaves(
     jax.tree.map(lambda x, g: jnp.abs(x.astype(jnp.float32) * g), layers, grads)
@@ -110,8 +130,7 @@ def _means(layers, grads):
 
 def write(path: Path, choice: Choice) -> None:
   """Keeps the choice for a run that resumes; process 0 alone writes."""
-  if jax.process_index() == 0:
-    write_text(path, json.dumps(dataclasses.asdict(choice), indent=2) + "\n")
+  Workdir(path.parent).write_json(path.name, dataclasses.asdict(choice))
 
 
 def read(path: Path) -> Choice | None:
@@ -123,7 +142,7 @@ def read(path: Path) -> Choice | None:
   if not path.exists():
     return None
   try:
-    raw = json.loads(path.read_text(encoding="utf8"))
+    raw = read_json(path)
     return Choice(raw["share"], tuple(raw["blocks"]), tuple(raw["saliency"]))
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, UserError) as error:
     raise UserError(f"{path} is damaged ({error}); name another workdir") from error

@@ -1,6 +1,6 @@
 """Arrays for every token of a dataset, on disk: what need not be computed twice.
 
-    DIR/about.json            what it was made of; a store is refused where that differs
+    DIR/made_from.json        a store is refused where that differs (`runtime.workdir`)
     DIR/00000032.safetensors  some of the rows: their numbers `rows` [n], where each one
                               ends, `ends` [n], and each array, rows joined, [T, ...]
 
@@ -10,21 +10,23 @@ read is mapped into memory, row by row.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 from safetensors.numpy import save_file
 
+from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.models.formats.hf import open_safetensors
-from okd_jax.runtime.files import read_json, write_text
+from okd_jax.runtime.workdir import check_made_from, claim, made_from
 
-_ABOUT = "about.json"
+# The texts of each row of a batch, by their numbers.
+Texts = Sequence[Sequence[int]] | Int[np.ndarray, "B N"]
+
 _SUM = "sha256"
 
 
@@ -39,9 +41,10 @@ class Store:
 
   def __init__(self, folder: str | os.PathLike, count: int, key: Mapping[str, Any]):
     self.folder, self.count = Path(folder), count
-    self.about = read_json(self.folder / _ABOUT)
-    key = json.loads(json.dumps(dict(key) | {"rows": count}))
-    _refuse_foreign(self.folder, self.about, key)
+    if not self.folder.is_dir():
+      raise UserError(f"{folder} does not exist; name a folder that holds a store")
+    check_made_from(self.folder, dict(key) | {"rows": count}, "folder")
+    self.about = made_from(self.folder)
     self._files, self._where = {}, {}
     self.reload()
 
@@ -78,7 +81,7 @@ class Store:
   def write(
     self,
     rows: Sequence[int],
-    arrays: Sequence[Mapping[str, Shaped[np.ndarray, "T ..."]]],
+    arrays: Sequence[Mapping[str, Shaped[np.ndarray, "_ ..."]]],
   ) -> None:
     """Adds a file of some missing rows, one mapping of arrays by name for each."""
     joined = {name: np.concatenate([row[name] for row in arrays]) for name in arrays[0]}
@@ -91,7 +94,7 @@ class Store:
     self._add(path)
 
   def read(
-    self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]
+    self, texts: Texts, where: Bool[np.ndarray, "B L"]
   ) -> dict[str, Shaped[np.ndarray, "B L ..."]]:
     """A batch of what is stored of the texts of each row, 0 where there is none.
 
@@ -132,11 +135,18 @@ class Memory:
   def write(self, rows: Sequence[int], arrays: Sequence[Mapping[str, Any]]) -> None:
     self._rows.update(zip(rows, arrays, strict=True))
 
-  def read(self, texts: Sequence[Sequence[int]], where: Bool[np.ndarray, "B L"]):
+  def read(
+    self, texts: Texts, where: Bool[np.ndarray, "B L"]
+  ) -> dict[str, Shaped[np.ndarray, "B L ..."]]:
     return _spread(self._rows.__getitem__, self.name, texts, where)
 
 
-def _spread(find, name: str, texts, where) -> dict[str, np.ndarray]:
+def _spread(
+  find: Callable[[int], Mapping[str, Shaped[np.ndarray, "T ..."]]],
+  name: str,
+  texts: Texts,
+  where: Bool[np.ndarray, "B L"],
+) -> dict[str, Shaped[np.ndarray, "B L ..."]]:
   """The texts' arrays at their places in a batch."""
   out: dict[str, np.ndarray] = {}
   for i, indices in enumerate(texts):
@@ -155,20 +165,22 @@ def _spread(find, name: str, texts, where) -> dict[str, np.ndarray]:
 
 
 def begin(folder: str | os.PathLike, count: int, about: Mapping[str, Any]) -> Store:
-  """The store that `about` describes, as JSON; begun if it is not there."""
+  """The store that `about` describes, as JSON; begun if it is not there.
+
+  Every process calls it.
+
+  Raises:
+    UserError: if the folder holds something else.
+  """
   folder = Path(folder)
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file; name an empty folder")
-  if not (folder / _ABOUT).exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(not path.name.startswith(".") for path in folder.iterdir()):
-      raise UserError(f"{folder} holds other files; name an empty folder")
-    about_it = json.dumps(dict(about) | {"rows": count}, indent=2)
-    write_text(folder / _ABOUT, about_it + "\n")
+  folder.mkdir(parents=True, exist_ok=True)
+  claim(folder, dict(about) | {"rows": count}, "folder")
   return Store(folder, count, about)
 
 
-def digest(parts) -> str:
+def digest(parts: Iterable[bytes]) -> str:
   """SHA-256 of byte strings, each with its length, as hexadecimal digits."""
   total = hashlib.sha256()
   for part in parts:
@@ -177,7 +189,7 @@ def digest(parts) -> str:
   return total.hexdigest()
 
 
-def rows_digest(examples) -> str:
+def rows_digest(examples: Iterable[Example]) -> str:
   """Of the rows' tokens and prompt lengths: data, template and tokenizer in one."""
   return digest(
     part
@@ -195,16 +207,3 @@ def _checksum(tensors: Mapping[str, np.ndarray]) -> str:
     for name in sorted(tensors)
     for part in (name.encode(), np.ascontiguousarray(tensors[name]).tobytes())
   )
-
-
-def _refuse_foreign(folder: Path, found: Mapping, wanted: Mapping) -> None:
-  different = [
-    f"{key} was {found.get(key)!r}, here it is {value!r}"
-    for key, value in wanted.items()
-    if found.get(key) != value
-  ]
-  if different:
-    raise UserError(
-      f"{folder} does not belong to this run: {'; '.join(different)}; name another "
-      "folder, or delete this one to have it made anew"
-    )

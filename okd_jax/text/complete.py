@@ -10,37 +10,77 @@ from okd_jax.text import rollout
 from okd_jax.text.source import decoder_source
 
 NEW_TOKENS = 128
+RAW = "raw"  # the template of who wants none
 
 
-def complete(model: Model, prompt: str, flags) -> str:
-  """The text that `model` puts after `prompt`, without special tokens."""
-  tokens = _chat_tokens(model, prompt) if flags.chat else _plain_tokens(model, prompt)
+def complete(
+  model: Model,
+  prompt: str,
+  *,
+  template: str = RAW,
+  max_new_tokens: int | None = None,
+  sampling: rollout.Sampling,
+  seed: int = 0,
+  dtype: str = "float32",
+) -> str:
+  """The text that `model` puts after `prompt`, without special tokens.
+
+  Args:
+    model: with a tokenizer.
+    prompt: the text, an instruction to every template but RAW.
+    template: as data.template, or RAW: the model goes on with the prompt itself.
+    max_new_tokens: None is NEW_TOKENS, or less where the context ends before.
+    sampling: how to draw.
+    seed: of the draws.
+    dtype: of the matrix products.
+
+  Raises:
+    UserError: if the template cannot be used, the prompt has no token, or the
+      tokenizer is another model's.
+  """
+  tokens = _prompt_tokens(model, prompt, template)
+  _check(tokens, model.config.vocab_size)
+  [completion] = rollout.generate(
+    decoder_source(Decoder(model.config, dtype=jnp.dtype(dtype))),
+    {"params": model.params},
+    [tokens],
+    jax.random.key(seed),
+    max_new_tokens=max_new_tokens or _room(model, tokens),
+    sampling=sampling,
+    eos_ids=_stop_ids(model, template == "chat"),
+  )
+  return model.tokenizer.decode(completion.tokens, skip_special_tokens=True)
+
+
+def _check(tokens: list[int], vocab_size: int) -> None:
   if not tokens:
     raise UserError(
       "the prompt has no tokens and this tokenizer puts none before a text; "
       "give --prompt some text"
     )
-  if max(tokens) >= model.config.vocab_size:
+  if max(tokens) >= vocab_size:
     raise UserError(
       f"the tokenizer gives token {max(tokens)}, but the model knows only "
-      f"{model.config.vocab_size}: they do not belong together"
+      f"{vocab_size}: they do not belong together"
     )
-  decoder = Decoder(model.config, dtype=jnp.dtype(flags.dtype))
-  [completion] = rollout.generate(
-    decoder_source(decoder),
-    {"params": model.params},
-    [tokens],
-    jax.random.key(flags.seed),
-    max_new_tokens=flags.max_new_tokens or _room(model, tokens),
-    sampling=rollout.Sampling(flags.temperature, flags.top_k, flags.top_p),
-    eos_ids=_stop_ids(model, flags.chat),
-  )
-  return model.tokenizer.decode(completion.tokens, skip_special_tokens=True)
 
 
 def _room(model: Model, tokens: list[int]) -> int:
   """The default length, or less where the model's context ends before."""
   return min(NEW_TOKENS, max(1, model.config.max_length - len(tokens)))
+
+
+def _prompt_tokens(model: Model, prompt: str, template: str) -> list[int]:
+  if template == "chat":
+    return _chat_tokens(model, prompt)
+  if template == RAW:
+    return _plain_tokens(model, prompt)
+  # Here, because the data pipeline takes half a second to import.
+  from okd_jax.data.format import make_render
+  from okd_jax.data.sources import Record
+
+  asked = Record("instruction", "--prompt", prompt=prompt, references=("",))
+  return _plain_tokens(model, make_render(template, None)(asked).prompt)
 
 
 def _plain_tokens(model: Model, prompt: str) -> list[int]:
@@ -56,7 +96,7 @@ def _plain_tokens(model: Model, prompt: str) -> list[int]:
 def _chat_tokens(model: Model, prompt: str) -> list[int]:
   """The prompt as a user's turn, and the opening of the answer."""
   if not model.tokenizer.chat_template:
-    raise UserError("the model's tokenizer has no chat template; leave out --chat")
+    raise UserError("the model's tokenizer has no chat template; set --template=raw")
   messages = [{"role": "user", "content": prompt}]
   try:
     text = model.tokenizer.apply_chat_template(

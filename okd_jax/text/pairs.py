@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from okd_jax.text.rollout import Sampling, Source, draw
+
+Logits = tuple[Float[Array, "B V"], Float[Array, "B V"]]  # the student's, the teacher's
+Drawn = tuple[Int[Array, " B"], Float[Array, " B"]]  # tokens, log-probabilities
 
 
 class Mixed(NamedTuple):
@@ -32,10 +36,16 @@ class Interleaved(NamedTuple):
 def pair_source(student: Source, teacher: Source) -> Source:
   """The two as one source, whose logits are a pair; made once for the same two."""
 
-  def init(batch, slots):
+  def init(batch: int, slots: int) -> tuple[PyTree, PyTree]:
     return student.init(batch, slots), teacher.init(batch, slots)
 
-  def apply(variables, tokens, segment_ids, positions, states):
+  def apply(
+    variables: tuple[PyTree, PyTree],
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    states: tuple[PyTree, PyTree],
+  ) -> tuple[Logits, tuple[PyTree, PyTree]]:
     outputs = [
       source.apply(own, tokens, segment_ids, positions, state)
       for source, own, state in zip((student, teacher), variables, states, strict=True)
@@ -56,14 +66,20 @@ def cut_source(source: Source, size: int) -> Source:
   a model NaN.
   """
 
-  def apply(variables, tokens, segment_ids, positions, state):
+  def apply(
+    variables: PyTree,
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    state: PyTree,
+  ) -> tuple[Float[Array, "B V"], PyTree]:
     logits, state = source.apply(variables, tokens, segment_ids, positions, state)
     return logits[..., :size], state
 
   return source._replace(apply=apply)
 
 
-def draw_mixed(keys, logits, settings: Mixed):
+def draw_mixed(keys: Key[Array, " B"], logits: Logits, settings: Mixed) -> Drawn:
   """A token of weight * p + (1 - weight) * q, and its log-probability under that.
 
   MiniLLM's teacher-mixed sampling, Gu et al. 2023, arXiv 2306.08543, Section 2.2.
@@ -74,7 +90,9 @@ def draw_mixed(keys, logits, settings: Mixed):
   return draw(keys, mixture, settings.sampling)
 
 
-def draw_interleaved(keys, logits, settings: Interleaved):
+def draw_interleaved(
+  keys: Key[Array, " B"], logits: Logits, settings: Interleaved
+) -> Drawn:
   """The student's token if the teacher ranks it in its `top`, else the teacher's own.
 
   Speculative knowledge distillation, Xu et al. 2024, arXiv 2410.11325, Algorithm 1.

@@ -13,15 +13,16 @@ Notable features:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from okd_jax.errors import UserError
+from okd_jax.text.filters import keep_top_k, keep_top_p
 from okd_jax.text.source import Source
 
 _SMALLEST_BUCKET = 32
@@ -40,6 +41,12 @@ class Sampling(NamedTuple):
   top_p: float = 1.0
 
 
+Settings = tuple[Any, ...]  # `Sampling`, or whichever NamedTuple `choose` reads
+Tokens = Int[np.ndarray, " _"]
+# One number a row, traced or in host memory.
+_Lengths = Int[Array | np.ndarray, " B"]
+
+
 class Rollout(NamedTuple):
   """Generated tokens; what follows a row's end is `pad_id`, its log-probability 0.
 
@@ -52,6 +59,12 @@ class Rollout(NamedTuple):
   lengths: Int[Array, " B"]
   logprobs: Float[Array, "B T"]
   ended: Bool[Array, " B"]
+
+
+# (keys, what the source says, settings) -> (token of each row, its log-probability)
+Choose = Callable[
+  [Key[Array, " B"], PyTree, Settings], tuple[Int[Array, " B"], Float[Array, " B"]]
+]
 
 
 class Completion(NamedTuple):
@@ -84,27 +97,27 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]
   logits /= jnp.maximum(sampling.temperature, _SMALLEST_TEMPERATURE)
   # Real branches: who does not filter does not pay for the search.
   logits = jax.lax.cond(
-    sampling.top_k > 0, lambda x: _keep_top_k(x, sampling.top_k), lambda x: x, logits
+    sampling.top_k > 0, lambda x: keep_top_k(x, sampling.top_k), lambda x: x, logits
   )
   return jax.lax.cond(
-    sampling.top_p < 1, lambda x: _keep_top_p(x, sampling.top_p), lambda x: x, logits
+    sampling.top_p < 1, lambda x: keep_top_p(x, sampling.top_p), lambda x: x, logits
   )
 
 
 @functools.partial(jax.jit, static_argnames=("source", "max_new_tokens", "choose"))
 def sample(
   source: Source,
-  variables: Any,
+  variables: PyTree,
   tokens: Int[Array, "B L"],
   lengths: Int[Array, " B"],
   rows: UInt32[Array, " B"],
   key: Key[Array, ""],
-  sampling: Any,
+  sampling: Settings,
   eos_ids: Int[Array, " E"],
   pad_id: Int[Array, ""],
   *,
   max_new_tokens: int,
-  choose: Callable = draw,
+  choose: Choose = draw,
 ) -> Rollout:
   """Continues left-padded prompts until every row has ended or is full.
 
@@ -135,23 +148,20 @@ def sample(
 
 def generate(
   source: Source,
-  variables: Any,
-  prompts: Sequence[Int[np.ndarray, " L"]],
+  variables: PyTree,
+  prompts: Sequence[Sequence[int] | Tokens],
   key: Key[Array, ""],
   *,
   max_new_tokens: int,
-  sampling: Any = Sampling(),  # noqa: B008 (immutable)
-  eos_ids: Sequence[int] = (),
+  sampling: Settings = Sampling(),  # noqa: B008 (immutable)
+  eos_ids: Sequence[int] | Int[np.ndarray, " E"] = (),
   pad_id: int = 0,
   batch_size: int = 32,
-  rows: Sequence[int] | None = None,
-  choose: Callable = draw,
+  rows: Sequence[int] | Int[np.ndarray, " N"] | None = None,
+  choose: Choose = draw,
   sharding: jax.sharding.Sharding | None = None,
 ) -> list[Completion]:
   """Continues every prompt; the results are in the prompts' order.
-
-  Prompts are sorted by length, batched, and padded on the left to a power of two, so
-  there is at most one program a bucket; rows without a prompt fill the last batch.
 
   variables: what `source.apply` reads, sharded or not.
   rows: what sets a prompt's draws apart from another's under the same key; by
@@ -166,16 +176,12 @@ def generate(
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
   settings = (key, _traced(sampling), eos_ids, np.int32(pad_id))
-  room = source.max_length - max_new_tokens
+  limits = {"max_new_tokens": max_new_tokens, "choose": choose}
   completions = {}
   for chosen, size in _plan(prompts, batch_size, sharding):
-    inputs = _batch([prompts[i] for i in chosen], rows[chosen], size, room)
-    if sharding is not None:
-      inputs = jax.device_put(inputs, sharding)
-    inputs = (*inputs, *settings)
-    out = sample(
-      source, variables, *inputs, max_new_tokens=max_new_tokens, choose=choose
-    )
+    some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
+    inputs = _batch(some, rows[chosen], size, room, sharding)
+    out = sample(source, variables, *inputs, *settings, **limits)
     # Rows that only filled the batch come last and are dropped here.
     completions.update(zip(chosen, _rows(out), strict=False))
   return [completions[i] for i in range(len(prompts))]
@@ -184,12 +190,18 @@ def generate(
 class _Loop(NamedTuple):
   step: Int[Array, ""]
   token: Int[Array, " B"]
-  state: Any
+  state: PyTree
   done: Bool[Array, " B"]
   out: Rollout
 
 
-def _read_prompts(source, variables, tokens, lengths, max_new_tokens: int):
+def _read_prompts(
+  source: Source,
+  variables: PyTree,
+  tokens: Int[Array, "B L"],
+  lengths: Int[Array, " B"],
+  max_new_tokens: int,
+) -> PyTree:
   """The source's state before the last prompt token, which the loop itself reads.
 
   So the loop's body is all there is to choosing a token, and it is traced once.
@@ -216,7 +228,14 @@ def _nothing(batch: int, max_new_tokens: int) -> Rollout:
 
 
 def _advance(
-  loop: _Loop, source, variables, lengths, keys, sampling, eos_ids, choose
+  loop: _Loop,
+  source: Source,
+  variables: PyTree,
+  lengths: Int[Array, " B"],
+  keys: Key[Array, " B"],
+  sampling: Settings,
+  eos_ids: Int[Array, " E"],
+  choose: Choose,
 ) -> _Loop:
   """Reads the newest token, chooses the next one and writes it down."""
   positions = jnp.maximum(lengths - 1 + loop.step, 0)[:, None]
@@ -235,7 +254,7 @@ def _advance(
   return _Loop(loop.step + 1, token, state, loop.done | ended, out)
 
 
-def _mask(out: Rollout, pad_id) -> Rollout:
+def _mask(out: Rollout, pad_id: Int[Array, ""]) -> Rollout:
   """Hides what rows went on to draw after their end."""
   own = jnp.arange(out.tokens.shape[1])[None] < out.lengths[:, None]
   return out._replace(
@@ -244,43 +263,16 @@ def _mask(out: Rollout, pad_id) -> Rollout:
   )
 
 
-def _everywhere(tree):
+def _everywhere(tree: PyTree) -> PyTree:
   """Replicates the results, so that every process can read all of them."""
   if jax.sharding.get_abstract_mesh().empty:
     return tree
   return jax.lax.with_sharding_constraint(tree, jax.P())
 
 
-def _keep_top_k(logits, k):
-  return _keep_fewest(logits, lambda kept: kept.sum(-1) >= k)
-
-
-def _keep_top_p(logits, p):
-  mass = jax.nn.softmax(logits, axis=-1)
-  return _keep_fewest(logits, lambda kept: jnp.where(kept, mass, 0.0).sum(-1) >= p)
-
-
-def _keep_fewest(logits: Float[Array, "B V"], enough) -> Float[Array, "B V"]:
-  """-inf below the highest cut that leaves `enough`; no change if none does.
-
-  The cut is found bit by bit, on integers in the order of the floats: 32 passes over
-  the vocabulary, exact, and much cheaper than sorting it (8 x 50257 logits on a CPU:
-  3 ms, and 71 ms to sort them).
-  """
-  logits = jnp.where(logits == 0, 0.0, logits)  # -0 is equal to 0, its bits are not
-  bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-  sign = jnp.uint32(1 << 31)
-  order = jnp.where(bits & sign, ~bits, bits | sign)
-
-  def try_bit(i, cut):
-    higher = cut | (sign >> i.astype(jnp.uint32))
-    return jnp.where(enough(order >= higher[:, None]), higher, cut)
-
-  cut = jax.lax.fori_loop(0, 32, try_bit, jnp.zeros(len(logits), jnp.uint32))
-  return jnp.where(order >= cut[:, None], logits, -jnp.inf)
-
-
-def _plan(prompts, batch_size: int, sharding):
+def _plan(
+  prompts: Sequence[Tokens], batch_size: int, sharding: jax.sharding.Sharding | None
+) -> Iterator[tuple[list[int], int]]:
   """(indices of a batch's prompts, its rows) for each batch, the longest first.
 
   If memory is short, it then shows at once. No batch is larger than needed; a sharded
@@ -298,23 +290,34 @@ def _plan(prompts, batch_size: int, sharding):
     yield order[first : first + size], size
 
 
-def _batch(prompts, rows, size: int, room: int):
-  """(tokens, lengths, rows) of one batch, padded on the left and with empty rows."""
+def _batch(
+  prompts: Sequence[Tokens],
+  rows: Int[np.ndarray, " _"],
+  size: int,
+  room: int,
+  sharding: jax.sharding.Sharding | None,
+) -> tuple[Int[Array | np.ndarray, "B L"], _Lengths, UInt32[Array | np.ndarray, " B"]]:
+  """(tokens, lengths, rows) of one batch, with empty rows where prompts are too few.
+
+  Prompts are padded on the left to a power of two, so that there is at most one
+  program a bucket.
+  """
   lengths = np.array([len(p) for p in prompts] + [0] * (size - len(prompts)), np.int32)
   width = min(max(_SMALLEST_BUCKET, _power_of_two(lengths.max())), room)
   tokens = np.zeros((size, width), np.int32)
   for i, prompt in enumerate(prompts):
     tokens[i, width - len(prompt) :] = prompt
-  return tokens, lengths, np.resize(rows, size).astype(np.uint32)
+  batch = (tokens, lengths, np.resize(rows, size).astype(np.uint32))
+  return batch if sharding is None else jax.device_put(batch, sharding)
 
 
-def _rows(out: Rollout):
+def _rows(out: Rollout) -> Iterator[Completion]:
   out = jax.device_get(out)
   for tokens, length, logprobs, ended in zip(*out, strict=True):
     yield Completion(tokens[:length], logprobs[:length], bool(ended))
 
 
-def _traced(sampling):
+def _traced(sampling: Settings) -> Settings:
   """Numbers of one type, so that an int where a float was is no new program."""
   if not isinstance(sampling, Sampling):
     return sampling
@@ -322,11 +325,17 @@ def _traced(sampling):
   return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p))
 
 
-def _power_of_two(n: int) -> int:
+def _power_of_two(n: int | np.integer) -> int:
   return 1 << (int(n) - 1).bit_length()
 
 
-def _check(prompts, max_new_tokens, batch_size, max_length, sampling):
+def _check(
+  prompts: Sequence[Int[np.ndarray, "..."]],
+  max_new_tokens: int,
+  batch_size: int,
+  max_length: int,
+  sampling: Settings,
+) -> None:
   """Raises a UserError that lists everything wrong with the request."""
   problems = [
     f"{name}={value} must be at least 1"
@@ -349,7 +358,7 @@ def _check(prompts, max_new_tokens, batch_size, max_length, sampling):
     raise UserError("cannot generate: " + "; ".join(problems[:5]) + more)
 
 
-def _sampling_problems(sampling: Sampling):
+def _sampling_problems(sampling: Sampling) -> Iterator[str]:
   temperature, top_k, top_p = sampling
   if not (temperature >= 0 and math.isfinite(temperature)):
     yield f"temperature={temperature} must be a number of at least 0"

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from okd_jax.models import Decoder, head_kernel, init_cache, unembed
+from jaxtyping import Array, Float, Int, PyTree
+
+from okd_jax.models import Cache, Decoder, head_kernel, init_cache, unembed
 
 
 class Source(NamedTuple):
@@ -20,8 +22,8 @@ class Source(NamedTuple):
   It is hashed to find the compiled program: make each source once, and reuse it.
   """
 
-  init: Callable[[int, int], Any]
-  apply: Callable[..., tuple[Any, Any]]
+  init: Callable[[int, int], PyTree]
+  apply: Callable[..., tuple[PyTree, PyTree]]
   max_length: int
 
 
@@ -34,10 +36,16 @@ def decoder_source(decoder: Decoder) -> Source:
   """
   config = decoder.config
 
-  def init(batch, slots):
+  def init(batch: int, slots: int) -> Cache:
     return init_cache(config, batch, slots, decoder.dtype)
 
-  def apply(variables, tokens, segment_ids, positions, cache):
+  def apply(
+    variables: PyTree,
+    tokens: Int[Array, "B L"],
+    segment_ids: Int[Array, "B L"],
+    positions: Int[Array, "B L"],
+    cache: Cache,
+  ) -> tuple[Float[Array, "B V"], Cache]:
     hidden, cache = decoder.apply(variables, tokens, segment_ids, positions, cache)
     head = head_kernel(variables["params"], config)
     return unembed(hidden[:, -1], head), cache

@@ -10,8 +10,7 @@ from matplotlib import rc_context
 
 from configs.default import get_config
 from okd_jax.analysis import plots, report
-from okd_jax.evaluation.figures import COLUMNS
-from okd_jax.runtime import metrics
+from okd_jax.evaluation import figures
 
 TEACHER = {"loss": 2.0, "perplexity": 7.389, "rougeL": 24.0, "exact_match": 3.0}
 START = {
@@ -40,7 +39,7 @@ END = START | {
   "exact_match": 1.5,
 }
 TOKEN_FIGURES = ("loss", "perplexity")
-STUDENT = [name for name in END if name in COLUMNS]
+STUDENT = [name for name in END if name in figures.columns()]
 
 
 def train_row(step, **changes):
@@ -157,6 +156,20 @@ def test_summary_is_of_the_exported_step(tmp_path):
   assert summary["student, step 10"]["loss"] == 2.25
 
 
+def test_several_teachers_have_a_row_each(tmp_path, no_charts):
+  rows = whole_run()
+  rows[:1] = [
+    {"step": 0, "kind": "teacher", "name": name, "loss": loss}
+    for name, loss in (("old", 2.0), ("big", 1.5))
+  ]
+  folder = run(tmp_path, rows)
+  summary = report.summary_rows(folder)
+  assert list(summary)[:3] == ["teacher old", "teacher big", "adapted teacher"]
+  assert summary["teacher big"] == {"loss": 1.5}
+  assert plots.read_history(folder).lost == {}
+  assert "There was no teacher" not in page(folder)
+
+
 def test_summary_without_a_teacher(tmp_path):
   rows = [
     {"step": step, "kind": "eval"} | {name: values[name] for name in TOKEN_FIGURES}
@@ -217,9 +230,12 @@ def test_page_holds_the_table(tmp_path, no_charts):
   ]
 
 
-def test_columns_are_those_of_the_closing_table(tmp_path):
-  assert {name: column[0] for name, column in report.COLUMNS.items()} == COLUMNS
-  closing = metrics.table(report.summary_rows(run(tmp_path, whole_run())), COLUMNS)
+def test_columns_are_those_of_the_closing_table(tmp_path, no_charts):
+  folder = run(tmp_path, whole_run())
+  titles = [figure.title for figure in figures.columns().values()]
+  assert Page(page(folder)).cells[0] == titles
+  closing = figures.table(report.summary_rows(folder))
+  assert re.split("  +", closing.splitlines()[0].strip()) == titles
   assert closing.splitlines()[-1].split() == (
     "student, step 20 2.500 12.18 0.500 0.750 61.25 18.00 1.500".split()
   )

@@ -1,9 +1,9 @@
 """Every shipped configuration loads, names only known keys, and runs two steps."""
 
-import importlib
 import inspect
 import itertools
 import json
+import runpy
 from pathlib import Path
 
 import jax
@@ -12,9 +12,12 @@ from commands import QUICK, call
 from ml_collections import ConfigDict
 
 from configs import default, gpt2, llama, smollm2
-from okd_jax import methods, models
+from okd_jax import models
+from okd_jax.config import read
+from okd_jax.config.stages import stages
 from okd_jax.data import load_records, make_tokenizer
-from okd_jax.run import loop as train
+from okd_jax.errors import UserError
+from okd_jax.run.job import check
 
 ROOT = Path(__file__).parents[2]
 CHATML = (
@@ -31,27 +34,33 @@ TWO_STEPS = [change for change in QUICK if "train.steps" not in change] + [
 
 
 def every_config():
+  """NAME or NAME:VARIANT of all that --config knows by name."""
   for path in sorted((ROOT / "configs").rglob("*.py")):
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    module = importlib.import_module(name)
-    variants = {"gpt2": gpt2.VARIANTS, "llama": llama.TEACHERS}.get(path.stem, [None])
-    if name.startswith("configs.studies."):
-      variants = [*module.VALUES, f"{module.VALUES[0]}@gpt2.base"]
-    elif "recipe" in inspect.signature(module.get_config).parameters:
-      variants = [None, "gpt2.medium"]
+    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    recipe = runpy.run_path(str(path))
+    variants = {"gpt2": gpt2.VARIANTS, "llama": llama.TEACHERS}.get(name, [""])
+    if name.startswith("studies/"):
+      variants = [*recipe["VALUES"], f"{recipe['VALUES'][0]}@gpt2.base"]
+    elif "recipe" in inspect.signature(recipe["get_config"]).parameters:
+      variants = ["", "gpt2.medium"]
     for variant in variants:
-      yield pytest.param(module, variant, id=f"{path.stem}:{variant or ''}")
+      yield f"{name}:{variant}"
 
 
-@pytest.mark.parametrize("module, variant", list(every_config()))
-def test_configuration_names_only_known_keys(module, variant, tmp_path):
+EVERY = list(every_config())
+# One variant of each file: they differ in values.
+STAGED = {spec.partition(":")[0]: spec for spec in reversed(EVERY)}.values()
+STAGED = sorted(spec for spec in STAGED if read.load_recipe(spec).stages)
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_configuration_names_only_known_keys(spec, tmp_path):
   """Guards H1: each stage is applied to the locked default, so a typo raises."""
-  config = module.get_config(variant) if variant else module.get_config()
   known = default.get_config()
-  for _, part, folder in train.stages(config, tmp_path):
-    assert folder.is_relative_to(tmp_path)
+  for stage in stages(read.load_recipe(spec), tmp_path):
+    assert stage.workdir.is_relative_to(tmp_path)
     merged = ConfigDict(known.to_dict()).lock()
-    merged.update(part)
+    merged.update(stage.config)
     assert json.dumps(merged.to_dict())
 
 
@@ -196,17 +205,120 @@ def test_no_key_is_hidden_behind_a_method():
 
 @pytest.mark.parametrize("recipe", ["quickstart.py", "okd_paper.py:gpt2.base"])
 def test_stages_leave_the_runs_own_method_to_it(recipe, tmp_path):
-  """A schedule or a module of the run must not reach the stages before it."""
-  name, _, variant = recipe.removesuffix(".py").partition(":")
-  module = importlib.import_module(f"configs.{name.removesuffix('.py')}")
-  config = module.get_config(variant) if variant else module.get_config()
+  """A schedule or an adapter of the run must not reach the stages before it."""
+  config = read.load_recipe(recipe)
   config.method.end.temperature = 2.0
   config.adapter.kind = "prefix"
-  for stage, part, _ in train.stages(config, tmp_path):
-    built = methods.build(part.method.name, part.method, part.adapter.kind)
-    assert built.teacher == ("none" if stage else "adapted")
-    moving = [k for k, v in part.method.end.items() if v is not None]
-    assert moving == ([] if stage else ["temperature"])
+  for stage in stages(config, tmp_path):
+    method = check(stage.config).method
+    assert (method.taught, method.adapts) == (not stage.name, not stage.name)
+    ends = stage.config.method.end
+    moving = [key for key, value in ends.items() if value is not None]
+    assert moving == ([] if stage.name else ["temperature"])
+
+
+@pytest.mark.parametrize("recipe", STAGED)
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["teacher.trunk=memory"],
+    ["method.name=kd", "adapter.kind=", "teacher.cache=stored"],
+    ["method.name=kd", "teacher.adapter=runs/okd"],
+    ["eval.best=forward_kl", "eval.patience=3"],
+    ["method.name=ensemble", "teachers.a=one", "teachers.b=two", "teacher.path="],
+    ["method.name=gkd", "adapter.kind=lora"],
+    ["adapter.kind=prefix", "optim.lr=1e-4", "train.wandb=true"],
+    ["checkpoint.keep=3", "mesh.fsdp=1", "export.dtype=bfloat16"],
+  ],
+  ids=lambda flags: flags[-1].partition("=")[0] + "," + flags[0],
+)
+def test_flags_pass_on_recipes_that_have_stages(recipe, flags, tmp_path):
+  """What only a taught run understands must not reach the stages without a teacher."""
+  given = [f"--config={recipe}", *(f"--config.{flag}" for flag in flags)]
+  parts = stages(read.read(given), tmp_path)
+  assert len(parts) > 1
+  for part in parts:
+    check(part.config)
+  changed = dict(flag.split("=") for flag in flags)
+  own = parts[-1].config
+  assert own.method.name == changed.get("method.name", own.method.name)
+  for part in parts[:-1]:
+    section = part.config
+    assert section.method.name == "sft" and not section.teachers
+    assert not (section.teacher.trunk or section.teacher.cache or section.adapter.kind)
+    assert section.eval.best != "forward_kl" and not section.eval.patience
+    for key in ("optim.lr", "train.wandb", "checkpoint.keep", "mesh.fsdp"):
+      if key in changed and key != "optim.lr":
+        name, key = key.split(".")
+        assert section[name][key] == own[name][key]
+
+
+def test_recipes_have_names_in_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  want = read.read(["--config=gpt2:medium"])
+  for spec in ("gpt2.py:medium", "configs/gpt2.py:medium"):
+    assert read.read([f"--config={spec}"]).to_dict() == want.to_dict()
+  own = tmp_path / "own.py"
+  own.write_text("from configs import quickstart\nget_config = quickstart.get_config\n")
+  assert read.read(["--config=own.py"]).stages
+  with pytest.raises(UserError, match="no such file, and the recipes .* quickstart"):
+    read.read(["--config=nothing"])
+
+
+def test_somebody_elses_configs_do_no_harm(tmp_path, monkeypatch):
+  """A package of that name is common; neither side may see the other's."""
+  other = tmp_path / "configs"
+  other.mkdir()
+  (other / "__init__.py").write_text("OWN = True\n")
+  (other / "default.py").write_text("raise RuntimeError('somebody else')\n")
+  (other / "mine.py").write_text(
+    "from configs import gpt2\ndef get_config():\n  return gpt2.get_config('base')\n"
+  )
+  for name in [m for m in list(__import__("sys").modules) if m.startswith("configs")]:
+    monkeypatch.delitem(__import__("sys").modules, name)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  import configs
+
+  assert configs.OWN
+  assert read.read(["--config=gpt2:base"]).student.path
+  assert read.read(["--config=configs/mine.py"]).student.path
+  import configs as again
+
+  assert again is configs
+
+
+def test_help_tells_every_key():
+  shown = read.describe()
+  for key in read.keys(default.get_config()):
+    for section, name in (("method.end", "KNOB"), ("teacher.model", "KEY")):
+      if key.startswith(f"{section}."):  # one entry for all
+        key = f"{section}.{name}"
+    assert f"--config.{key}=" in shown, key
+  assert "--config.teachers.NAME=" in shown
+  assert "def " not in shown and "ConfigDict" not in shown
+
+
+@pytest.mark.parametrize(
+  "wrong, meant",
+  [
+    ("train.lr", "optim.lr"),
+    ("optim.learning_rate", "optim.lr"),
+    ("optim.warmup", "optim.warmup_steps"),
+    ("method.temprature", "method.temperature"),
+    ("steps", "train.steps"),
+    ("adapter.ranks", "adapter.rank"),
+  ],
+)
+def test_a_wrong_key_suggests_the_right_one_of_all(wrong, meant):
+  with pytest.raises(UserError, match=f"did you mean --config.{meant}\\?"):
+    read.read(["--config=debug", f"--config.{wrong}=1"])
+
+
+def test_a_wrong_method_suggests_the_right_one():
+  config = read.read(["--config=debug", "--config.method.name=gdk"])
+  with pytest.raises(UserError, match="did you mean gkd"):
+    check(config)
 
 
 @pytest.mark.parametrize("text", ["nothing", "quickstart.foo", "studies"])

@@ -18,6 +18,7 @@ from trial import (
   gradients,
   make_batch,
   make_logits,
+  only_read,
 )
 
 from configs import debug
@@ -25,9 +26,10 @@ from okd_jax import methods, models
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, output
-from okd_jax.models.adapters import AdapterConfig, replace_blocks, take_blocks
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler
+from okd_jax.models.adapters import Blocks
+from okd_jax.run.batches import Batches
+from okd_jax.run.build import build
+from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import saliency
 
 EVERY = (0, 1, 2)
@@ -35,7 +37,7 @@ some = pytest.mark.parametrize("blocks", [(1,), (0, 2), EVERY])
 
 
 def own(*blocks):
-  return AdapterConfig("blocks", blocks=blocks)
+  return Blocks(blocks)
 
 
 def moved(tree, seed=0):
@@ -58,7 +60,7 @@ def test_the_losses_are_okds(knobs):
   )
   chex.assert_trees_all_equal(one, other)
   assert methods.used_knobs("clda") == methods.used_knobs("okd")
-  assert [t.method.module for t in trials] == ["blocks", "lora"]
+  assert [t.method.adapter for t in trials] == ["blocks", "lora"]
 
 
 @some
@@ -68,10 +70,9 @@ def test_exactly_the_chosen_blocks_change(blocks):
   before = jax.tree.map(np.array, trial.frozen)
   state, _ = trial.train(3)
   chex.assert_trees_all_equal(trial.frozen, before)
-  layers = replace_blocks(
-    trial.frozen["layers"], state.params["adapter"]["layers"], own(*blocks)
-  )
-  for old, new in zip(*map(jax.tree.leaves, (before["layers"], layers)), strict=True):
+  frozen, adapter = trial.frozen["teacher"], state.params["adapter"]["teacher"]
+  pair = before["teacher"]["layers"], own(*blocks).merge(frozen, adapter)["layers"]
+  for old, new in zip(*map(jax.tree.leaves, pair), strict=True):
     assert old.dtype == new.dtype
     same = [(old[i] == new[i]).all() for i in EVERY]
     assert same == [i not in blocks for i in EVERY]
@@ -82,19 +83,20 @@ def test_exactly_the_chosen_blocks_change(blocks):
 def test_it_starts_as_the_plain_teacher(blocks, dtype):
   """METHODS 2.5 (a), exactly: the same weights, the same hidden states, norm 0."""
   trial, batch = Setup("clda", adapter=own(*blocks)), make_batch()
-  frozen = jax.tree.map(lambda x: x.astype(dtype), trial.frozen)
-  adapter = {"layers": take_blocks(frozen["layers"], own(*blocks))}
+  frozen = jax.tree.map(lambda x: x.astype(dtype), trial.frozen["teacher"])
+  adapter = own(*blocks).start(frozen)
   assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype("float32")}
-  same = replace_blocks(frozen["layers"], adapter["layers"], own(*blocks))
-  chex.assert_trees_all_equal(same, frozen["layers"])
+  chex.assert_trees_all_equal(own(*blocks).merge(frozen, adapter), frozen)
   adapted, plain = (
-    jax.jit(trial.models.teacher)(frozen, module, batch) for module in (adapter, None)
+    jax.jit(trial.models.teacher)({"teacher": frozen}, modules, batch)
+    for modules in ({"teacher": adapter}, None)
   )
   np.testing.assert_array_equal(adapted.hidden, plain.hidden)
-  assert trial.models.module_norm(frozen, adapter) == 0
+  norm = trial.models.teachers["teacher"].adapter_norm
+  assert norm(frozen, adapter) == 0
   changed = jax.tree.map(lambda x: x + 0.5, adapter)
   count = sum(x.size for x in jax.tree.leaves(adapter))
-  got = trial.models.module_norm(frozen, changed)
+  got = norm(frozen, changed)
   np.testing.assert_allclose(got, 0.5 * count**0.5, rtol=1e-5)
 
 
@@ -102,16 +104,17 @@ def test_it_starts_as_the_plain_teacher(blocks, dtype):
 def test_the_adapted_teacher_is_the_one_with_these_layers_replaced(blocks):
   """Also in part, with the plain one, and from any layer on."""
   trial, batch = Setup("clda", adapter=own(*blocks)), make_batch()
-  adapter = moved(trial.params["adapter"])
-  new = replace_blocks(trial.frozen["layers"], adapter["layers"], own(*blocks))
+  frozen = trial.frozen["teacher"]
+  adapter = moved(trial.params["adapter"]["teacher"])
   plain, adapted = Decoder(TEACHER), Decoder(TEACHER, own(*blocks))
-  whole = {"params": trial.frozen | {"layers": new}}
-  variables = {"params": trial.frozen, "adapter": adapter}
+  whole = {"params": own(*blocks).merge(frozen, adapter)}
+  variables = {"params": frozen, "adapter": adapter}
   want = output(plain, whole, batch)
-  both = trial.models.teachers(trial.frozen, adapter, batch)
+  adapters = {"teacher": adapter}
+  both = trial.models.both(trial.frozen, adapters, batch)
   close(both[0], want)
-  close(both[1], output(plain, {"params": trial.frozen}, batch))
-  close(trial.models.teacher(trial.frozen, adapter, batch), want)
+  close(both[1], output(plain, {"params": frozen}, batch))
+  close(trial.models.teacher(trial.frozen, adapters, batch), want)
   for cut in range(len(EVERY) + 1):
     below = output(adapted, variables, batch, stop=cut).hidden
     close(below, output(plain, whole, batch, stop=cut).hidden)
@@ -126,8 +129,10 @@ def whole_gradient():
   def teacher(frozen, adapter, batch, mix=None):
     return output(Decoder(TEACHER), {"params": frozen | adapter}, batch, mix=mix)
 
-  trial.models = dataclasses.replace(trial.models, teacher=teacher)
-  params = trial.params | {"adapter": {"layers": trial.frozen["layers"]}}
+  teachers = {"teacher": methods.Teacher(teacher)}
+  trial.models = dataclasses.replace(trial.models, teachers=teachers)
+  layers = {"layers": trial.frozen["teacher"]["layers"]}
+  params = trial.params | {"adapter": {"teacher": layers}}
   return gradients(trial, params=params)
 
 
@@ -177,26 +182,25 @@ def configure(**changes):
   return config
 
 
+LARGE = {"mesh.fsdp": 4, "teacher.dtype": "bfloat16", "teacher.model.num_layers": 6}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """On eight devices, the teacher split four ways and in bfloat16."""
-  config = configure(
-    **{"mesh.fsdp": 4, "teacher.dtype": "bfloat16", "teacher.model.num_layers": 6}
-  )
-  return setup.build(config, tmp_path_factory.mktemp("run"))
+  return build(configure(**LARGE), Workdir(tmp_path_factory.mktemp("run")))
 
 
 def test_a_run_starts_from_the_chosen_blocks(run):
-  values = np.array(run.choice.saliency)
-  assert run.choice.blocks == tuple(sorted(np.argsort(values)[:2]))
-  assert run.adapter.blocks == run.choice.blocks and len(values) == 6
+  choice, adapter = run.cast.choice, run.cast.adapter
+  values = np.array(choice.saliency)
+  assert choice.blocks == tuple(sorted(np.argsort(values)[:2]))
+  assert adapter.blocks == choice.blocks and len(values) == 6
   state = run.init()
-  assert jax.tree.structure(state) == jax.tree.structure(run.abstract)
-  chex.assert_trees_all_equal(
-    state.params["adapter"],
-    {"layers": take_blocks(run.frozen["layers"], run.adapter)},
-  )
-  kernel = state.params["adapter"]["layers"]["mlp"]["up"]["kernel"]
+  assert jax.tree.structure(state) == jax.tree.structure(run.plan.abstract)
+  own, frozen = state.params["adapter"]["teacher"], run.cast.frozen["teacher"]
+  chex.assert_trees_all_equal(own, adapter.start(frozen))
+  kernel = own["layers"]["mlp"]["up"]["kernel"]
   assert kernel.dtype == jnp.float32
   assert kernel.sharding.spec == jax.P(None, "fsdp", "tensor")
   assert set(state.params) == {"student", "adapter"}
@@ -204,31 +208,32 @@ def test_a_run_starts_from_the_chosen_blocks(run):
 
 def test_a_resumed_run_keeps_its_choice(run, tmp_path):
   """Another choice would not fit the checkpoint's blocks."""
-  other = tuple(i for i in range(6) if i not in run.choice.blocks)[:2]
-  kept = saliency.Choice(0.34, other, run.choice.saliency)
-  saliency.write(tmp_path / "blocks.json", kept)
-  again = setup.build(run.config, tmp_path)
+  config, choice, workdir = configure(**LARGE), run.cast.choice, Workdir(tmp_path)
+  other = tuple(i for i in range(6) if i not in choice.blocks)[:2]
+  kept = saliency.Choice(0.34, other, choice.saliency)
+  saliency.write(workdir.blocks, kept)
+  again = build(config, workdir).cast
   assert again.choice == kept and again.adapter.blocks == other
   (tmp_path / "blocks.json").write_text('{"share": 0.34')
   with pytest.raises(UserError, match="blocks.json is damaged"):
-    setup.build(run.config, tmp_path)
+    build(config, workdir)
 
 
 @pytest.mark.parametrize("name", ["skd", "minillm"])
 def test_such_a_teacher_writes(run, name):
   """Mixtures and interleaving, from a cache: the adapted teacher, once it differs."""
-  knobs = run.config.method.to_dict() | {"sampled_share": 1.0, "max_new_tokens": 6}
+  knobs = {"sampled_share": 1.0, "max_new_tokens": 6}
   knobs |= {"teacher_mix": 0.9, "teacher_temperature": 1.0, "accept_top": 1}
-  method = methods.build(name, knobs, "blocks")
-  parts = dataclasses.replace(run, method=method)
+  method = methods.build(name, KNOBS | only_read(name, **knobs), "blocks")
+  parts = dataclasses.replace(run, job=dataclasses.replace(run.job, method=method))
   params = run.init().params
   far = {"adapter": jax.tree.map(lambda x: x + 1.0, params["adapter"])}
   texts = []
   for own in (params, params | far):
-    loader = train_loader(run.train, batch_size=8, length=128, pad_id=0, seed=0)
-    batch, figures = Sampler(parts, {}, 0).batch(0, own, next(loader))
+    loader = train_loader(run.data.train, batch_size=8, length=128, pad_id=0, seed=0)
+    batch, figures = Batches(parts, {}).batch(0, own, next(loader))
     assert figures["sampled"] == 1
-    texts.append(np.asarray(batch["tokens"]))
+    texts.append(np.asarray(batch.tokens))
   assert (texts[0] != texts[1]).any()
 
 
@@ -239,12 +244,12 @@ def test_such_a_teacher_writes(run, name):
     ({"adapter.share": 1.5}, "adapter.share=1.5 must be above 0"),
     ({"adapter.share": float("nan")}, "adapter.share=nan must be above 0"),
     ({"adapter.layers": 1}, "adapter.layers=1 does not go with adapter.kind='blocks'"),
-    ({"adapter.text": "Hi!"}, "the teacher's module is 'blocks'"),
+    ({"adapter.text": "Hi!"}, "the teacher's adapter is 'blocks'"),
   ],
 )
 def test_what_a_run_refuses(changes, message, tmp_path):
   with pytest.raises(UserError) as error:
-    setup.build(configure(**changes), tmp_path)
+    build(configure(**changes), Workdir(tmp_path))
   assert message in str(error.value)
 
 
@@ -254,7 +259,7 @@ def test_what_is_refused_elsewhere(tmp_path):
       own(*blocks)
   for blocks in ((3,), (-1, 0)):
     with pytest.raises(UserError, match="not all among the teacher's 3 layers"):
-      own(*blocks).check(3, True)
+      own(*blocks).check(TEACHER)
   with pytest.raises(UserError, match="saliency is not finite"):
     saliency.choose([1.0, float("nan")], 0.5)
   with pytest.raises(UserError, match="adapter.kind=blocks: sft has no teacher"):
@@ -267,9 +272,9 @@ def test_what_is_refused_elsewhere(tmp_path):
 def test_a_whole_run_and_its_second_half(tmp_path):
   """Guards H3: choice, blocks and moments come back; the exported teacher is whole."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  parts = setup.build(configure(), tmp_path)
-  shape = parts.decoders["teacher"].config
-  models.save(tmp_path / "base", parts.frozen, shape, parts.tokenizer)
+  parts = build(configure(), Workdir(tmp_path))
+  base, shape = parts.cast.frozen["teacher"], parts.outline.teachers["teacher"]
+  models.save(tmp_path / "base", base, shape, parts.data.tokenizer)
   flags = ["--config.method.name=clda", "--config.adapter.share=0.5"]
   flags += ["--config.teacher.model.hidden_size=0"]
   flags += [f"--config.teacher.path={tmp_path / 'base'}"]

@@ -12,6 +12,7 @@ from trial import KNOBS, VOCAB, LogitTrial, make_batch, make_logits
 from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
+from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.methods.distillm2 import sequence_weights
 
 
@@ -19,12 +20,14 @@ def by_token(**knobs):
   """(method, models) of models that look their logits up by the token before."""
 
   def output(table, batch):
-    return Output(table[batch["tokens"]], jnp.eye(VOCAB))
+    return Output(table[batch.tokens], jnp.eye(VOCAB))
+
+  def teacher(frozen, adapter, batch, mix=None):
+    return output(frozen, batch)
 
   models = methods.Models(
     lambda params, batch, key, mix=None: output(params, batch),
-    lambda frozen, adapter, batch, mix=None: output(frozen, batch),
-    None,
+    {"teacher": methods.Teacher(teacher)},
     5,
   )
   return methods.build("distillm2", KNOBS | knobs), models
@@ -37,7 +40,7 @@ def tables():
 
 def rows(seed):
   batch = make_batch(seed)
-  return batch | {"weights": sequence_weights(batch["mask"])}
+  return batch.replace(weights=sequence_weights(batch.mask))
 
 
 def gradient_of(student, teacher, **knobs):
@@ -45,16 +48,17 @@ def gradient_of(student, teacher, **knobs):
   method, models = by_token(**knobs)
 
   def loss(student, one, other):
-    batch = rows(7) | {"teacher": one, "student": other}
+    batch = rows(7).replace(answers={"teacher": one, "student": other})
     params, key = {"student": student}, jax.random.key(0)
-    return method.loss(models, params, teacher, batch, key, method.knobs_at(0.0))[0]
+    frozen, now = {"teacher": teacher}, knobs_at(method.knobs, 0.0)
+    return method.loss(models, params, frozen, batch, key, now)[0]
 
   return functools.partial(jax.jit(jax.value_and_grad(loss)), student)
 
 
 def row_means(values, batch):
   """The mean over sequences of the means over their tokens."""
-  mask = np.asarray(batch["mask"])
+  mask = np.asarray(batch.mask)
   return np.mean([v[m].mean() for v, m in zip(values, mask, strict=True) if m.any()])
 
 
@@ -75,7 +79,7 @@ def test_the_two_terms(contrast):
   got, grad = value(one, other)
   q, p = np.asarray(student), np.asarray(teacher)
   pull, push = (
-    row_means(f(p[r["tokens"]], q[r["tokens"]]), r)
+    row_means(f(p[r.tokens], q[r.tokens]), r)
     for f, r in ((oracle.skew_forward_kl, one), (srkl, other))
   )
   np.testing.assert_allclose(got, (2 - contrast) * pull + contrast * push, rtol=1e-5)
@@ -87,10 +91,10 @@ def test_the_two_terms(contrast):
 def test_rows_of_any_length_weigh_the_same():
   """METHODS 4.6: a mean per sequence, then over sequences; an empty one is none."""
   batch = make_batch()
-  lengths = np.asarray(batch["mask"]).sum(1)
+  lengths = np.asarray(batch.mask).sum(1)
   assert len({*lengths}) > 2
-  np.testing.assert_allclose(sequence_weights(batch["mask"]).sum(1), 1 / 8, rtol=1e-6)
-  some = batch["mask"] & (jnp.arange(8) % 2 == 0)[:, None]
+  np.testing.assert_allclose(sequence_weights(batch.mask).sum(1), 1 / 8, rtol=1e-6)
+  some = batch.mask & (jnp.arange(8) % 2 == 0)[:, None]
   weights = sequence_weights(some)
   want = np.where(np.arange(8) % 2 == 0, 1 / 4, 0)
   np.testing.assert_allclose(weights.sum(1), want, rtol=1e-6)
@@ -111,7 +115,7 @@ def test_an_empty_row_changes_nothing():
     return trial(student, wide, wide, batch)[0]
 
   want, grad = value(student, batch)
-  longer = {k: jnp.pad(v, ((0, 3), (0, 0))) for k, v in batch.items()}
+  longer = jax.tree.map(lambda x: jnp.pad(x, ((0, 3), (0, 0))), batch)
   got, wide = value(jnp.pad(student, ((0, 3), (0, 0), (0, 0))), longer)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   np.testing.assert_allclose(wide[:8], grad, atol=1e-7)
@@ -131,7 +135,7 @@ def test_logit_gradients_have_the_closed_form(skew):
   push = q * (log_q - own - oracle.kl(log_q, own)[..., None])
   g = -(1 - skew) * p / (skew * p + (1 - skew) * q)
   pull = q * (g - (q * g).sum(-1, keepdims=True))
-  weights = np.asarray(sequence_weights(batch["mask"]), float)[..., None]
+  weights = np.asarray(sequence_weights(batch.mask), float)[..., None]
   for contrast in (0.0, 0.7, 2.0):
     trial = LogitTrial("distillm2", contrast=contrast, skew=skew)
     grads = jax.grad(lambda x, trial=trial: trial(*x, batch)[0])((student, base, base))

@@ -9,11 +9,13 @@ from trial import KNOBS, LogitTrial, Setup, make_batch, make_logits, total, weig
 
 from configs import debug
 from okd_jax import methods
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.evaluation.tokens import token_metrics
+from okd_jax.evaluation.tokens import STUDENT, TEACHER, token_metrics
 from okd_jax.losses import log_probs, mixture
 from okd_jax.methods.ensemble import gate, policy
-from okd_jax.run import build as setup
+from okd_jax.run.build import build
+from okd_jax.runtime.workdir import Workdir
 
 WEIGHTINGS = ("mean", "gated", "reinforced")
 
@@ -29,7 +31,7 @@ def kl(p, q):
 
 
 def mean(values, batch):
-  mask = np.asarray(batch["mask"])
+  mask = np.asarray(batch.mask)
   return values[mask].mean()
 
 
@@ -57,7 +59,7 @@ def test_fixed_weights(weights):
   loss, metrics = trial(student, b, a, batch)
   w = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))
   p = w[0] * softmax(a, 2.0) + w[1] * softmax(b, 2.0)
-  ce = oracle.cross_entropy(np.asarray(student), np.asarray(batch["labels"]))
+  ce = oracle.cross_entropy(np.asarray(student), np.asarray(batch.labels))
   want = 0.7 * 4 * mean(kl(p, softmax(student, 2.0)), batch) + 0.5 * mean(ce, batch)
   np.testing.assert_allclose(loss, want, rtol=1e-5)
   np.testing.assert_allclose(metrics["weight_b"], w[1], rtol=1e-6)
@@ -93,7 +95,7 @@ class TestGate:
 
   def test_it_starts_uniform_and_sums_to_one(self):
     """METHODS 5.6."""
-    batch, params = weighted(make_batch()), gate.init(None, 2, 4)
+    batch, params = weighted(make_batch()), gate.init(jax.random.key(0), 2, 4)
     a, _ = gate.weigh(params, self.facts(), batch, "token")
     np.testing.assert_allclose(a, 0.5)
     params = jax.tree.map(lambda x: x + jnp.arange(x.size).reshape(x.shape), params)
@@ -103,13 +105,13 @@ class TestGate:
 
   def test_an_example_has_one_weight(self):
     batch, facts = weighted(make_batch()), self.facts()
-    params = jax.tree.map(lambda x: x + 0.3, gate.init(None, 2, 4))
+    params = jax.tree.map(lambda x: x + 0.3, gate.init(jax.random.key(0), 2, 4))
     params["kernel"] = params["kernel"].at[0, 0].set(-1.0)
     a, _ = gate.weigh(params, facts, batch, "example")
     np.testing.assert_allclose(a, jnp.broadcast_to(a[:, :1], a.shape))
     assert a[:, 0].std() > 1e-4
     hidden = jax.tree.map(
-      lambda x: jnp.where(batch["mask"][..., None], x, 1e9), facts
+      lambda x: jnp.where(batch.mask[..., None], x, 1e9), facts
     )  # what is masked must not count
     again, _ = gate.weigh(params, hidden, batch, "example")
     np.testing.assert_allclose(again, a, rtol=1e-5)
@@ -132,7 +134,7 @@ class TestGate:
     grad = jax.jit(jax.value_and_grad(self._loss(trial), has_aux=True))
     for seed in range(40):
       batch = make_batch(seed)
-      good = 6.0 * jax.nn.one_hot(batch["labels"], student.shape[-1])
+      good = 6.0 * jax.nn.one_hot(batch.labels, student.shape[-1])
       bad = jax.random.normal(jax.random.key(seed), student.shape)
       (_, metrics), grads = grad(params, student, good, bad, batch)
       params = jax.tree.map(lambda x, g: x - 0.3 * g, params, grads)
@@ -162,23 +164,24 @@ class TestPolicy:
     hidden = jax.random.normal(jax.random.key(1), (8, 12, 4))
     facts = self.facts(**more)
     key = jax.random.key(seed)
-    return batch | policy.choose(params, facts, hidden, batch["mask"], key)
+    chosen = policy.choose(params, facts, hidden, batch.mask, key)
+    return batch.replace(facts=chosen)
 
   def test_permuted_teachers_are_permuted_actions(self):
     """METHODS 5.5."""
-    params = policy.init(None, 2, 4)
+    params = policy.init(jax.random.key(0), 2, 4)
     params["kernel"] += jax.random.normal(jax.random.key(2), (2, 7))
     batch = self.chosen(params)
     swapped = {k: v[::-1] if v.ndim else v for k, v in params.items()}
-    z = policy.logits(params, batch["state"])
+    z = policy.logits(params, batch.facts["state"])
     np.testing.assert_allclose(
-      policy.logits(swapped, batch["state"][:, ::-1]), z[:, ::-1], rtol=1e-6
+      policy.logits(swapped, batch.facts["state"][:, ::-1]), z[:, ::-1], rtol=1e-6
     )
     assert jnp.abs(z[:, 0] - z[:, 1]).max() > 0.1
 
   def test_what_the_baseline_expects_teaches_nothing(self):
     """METHODS 5.5: a constant reward with its baseline has no policy gradient."""
-    params = policy.init(None, 2, 4) | {"baseline": jnp.float32(0.3)}
+    params = policy.init(jax.random.key(0), 2, 4) | {"baseline": jnp.float32(0.3)}
     batch = self.chosen(params)
     after = self.facts(student_nll=0.7)
 
@@ -196,7 +199,7 @@ class TestPolicy:
   )
   def test_rewards(self, reward, gain):
     """The fall of CE, and with the teachers' of r times their divergence."""
-    params = policy.init(None, 2, 4)
+    params = policy.init(jax.random.key(0), 2, 4)
     params["bias"] += 50.0  # both teachers
     batch = self.chosen(params)
     after = self.facts(student_nll=0.75, divergence=0.4)
@@ -215,13 +218,13 @@ class TestPolicy:
       return -(pi * rewards[1.0] + (1 - pi) * rewards[0.0])
 
     def sampled(params, action):
-      batch = {
+      known = {
         "actions": jnp.full((1, 1), action),
         "state": state,
         "before": jnp.array([[rewards[action], 0.0]]),
-        "mask": jnp.ones((1, 1), bool),
-        "weights": jnp.ones((1, 1)),
       }
+      ids = jnp.ones((1, 1), jnp.int32)
+      batch = Batch(ids, ids, ids > 0, ids, weights=jnp.ones((1, 1)), facts=known)
       facts = {"student_nll": jnp.zeros((1, 1)), "divergence": jnp.zeros((1, 1, 1))}
       return policy.loss(params, facts, batch, "gold", {"kd_ratio": 1.0})[0]
 
@@ -267,9 +270,9 @@ class TestPolicy:
     @jax.jit
     def answered(params, frozen, batch, key):
       """The batch with the good teacher's choice as gold, and the actions on it."""
-      logits = setup.models.named["a"].teacher(frozen["a"], None, batch)
+      logits = setup.models.teachers["a"].apply(frozen["a"], None, batch)
       gold = (logits.hidden @ logits.head.T).argmax(-1).astype(jnp.int32)
-      full = weighted(batch | {"labels": gold})
+      full = weighted(batch.replace(labels=gold))
       prepare = setup.method.sequences.prepare
       return prepare(setup.models, params, frozen, full, key)
 
@@ -277,7 +280,7 @@ class TestPolicy:
       batch, key = make_batch(seed % 4), jax.random.key(seed)
       full = answered(state.params, setup.frozen, batch, key)
       state, metrics = setup.step(state, setup.frozen, full)
-      z = policy.logits(state.params["policy"], full["state"])
+      z = policy.logits(state.params["policy"], full.facts["state"])
       chances.append(jax.nn.sigmoid(z).mean(0))
     last = np.mean(chances[-10:], axis=0)
     assert last[0] - last[1] > 0.2, chances[:: len(chances) // 8]
@@ -318,8 +321,8 @@ def test_micro_batches_change_nothing(weighting):
 @pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
 def test_evaluation_is_beside_the_weighted_mean(weights):
   student, a, b = make_logits()
-  labels = make_batch()["labels"]
-  logits = {"student": student, "teacher:a": a, "teacher:b": b}
+  labels = make_batch().labels
+  logits = {(STUDENT, ""): student, (TEACHER, "a"): a, (TEACHER, "b"): b}
   _, metrics = token_metrics(logits, labels, teacher_weights=weights)
   share = np.array(weights or (1.0, 1.0)) / sum(weights or (1.0, 1.0))
   p = share[0] * softmax(a) + share[1] * softmax(b)
@@ -335,7 +338,7 @@ def test_names_that_would_hide_other_figures(name, tmp_path):
   config.method.name = "ensemble"
   config.teachers[name] = "somewhere"
   with pytest.raises(UserError, match="cannot be a name"):
-    setup.build(config, tmp_path)
+    build(config, Workdir(tmp_path))
 
 
 def test_the_mixture_is_normalised():
@@ -351,11 +354,12 @@ def test_a_single_teacher_is_an_ensemble_of_one(tmp_path):
   config.method.name = "ensemble"
   config.data.train = "embedded:eval"
   config.adapter.kind = "lora"
-  run = setup.build(config, tmp_path)
-  assert {*run.frozen} == {"only"}
-  assert {*run.decoders} == {"student", "teacher:only", "adapted:only"}
-  assert {*run.abstract.params["adapter"]} == {"only"}
+  run = build(config, Workdir(tmp_path))
+  cast = run.cast
+  assert {*cast.frozen} == {*cast.teachers} == {*cast.adapted} == {"teacher"}
+  assert {*cast.decoders} == {"student", "teacher", "adapted teacher"}
+  assert {*run.plan.abstract.params["adapter"]} == {"teacher"}
   config.method.name = "kd"
   config.teachers.a = "somewhere"
   with pytest.raises(UserError, match="kd has one teacher"):
-    setup.build(config, tmp_path)
+    build(config, Workdir(tmp_path))

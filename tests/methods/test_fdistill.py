@@ -9,8 +9,10 @@ import pytest
 from trial import KNOBS, LogitTrial, Setup, make_batch, make_logits, total, weighted
 
 from okd_jax import methods
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
+from okd_jax.methods.base.knobs import knobs_at
 
 # The toy: all answers of two tokens out of three; 3 stands before the first.
 ANSWERS = np.array([*itertools.product(range(3), repeat=2)])
@@ -33,29 +35,33 @@ def toy_loss(table, teacher, divergence, exact_mixture=False, positions=(1.0, 1.
   """Its expectation: all answers, weighed as their writers would write them."""
 
   def output(table, batch):
-    return Output(table[batch["tokens"]], jnp.eye(3))
+    return Output(table[batch.tokens], jnp.eye(3))
+
+  def apply(frozen, adapter, batch, mix=None):
+    return output(frozen, batch)
 
   knobs = {"divergence": divergence, "exact_mixture": exact_mixture}
   method = methods.build("fdistill", KNOBS | knobs)
   models = methods.Models(
     lambda params, batch, key, mix=None: output(params, batch),
-    lambda frozen, adapter, batch, mix=None: output(frozen, batch),
-    None,
+    {"teacher": methods.Teacher(apply)},
     2,
   )
 
   def rows(writer):
     chance = jax.lax.stop_gradient(jnp.exp(toy_logprobs(writer)))
-    return {
-      "tokens": jnp.asarray(PREFIXES),
-      "labels": jnp.asarray(ANSWERS),
-      "mask": jnp.ones((9, 2), bool),
-      "weights": chance[:, None] * jnp.array([positions]),
-    }
+    return Batch(
+      tokens=jnp.asarray(PREFIXES),
+      labels=jnp.asarray(ANSWERS),
+      mask=jnp.ones((9, 2), bool),
+      segment_ids=jnp.ones((9, 2), jnp.int32),
+      weights=chance[:, None] * jnp.array([positions]),
+    )
 
-  batch = rows(table) | {"teacher": rows(teacher)}
-  params, knobs = {"student": table}, method.knobs_at(0.0)
-  return method.loss(models, params, teacher, batch, jax.random.key(0), knobs)[0]
+  batch = rows(table).replace(answers={"teacher": rows(teacher)})
+  params, frozen = {"student": table}, {"teacher": teacher}
+  key, now = jax.random.key(0), knobs_at(method.knobs, 0.0)
+  return method.loss(models, params, frozen, batch, key, now)[0]
 
 
 def sequence_kl(log_a, log_b):
@@ -163,7 +169,7 @@ def test_each_text_gets_its_own_term(divergence):
 
   @jax.jit
   def value(own, teachers):
-    return setup.loss(setup.params, own | {"teacher": teachers})[0]
+    return setup.loss(setup.params, own.replace(answers={"teacher": teachers}))[0]
 
   first = value(one, one)
   assert (value(other, one) != first) == (divergence != "forward_kl")

@@ -21,6 +21,7 @@ from trial import (
   gradients,
   make_batch,
   make_logits,
+  only_read,
   total,
 )
 
@@ -28,7 +29,7 @@ from configs import default
 from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
-from okd_jax.methods.base.knobs import DIVERGENCES, SHAPE
+from okd_jax.methods.base.divergences import DIVERGENCES, shape_knobs
 from okd_jax.methods.kd import NAMED
 
 # The named ones are kd with its divergence bound (test_named_methods_are_kd); what
@@ -45,7 +46,7 @@ def ce(t, s, y, b):
 
 
 def mean(values, batch):
-  return oracle.token_mean(values, np.asarray(batch["mask"]))
+  return oracle.token_mean(values, np.asarray(batch.mask))
 
 
 @pytest.mark.parametrize("name", sorted(methods.METHODS))
@@ -64,7 +65,8 @@ def test_loss_falls(name):
 @pytest.mark.parametrize("name", sorted(NAMED))
 def test_named_methods_are_kd(name):
   own = set(methods.used_knobs(name)) - {"kd_ratio", "temperature", "gold_weight"}
-  assert own == {"top_k", *DIVERGENCES[NAMED[name]][1].values()}
+  shapes = DIVERGENCES[NAMED[name]].arguments.values()
+  assert own == {"top_k", *(shape.key for shape in shapes)}
   logits, batch = make_logits(), make_batch()
   want = LogitTrial("kd", divergence=NAMED[name])(*logits, batch)[0]
   assert LogitTrial(name)(*logits, batch)[0] == want
@@ -191,7 +193,7 @@ FORMULAS = [
 def test_loss_equals_the_formula(name, knobs, truth):
   """Guards C3, C4: the value is the token mean of the formula, and nothing else."""
   (student, teacher, base), batch = make_logits(), make_batch()
-  per_token = truth(*map(np.asarray, (teacher, student, batch["labels"], base)))
+  per_token = truth(*map(np.asarray, (teacher, student, batch.labels, base)))
   got, _ = LogitTrial(name, **knobs)(student, teacher, base, batch)
   np.testing.assert_allclose(got, mean(per_token, batch), rtol=1e-5)
 
@@ -229,9 +231,9 @@ PARTS["clda"] = PARTS["okd"]
 @every
 def test_logged_parts_make_the_loss(name):
   """Guards C4: what is logged is what is optimised (TRL#5731)."""
-  trial = LogitTrial(
-    name, kd_ratio=0.9, student_kl_weight=0.9, gold_weight=0.3, anchor_weight=0.5
-  )
+  shares = {"kd_ratio": 0.9, "student_kl_weight": 0.9}
+  knobs = only_read(name, **shares, gold_weight=0.3, anchor_weight=0.5)
+  trial = LogitTrial(name, **knobs)
   loss, metrics = trial(*make_logits(), make_batch())
   parts = PARTS.get(name, lambda m: 0.9 * m["divergence"] + 0.4 * m["student_nll"])
   np.testing.assert_allclose(loss, parts(metrics), rtol=1e-5)
@@ -244,12 +246,11 @@ def test_diagnostics(name):
   trial = LogitTrial(name)
   _, metrics = trial(student, teacher, base, batch)
   if name in ("sft", "mixkd"):  # no teacher, or none on the plain rows
-    batch = {k: batch[k] for k in ("labels", "mask")}
-    want = mean(oracle.cross_entropy(student, np.asarray(batch["labels"])), batch)
+    want = mean(oracle.cross_entropy(student, np.asarray(batch.labels)), batch)
     np.testing.assert_allclose(metrics["student_nll"], want, rtol=1e-5)
     return
   teacher = np.asarray(teacher if name in ADAPTED else base)
-  student, labels = np.asarray(student), np.asarray(batch["labels"])
+  student, labels = np.asarray(student), np.asarray(batch.labels)
 
   def entropy(logits):
     return -(oracle.softmax(logits) * oracle.log_softmax(logits)).sum(-1)
@@ -263,18 +264,19 @@ def test_diagnostics(name):
     "reverse_kl": oracle.reverse_kl(teacher, student),
     "top1_agreement": student.argmax(-1) == teacher.argmax(-1),
   }.items():
-    want = (values * np.asarray(trial.method.weights(batch["mask"]))).sum()
+    want = (values * np.asarray(trial.method.weights(batch.mask))).sum()
     np.testing.assert_allclose(metrics[key], want, rtol=1e-5, err_msg=key)
 
 
 @every
 def test_who_gets_gradient(name):
   """Guards F1, F2: the student always, the module where one learns, the base never."""
-  trial, batch = LogitTrial(name, anchor_weight=0.5), make_batch()
+  trial = LogitTrial(name, **only_read(name, anchor_weight=0.5))
+  batch = make_batch()
   grads = jax.grad(lambda logits: trial(*logits, batch)[0])(make_logits())
   student, teacher, base = (float(jnp.abs(g).sum()) for g in grads)
   assert student > 0
-  assert (teacher > 0) == (trial.method.teacher == "adapted") == (name in ADAPTED)
+  assert (teacher > 0) == (trial.method.adapts) == (name in ADAPTED)
   assert base == 0
 
 
@@ -290,9 +292,9 @@ def test_masked_positions_and_chunks(name, seed, chunk, rows):
   EasyDeL and DistillKit: the first response token is lost, one too many at the end.
   """
   batch, logits = make_batch(seed), make_logits(seed)
-  batch["mask"] = batch["mask"] & (jnp.arange(8) < rows)[:, None]
-  junk = batch | {"labels": jnp.where(batch["mask"], batch["labels"], 3)}
-  mask = batch["mask"][..., None]
+  batch = batch.replace(mask=batch.mask & (jnp.arange(8) < rows)[:, None])
+  junk = batch.replace(labels=jnp.where(batch.mask, batch.labels, 3))
+  mask = batch.mask[..., None]
   dirty = [
     jnp.where(mask, x, 1e4 * jnp.sin(jnp.arange(x.size).reshape(x.shape)))
     for x in logits
@@ -308,12 +310,12 @@ def test_masked_positions_and_chunks(name, seed, chunk, rows):
     np.testing.assert_array_equal(grad, after)
     np.testing.assert_allclose(grad, chunked, atol=1e-6)
   moved = jnp.abs(grads[0]).sum(-1) > 0
-  np.testing.assert_array_equal(moved, batch["mask"])  # the first and EOS included
+  np.testing.assert_array_equal(moved, batch.mask)  # the first and EOS included
 
 
 @functools.cache
 def _compiled(name, chunk):
-  trial = LogitTrial(name, chunk=chunk, anchor_weight=0.5)
+  trial = LogitTrial(name, chunk=chunk, **only_read(name, anchor_weight=0.5))
   return jax.jit(jax.value_and_grad(lambda x, batch: trial(*x, batch)[0]))
 
 
@@ -325,14 +327,21 @@ def test_a_padded_teacher_equals_the_cut_one(name):
   trial, batch = LogitTrial(name), make_batch()
   student, teacher, base = make_logits()
   want = trial(student, teacher, base, batch)[0]
-  models = trial.models
+  [(only, plain)] = trial.models.teachers.items()
 
-  def padded(*arguments, **keywords):
-    hidden, head = models.teacher(*arguments, **keywords)
+  def padded(output):
     # As a padded model's head would: 16 more rows, with logits of their own.
-    return Output(hidden, jnp.concatenate([head, 100 * jnp.ones((16, VOCAB))]))
+    more = 100 * jnp.ones((16, VOCAB))
+    return Output(output.hidden, jnp.concatenate([output.head, more]))
 
-  trial.models = dataclasses.replace(models, teacher=padded)
+  def apply(*arguments, **keywords):
+    return padded(plain.apply(*arguments, **keywords))
+
+  def both(*arguments):
+    return tuple(map(padded, plain.both(*arguments)))
+
+  teachers = {only: dataclasses.replace(plain, apply=apply, both=both)}
+  trial.models = dataclasses.replace(trial.models, teachers=teachers)
   got = trial(student - 35, teacher - 35, base - 35, batch)[0]
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
@@ -390,7 +399,7 @@ USED = [
   (n, k)
   for n in sorted({*CORE, *SAMPLED})
   for k in methods.used_knobs(n)
-  if n == "kd" or k not in (SHAPE if n in CORE else methods.used_knobs("kd"))
+  if n == "kd" or k not in (shape_knobs() if n in CORE else methods.used_knobs("kd"))
 ]
 
 
@@ -399,6 +408,7 @@ def test_every_knob_changes_something(name, knob):
   """Guards H1: KDFlow's temperature and --hrl_topk are swallowed."""
   value, base = OTHER[knob]
   assert value != KNOBS[knob]
+  base = only_read(name, **base)
   before, after = LogitTrial(name, **base), LogitTrial(name, **base | {knob: value})
   batch = make_batch()
   losses = [float(t(*make_logits(), batch)[0]) for t in (before, after)]
@@ -416,6 +426,7 @@ def test_a_knob_moves_linearly(name, knob):
   value, base = OTHER[knob]
   if knob not in default.get_config().method.end:
     return  # the configuration has no such key
+  base = only_read(name, **base)
   logits, batch = make_logits(), make_batch()
   # What moves by itself is held.
   held = {"pull_weight": 1.0} if name == "promptkd" and knob != "pull_weight" else {}
@@ -456,7 +467,9 @@ def test_a_moving_knob_in_a_training_step(microbatches):
 @pytest.mark.parametrize(
   "name, knobs, message",
   [
-    ("okdd", {}, "method.name='okdd' is unknown; use one of akl, clda, "),
+    ("okdd", {}, "method.name='okdd' is unknown; did you mean okd? use one of akl, "),
+    ("gdk", {}, "method.name='gdk' is unknown; did you mean gkd? use one of akl, clda"),
+    ("none", {}, "method.name='none' is unknown; use one of akl, clda, distillm, "),
     ("kd", {"kd_ratio": 1.5}, "method.kd_ratio=1.5 must lie between 0 and 1"),
     ("kd", {"gold_weight": -1.0}, "method.gold_weight=-1.0 must be at least 0"),
     ("kd", {"top_k": -1}, "method.top_k=-1 must be at least 0"),
@@ -508,7 +521,7 @@ def test_jensen_shannon_near_its_ends_warns(beta, warns, caplog):
 def test_sft_never_looks_at_the_teacher():
   """Without any teacher at all, its gradient is what it was beside one."""
   with_teacher, without = Setup("sft"), Setup("sft")
-  without.frozen = None
+  without.frozen = {}
   for a, b in zip(
     *(jax.tree.leaves(gradients(s)) for s in (with_teacher, without)), strict=True
   ):

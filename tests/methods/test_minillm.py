@@ -10,8 +10,10 @@ import pytest
 from trial import KNOBS, VOCAB, LogitTrial, make_batch, make_logits, weighted
 
 from okd_jax import methods
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
+from okd_jax.methods.base.knobs import knobs_at
 
 variants = pytest.mark.parametrize("variant", ["paper", "code"])
 SIGNALS = ("old", "weight", "advantage", "reward")
@@ -38,33 +40,35 @@ def toy_gradient(table, teacher, weights, signals=None, **knobs):
   """The gradient in the student's table on all answers, under these weights [9]."""
 
   def student(params, batch, key, mix=None):
-    return Output(params[batch["tokens"]], jnp.eye(3))
+    return Output(params[batch.tokens], jnp.eye(3))
 
-  def frozen(frozen, adapter, batch, mix=None):
-    return Output(frozen[batch["tokens"]], jnp.eye(3))
+  def apply(frozen, adapter, batch, mix=None):
+    return Output(frozen[batch.tokens], jnp.eye(3))
 
   method = methods.build("minillm", KNOBS | PLAIN | knobs)
-  models = methods.Models(student, frozen, None, 2)
-  batch = {
-    "tokens": jnp.asarray(PREFIXES),
-    "labels": jnp.asarray(ANSWERS),
-    "mask": jnp.ones((9, 2), bool),
-    "weights": jnp.stack([weights, weights], 1),
-  }
-  params = {"student": table}
-  batch = method.sequences.prepare(models, params, teacher, batch) | (signals or {})
+  models = methods.Models(student, {"teacher": methods.Teacher(apply)}, 2)
+  batch = Batch(
+    tokens=jnp.asarray(PREFIXES),
+    labels=jnp.asarray(ANSWERS),
+    mask=jnp.ones((9, 2), bool),
+    segment_ids=jnp.ones((9, 2), jnp.int32),
+    weights=jnp.stack([weights, weights], 1),
+  )
+  params, frozen = {"student": table}, {"teacher": teacher}
+  batch = method.sequences.prepare(models, params, frozen, batch)
+  batch = batch.replace(facts=batch.facts | (signals or {}))
 
   def loss(params):
-    knobs = method.knobs_at(0.0)
+    now = knobs_at(method.knobs, 0.0)
     key = jax.random.key(0)
-    return method.loss(models, params, teacher, batch, key, knobs)[0]
+    return method.loss(models, params, frozen, batch, key, now)[0]
 
   return jax.grad(loss)(params)["student"], batch
 
 
 def prepared(trial, student, base, batch):
   """The batch with what it must know about its writers."""
-  return trial.beside({"student": student}, base, batch)
+  return trial.beside({"student": student}, {"teacher": base}, batch)
 
 
 def loop_advantages(rewards, mask, variant, length_norm=True, single_step=True):
@@ -97,8 +101,8 @@ def test_equal_models_have_nothing_to_gain(variant):
   student = make_logits()[0]
   ready = prepared(trial, student, student, batch)
   for name in ("reward", "advantage"):  # 'code' whitens zeros: no NaN
-    np.testing.assert_array_equal(ready[name], 0)
-  np.testing.assert_allclose(ready["weight"], 1, rtol=1e-5)
+    np.testing.assert_array_equal(ready.facts[name], 0)
+  np.testing.assert_allclose(ready.facts["weight"], 1, rtol=1e-5)
   grad = jax.grad(lambda x: trial(x, student, student, batch)[0])(student)
   np.testing.assert_allclose(grad, 0, atol=1e-8)
 
@@ -111,10 +115,11 @@ def test_importance_weights(mix):
   plan = trial.method.sequences
   assert (plan.source, plan.weight) == ("mixture" if mix else "student", mix)
   ready = prepared(trial, student, base, batch)
-  q, p = (np.exp(picked(x, batch["labels"])) for x in (student, base))
-  np.testing.assert_allclose(ready["weight"], q / (mix * p + (1 - mix) * q), rtol=1e-4)
+  q, p = (np.exp(picked(x, batch.labels)) for x in (student, base))
+  want = q / (mix * p + (1 - mix) * q)
+  np.testing.assert_allclose(ready.facts["weight"], want, rtol=1e-4)
   if not mix:
-    np.testing.assert_array_equal(ready["weight"], 1)
+    np.testing.assert_array_equal(ready.facts["weight"], 1)
 
 
 def test_the_expected_gradient_is_the_sequence_kls():
@@ -162,21 +167,22 @@ def test_advantages_equal_a_plain_loop(variant, length_norm, single_step):
   batch = make_batch()
   options = dict(variant=variant, length_norm=length_norm, single_step=single_step)
   ready = prepared(LogitTrial("minillm", **options), student, base, batch)
-  mask = np.asarray(batch["mask"])
-  rewards = picked(base, batch["labels"]) - picked(student, batch["labels"])
+  mask = np.asarray(batch.mask)
+  rewards = picked(base, batch.labels) - picked(student, batch.labels)
   assert (np.abs(2 * rewards[mask]) > 100).any()
-  np.testing.assert_allclose(ready["reward"][mask], rewards[mask], rtol=1e-4, atol=1e-4)
+  reward = ready.facts["reward"][mask]
+  np.testing.assert_allclose(reward, rewards[mask], rtol=1e-4, atol=1e-4)
   want = loop_advantages(rewards, mask, **options)
-  np.testing.assert_allclose(ready["advantage"], want, rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(ready.facts["advantage"], want, rtol=1e-3, atol=1e-3)
 
 
 def test_whitening_sees_valid_tokens_alone():
   """METHODS 4.4 [ours]: mean 0 and deviation 1 over them, nothing elsewhere."""
   (student, _, base), batch = make_logits(), make_batch()
   ready = prepared(LogitTrial("minillm", variant="code"), student, base, batch)
-  valid = np.asarray(ready["advantage"], np.float64)[np.asarray(batch["mask"])]
+  valid = np.asarray(ready.facts["advantage"], np.float64)[np.asarray(batch.mask)]
   np.testing.assert_allclose([valid.mean(), valid.std()], [0, 1], atol=1e-5)
-  np.testing.assert_array_equal(np.where(batch["mask"], 0, ready["advantage"]), 0)
+  np.testing.assert_array_equal(np.where(batch.mask, 0, ready.facts["advantage"]), 0)
 
 
 @pytest.mark.parametrize("side", ["right", "left", "rows"])
@@ -187,25 +193,26 @@ def test_padding_makes_no_difference(variant, side):
   trial = LogitTrial("minillm", variant=variant)
   pad = {"right": ((0, 0), (0, 3)), "left": ((0, 0), (3, 0)), "rows": ((0, 2), (0, 0))}
   pad = pad[side]
-  longer = {name: jnp.pad(value, pad) for name, value in batch.items()}
+  longer = jax.tree.map(lambda x: jnp.pad(x, pad), batch)
   real = tuple(
     slice(first, first + size)
-    for (first, _), size in zip(pad, batch["mask"].shape, strict=True)
+    for (first, _), size in zip(pad, batch.mask.shape, strict=True)
   )
   # What the models say about pads, and what was said there, may be anything.
-  longer["labels"] = jnp.where(longer["mask"], longer["labels"], 7)
-  junk = 50 * jax.nn.one_hot(longer["labels"] - 4, VOCAB)
+  longer = longer.replace(labels=jnp.where(longer.mask, longer.labels, 7))
+  junk = 50 * jax.nn.one_hot(longer.labels - 4, VOCAB)
   wide = [
-    jnp.where(longer["mask"][..., None], jnp.pad(x, (*pad, (0, 0))), sign * junk)
+    jnp.where(longer.mask[..., None], jnp.pad(x, (*pad, (0, 0))), sign * junk)
     for x, sign in ((student, 1), (base, -1))
   ]
   before, after = prepared(trial, student, base, batch), prepared(trial, *wide, longer)
-  mask = np.asarray(batch["mask"])
+  mask = np.asarray(batch.mask)
   for name in SIGNALS:
-    want, got = (np.asarray(x)[mask] for x in (before[name], after[name][real]))
+    signals = before.facts[name], after.facts[name][real]
+    want, got = (np.asarray(x)[mask] for x in signals)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
   for name in ("reward", "advantage"):
-    np.testing.assert_array_equal(np.where(longer["mask"], 0, after[name]), 0)
+    np.testing.assert_array_equal(np.where(longer.mask, 0, after.facts[name]), 0)
   losses = (trial(student, base, base, batch), trial(*wide, wide[1], longer))
   np.testing.assert_allclose(losses[1][0], losses[0][0], rtol=1e-5)
 
@@ -226,14 +233,16 @@ def test_logit_gradients_have_the_closed_form(variant, single_step):
   method, key = trial.method, jax.random.key(0)
 
   def loss(student):
-    params, knobs = {"student": student}, method.knobs_at(0.0)
-    return method.loss(trial.models, params, base, ready, key, knobs)[0]
+    params, now = {"student": student}, knobs_at(method.knobs, 0.0)
+    frozen = {"teacher": base}
+    return method.loss(trial.models, params, frozen, ready, key, now)[0]
 
-  q, labels = oracle.softmax(moved), np.asarray(batch["labels"])
-  weight, advantage = (np.asarray(ready[k], float) for k in ("weight", "advantage"))
+  q, labels = oracle.softmax(moved), np.asarray(batch.labels)
+  facts = {name: np.asarray(values, float) for name, values in ready.facts.items()}
+  weight, advantage = facts["weight"], facts["advantage"]
   ratio = weight * np.exp(picked(moved, labels) - picked(student, labels))
   held = np.where(advantage > 0, ratio > 1.2, ratio < 0.8)
-  mask = np.asarray(batch["mask"])
+  mask = np.asarray(batch.mask)
   assert held[mask].any() and not held[mask].all()
   by_policy = np.where(held, 0, -advantage * ratio)
   want = by_policy[..., None] * (np.eye(VOCAB)[labels] - q)
@@ -241,7 +250,7 @@ def test_logit_gradients_have_the_closed_form(variant, single_step):
     log_q, log_p = oracle.log_softmax(moved), oracle.log_softmax(base)
     gap = log_q - log_p - oracle.kl(log_q, log_p)[..., None]
     want += (weight if variant == "paper" else 1.0 + 0 * weight)[..., None] * q * gap
-  want *= np.asarray(batch["weights"])[..., None]
+  want *= np.asarray(batch.weights)[..., None]
   got = np.asarray(jax.grad(loss)(moved))
   np.testing.assert_allclose(got, want, atol=2e-6)
   if not single_step:
@@ -255,8 +264,8 @@ def test_prepared_signals_are_constants():
   prepare = trial.method.sequences.prepare
 
   def total(student, base):
-    ready = prepare(trial.models, {"student": student}, base, batch)
-    return sum(ready[name].sum() for name in SIGNALS)
+    ready = prepare(trial.models, {"student": student}, {"teacher": base}, batch)
+    return sum(ready.facts[name].sum() for name in SIGNALS)
 
   for grad in jax.grad(total, argnums=(0, 1))(student, base):
     np.testing.assert_array_equal(grad, 0)
@@ -269,7 +278,7 @@ def test_the_first_update_starts_at_the_weights(variant):
   trial = LogitTrial("minillm", variant=variant)
   ready = prepared(trial, student, base, batch)
   _, metrics = trial(student, base, base, batch)
-  want = oracle.token_mean(np.asarray(ready["weight"]), np.asarray(batch["mask"]))
+  want = oracle.token_mean(np.asarray(ready.facts["weight"]), np.asarray(batch.mask))
   np.testing.assert_allclose(metrics["importance"], want, rtol=1e-5)
   gap = metrics["student_nll"] - metrics["teacher_nll"]
   np.testing.assert_allclose(metrics["reward"], gap, rtol=1e-4)

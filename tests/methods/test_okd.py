@@ -20,7 +20,7 @@ from trial import (
 )
 
 from okd_jax import methods
-from okd_jax.models.adapters import AdapterConfig, module_norm
+from okd_jax.models.adapters import Lora, Prefix, Prompt
 
 
 def test_okd_gradients_stay_on_their_side():
@@ -75,8 +75,8 @@ def test_okd_logit_gradients_have_the_closed_form():
   trial = LogitTrial("okd", teacher_kl_weight=0.4, anchor_weight=0.3)
   grads = jax.grad(lambda x: trial(*x, batch)[0])(logits)
   q, p_ta, p = map(jax.nn.softmax, logits)
-  weights = weighted(batch)["weights"][..., None]
-  gold = jax.nn.one_hot(batch["labels"], VOCAB)
+  weights = weighted(batch).weights[..., None]
+  gold = jax.nn.one_hot(batch.labels, VOCAB)
   by_module = p_ta - (0.4 * q + 0.6 * gold) + 0.3 * (p_ta - p)
   np.testing.assert_allclose(grads[0], weights * (q - p_ta), atol=1e-7)
   np.testing.assert_allclose(grads[1], weights * by_module, atol=1e-7)
@@ -86,7 +86,7 @@ def test_okd_logit_gradients_have_the_closed_form():
 def test_okd_rests_where_student_and_teacher_agree():
   """METHODS 2.5 (g): alpha 1, student = teacher, up = 0, no decay: nothing moves."""
   setup = Setup("okd", teacher_kl_weight=1.0, student=TEACHER, weight_decay=0.0)
-  setup.params["student"] = jax.tree.map(jnp.copy, setup.frozen)
+  setup.params["student"] = jax.tree.map(jnp.copy, setup.frozen["teacher"])
   loss, _ = setup.loss(setup.params, weighted(make_batch()))
   assert abs(loss) < 1e-6
   assert (
@@ -127,10 +127,10 @@ def test_sequential_update_shows_the_student_the_moved_module():
 @pytest.mark.parametrize(
   "adapter",
   [
-    pytest.param(AdapterConfig(rank=4), marks=pytest.mark.slow),
-    AdapterConfig(rank=4, layers=1),
-    pytest.param(AdapterConfig("prefix", length=3, layers=2), marks=pytest.mark.slow),
-    AdapterConfig("prompt", length=3),
+    pytest.param(Lora(rank=4), marks=pytest.mark.slow),
+    Lora(rank=4, layers=1),
+    pytest.param(Prefix(length=3, layers=2), marks=pytest.mark.slow),
+    Prompt(length=3),
   ],
   ids=["lora", "lora-top", "prefix-top", "prompt"],
 )
@@ -138,14 +138,14 @@ def test_every_module_is_anchored_to_the_plain_teacher(adapter):
   """The plain teacher's logits, shared trunk or not, are those of a pass of its own."""
   setup = Setup("okd", adapter=adapter, anchor_weight=0.3)
   batch = weighted(make_batch())
-  if adapter.kind == "lora":  # away from the start, where both teachers are one
+  if isinstance(adapter, Lora):  # away from the start, where both teachers are one
     setup.params["adapter"] = jax.tree.map(lambda x: x + 0.3, setup.params["adapter"])
-  adapted, plain = setup.models.teachers(setup.frozen, setup.params["adapter"], batch)
+  adapted, plain = setup.models.both(setup.frozen, setup.params["adapter"], batch)
   for got, modules in ((adapted, setup.params["adapter"]), (plain, None)):
     want = setup.models.teacher(setup.frozen, modules, batch)
     chex.assert_trees_all_close(got, want, atol=1e-5)
   logits = [np.asarray(o.hidden @ o.head.T) for o in (plain, adapted)]
-  drift = oracle.token_mean(oracle.forward_kl(*logits), np.asarray(batch["mask"]))
+  drift = oracle.token_mean(oracle.forward_kl(*logits), np.asarray(batch.mask))
   assert drift > 1e-4
   _, metrics = setup.loss(setup.params, batch)
   np.testing.assert_allclose(metrics["drift"], drift, rtol=1e-3)
@@ -164,10 +164,10 @@ def test_the_anchor_holds_the_module():
     setup = Setup("okd", teacher_kl_weight=1.0, anchor_weight=weight, lr=3e-2)
     state, _ = setup.train(40)
     batch = weighted(make_batch(99))
-    outputs = setup.models.teachers(setup.frozen, state.params["adapter"], batch)
+    outputs = setup.models.both(setup.frozen, state.params["adapter"], batch)
     adapted, plain = (np.asarray(o.hidden @ o.head.T) for o in outputs)
     values = oracle.forward_kl(plain, adapted)
-    drift[weight] = oracle.token_mean(values, np.asarray(batch["mask"]))
+    drift[weight] = oracle.token_mean(values, np.asarray(batch.mask))
   assert drift[2.0] < 0.5 * drift[0.0]
 
 
@@ -189,11 +189,12 @@ def test_a_large_alpha_without_an_anchor_warns(knobs, warns, caplog):
 def test_module_norm():
   """It starts at 0, is that of down @ up, and is logged by the step."""
   setup = Setup("okd")
-  assert module_norm(setup.params["adapter"]) == 0
+  only = setup.params["adapter"]["teacher"], setup.frozen["teacher"]
+  assert Lora().norm(*only) == 0
   state, metrics = setup.step(setup.state, setup.frozen, make_batch())
-  attention = state.params["adapter"]["layers"]["attention"]
+  attention = state.params["adapter"]["teacher"]["layers"]["attention"]
   products = [attention[n]["down"] @ attention[n]["up"] for n in ("query", "value")]
   want = np.sqrt(sum((np.asarray(x, np.float64) ** 2).sum() for x in products))
   np.testing.assert_allclose(metrics["adapter_norm"], want, rtol=1e-5)
   prefix = {"layers": {"prefix_key": jnp.full((2, 2), 3.0)}}
-  assert module_norm(prefix) == 6
+  assert Prefix().norm(prefix, None) == 6

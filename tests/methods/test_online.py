@@ -13,13 +13,15 @@ from trial import KNOBS, VOCAB, LogitTrial, make_batch, make_logits, weighted
 from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
-from okd_jax.methods import online
+from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.methods.kd import NAMED
+from okd_jax.methods.okd import ModuleKnobs
 
 FROZEN = [
   name
   for name in sorted({*methods.METHODS} - {*NAMED})
-  if methods.build(name, KNOBS).teacher == "frozen"
+  if (method := methods.build(name, KNOBS)).taught
+  and not (method.adapts or method.several)
 ]
 
 
@@ -74,7 +76,7 @@ def test_each_loss_moves_its_own_side(name):
   (student, teacher, base), batch = make_logits(), make_batch()
   wrapped = LogitTrial(name, module="lora", anchor_weight=0.3)
   method = wrapped.method
-  assert method.teacher == "adapted" and method.updates == (("student", "adapter"),)
+  assert method.adapts and method.updates == (("student", "adapter"),)
   assert method.sequences.gold == (method.sequences.source != "gold")
   plain, okd = LogitTrial(name), LogitTrial("okd", anchor_weight=0.3)
   okd.method = dataclasses.replace(okd.method, weights=method.weights)
@@ -100,20 +102,23 @@ class ByToken:
     self.method = methods.build(name, KNOBS | knobs, module)
 
     def output(table, batch):
-      return Output(table[batch["tokens"]], jnp.eye(VOCAB))
+      return Output(table[batch.tokens], jnp.eye(VOCAB))
 
-    self.models = methods.Models(
-      lambda params, batch, key, mix=None: output(params, batch),
+    teacher = methods.Teacher(
       lambda frozen, adapter, batch, mix=None: output(
         frozen if adapter is None else adapter, batch
       ),
       lambda frozen, adapter, batch: (output(adapter, batch), output(frozen, batch)),
+    )
+    self.models = methods.Models(
+      lambda params, batch, key, mix=None: output(params, batch),
+      {"teacher": teacher},
       5,
     )
 
     def loss(params, base, batch):
-      key, knobs = jax.random.key(0), self.method.knobs_at(0.0)
-      return self.method.loss(self.models, params, base, batch, key, knobs)[0]
+      key, now = jax.random.key(0), knobs_at(self.method.knobs, 0.0)
+      return self.method.loss(self.models, params, base, batch, key, now)[0]
 
     self.gradient = jax.jit(jax.grad(loss))
 
@@ -123,7 +128,7 @@ def tables():
   keys = jax.random.split(jax.random.key(0), 3)
   shape = (VOCAB, VOCAB)
   student, adapter, base = (2 * jax.random.normal(key, shape) for key in keys)
-  return {"student": student, "adapter": adapter}, base
+  return {"student": student, "adapter": {"teacher": adapter}}, {"teacher": base}
 
 
 @functools.cache
@@ -138,15 +143,16 @@ def test_gkds_module_learns_on_gold_alone(anchor_weight):
   knobs = {"anchor_weight": anchor_weight, "teacher_kl_weight": 0.5}
   wrapped, okd = ByToken("gkd", "lora", **knobs), ByToken("okd", **knobs)
   one, other = (
-    wrapped.gradient(params, base, rows(seed) | {"gold": rows(0)}) for seed in (1, 2)
+    wrapped.gradient(params, base, rows(seed).replace(gold=rows(0))) for seed in (1, 2)
   )
   want = okd.gradient(params, base, rows(0))
-  np.testing.assert_allclose(one["adapter"], want["adapter"], atol=1e-7)
-  np.testing.assert_array_equal(one["adapter"], other["adapter"])
+  one_adapter = one["adapter"]["teacher"]
+  np.testing.assert_allclose(one_adapter, want["adapter"]["teacher"], atol=1e-7)
+  np.testing.assert_array_equal(one_adapter, other["adapter"]["teacher"])
   assert jnp.abs(one["student"] - other["student"]).max() > 1e-3
   # On gold steps the sampled rows are the gold ones.
-  both = wrapped.gradient(params, base, rows(0) | {"gold": rows(0)})
-  np.testing.assert_array_equal(both["adapter"], one["adapter"])
+  both = wrapped.gradient(params, base, rows(0).replace(gold=rows(0)))
+  np.testing.assert_array_equal(both["adapter"]["teacher"], one_adapter)
 
 
 @pytest.mark.parametrize("gold_weight", [0.0, 0.3])
@@ -157,13 +163,14 @@ def test_gkds_student_follows_the_adapted_teacher(gold_weight):
   plain = ByToken("gkd", gold_weight=gold_weight)
   assert wrapped.method.sequences.gold
   assert plain.method.sequences.gold == bool(gold_weight)
-  beside = {"gold": rows(0)}
-  got = wrapped.gradient(params, base, rows(1) | beside)["student"]
+  beside = rows(1).replace(gold=rows(0))
+  got = wrapped.gradient(params, base, beside)["student"]
   teacher = params["adapter"]
-  batch = rows(1) | (beside if gold_weight else {})
+  batch = beside if gold_weight else rows(1)
   want = plain.gradient({"student": params["student"]}, teacher, batch)["student"]
   np.testing.assert_allclose(got, want, atol=1e-7)
-  elsewhere = wrapped.gradient(params, base, rows(1) | {"gold": rows(2)})["student"]
+  batch = rows(1).replace(gold=rows(2))
+  elsewhere = wrapped.gradient(params, base, batch)["student"]
   assert jnp.allclose(elsewhere, got, atol=1e-7) == (gold_weight == 0)
 
 
@@ -171,12 +178,12 @@ def test_minillm_is_prepared_with_the_adapted_teacher():
   """Its rewards and weights are those of the teacher that writes with the student."""
   (student, teacher, base), batch = make_logits(), make_batch()
   wrapped, plain = LogitTrial("minillm", module="lora"), LogitTrial("minillm")
-  params = {"student": student, "adapter": teacher}
-  got = wrapped.beside(params, base, batch)
-  want = plain.beside({"student": student}, teacher, batch)
+  params = {"student": student, "adapter": {"teacher": teacher}}
+  got = wrapped.beside(params, {"teacher": base}, batch).facts
+  want = plain.beside({"student": student}, {"teacher": teacher}, batch).facts
   for name in ("old", "weight", "advantage", "reward"):
     np.testing.assert_array_equal(got[name], want[name])
-  labels, mask = np.asarray(batch["labels"]), np.asarray(batch["mask"])
+  labels, mask = np.asarray(batch.labels), np.asarray(batch.mask)
   reward = oracle.cross_entropy(student, labels) - oracle.cross_entropy(teacher, labels)
   np.testing.assert_allclose(got["reward"], reward * mask, rtol=1e-4, atol=1e-5)
 
@@ -188,7 +195,8 @@ def test_the_modules_knobs_are_knobs():
   got = moving(*logits, batch, progress=jnp.float32(0.5))[0]
   want = LogitTrial("kd", module="lora", anchor_weight=0.5)(*logits, batch)[0]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  assert {*online.KNOBS} - {*moving.method.knobs} == {"teacher_divergence"}
+  read = {field.name for field in dataclasses.fields(ModuleKnobs)} - {"shape"}
+  assert read - {*moving.method.knobs} == {"teacher_divergence"}
   for knobs, message in (
     ({"teacher_kl_weight": 1.5}, "method.teacher_kl_weight=1.5 must lie between"),
     ({"anchor_weight": -1.0}, "method.anchor_weight=-1.0 must be at least 0"),
@@ -197,7 +205,12 @@ def test_the_modules_knobs_are_knobs():
     with pytest.raises(UserError) as error:
       methods.build("gkd", KNOBS | knobs, "lora")
     assert message in str(error.value)
-    methods.build("gkd", KNOBS | knobs)  # without a module nobody reads them
+    # Without an adapter nobody reads them.
+    with pytest.raises(UserError) as error:
+      methods.build("gkd", KNOBS | knobs)
+    assert f"{next(iter(knobs))}=" in str(error.value)
+    assert "gkd here does not read it; it is read by clda, okd" in str(error.value)
+    assert str(error.value).endswith("and by any method with adapter.kind")
 
 
 @pytest.mark.parametrize("name", ["okd", "promptkd"])

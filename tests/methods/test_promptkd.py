@@ -1,10 +1,7 @@
 """PromptKD: on-policy reverse KL both ways, and a pull that fades."""
 
-import dataclasses
-
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
@@ -17,18 +14,22 @@ from trial import (
   make_batch,
   make_logits,
   total,
+  unmeasured,
   weighted,
 )
 
 from configs import debug
 from okd_jax import methods
 from okd_jax.errors import UserError
-from okd_jax.methods.online import with_adapter
-from okd_jax.models.adapters import AdapterConfig
-from okd_jax.run import build as setup
-from okd_jax.run.step import init_state, train_step
+from okd_jax.methods.base.knobs import knobs_at
+from okd_jax.methods.online import with_adapters
+from okd_jax.models.adapters import Prompt
+from okd_jax.run.build import build
+from okd_jax.run.state import init_state
+from okd_jax.run.step import train_step
+from okd_jax.runtime.workdir import Workdir
 
-PROMPT = AdapterConfig("prompt", length=3)
+PROMPT = Prompt(length=3)
 
 
 def reverse_gradient(fitted, target, temperature=1.0):
@@ -50,7 +51,7 @@ def test_logit_gradients_have_the_closed_form(progress, temperature):
   trial = LogitTrial("promptkd", pull_weight=0.8, temperature=temperature)
   grads = jax.grad(lambda x: trial(*x, batch, progress=progress)[0])(logits)
   student, teacher, base = map(np.asarray, logits)
-  weights = np.asarray(weighted(batch)["weights"])[..., None]
+  weights = np.asarray(weighted(batch).weights)[..., None]
   by_student = reverse_gradient(student, teacher, temperature)
   by_module = reverse_gradient(teacher, student, temperature)
   by_module += 0.8 * (1 - progress) * reverse_gradient(teacher, base)
@@ -63,7 +64,7 @@ def test_the_pull_fades_to_nothing():
   """METHODS 5.2: at t = T its weight is 0, and the frozen teacher is forgotten."""
   (student, teacher, base), batch = make_logits(), make_batch()
   trial = LogitTrial("promptkd", pull_weight=0.8)
-  weights = [trial.method.knobs_at(t)["pull_weight"] for t in (0.0, 0.5, 1.0)]
+  weights = [knobs_at(trial.method.knobs, t)["pull_weight"] for t in (0.0, 0.5, 1.0)]
   np.testing.assert_allclose(weights, [0.8, 0.4, 0.0])
   last = [trial(student, teacher, b, batch, progress=1.0) for b in (base, student)]
   assert last[0][0] == last[1][0]
@@ -71,7 +72,7 @@ def test_the_pull_fades_to_nothing():
   np.testing.assert_allclose(last[0][0], parts, rtol=1e-6)
   # A run may keep it instead.
   kept = LogitTrial("promptkd", pull_weight=0.8, end={"pull_weight": 0.8})
-  np.testing.assert_allclose(kept.method.knobs_at(1.0)["pull_weight"], 0.8)
+  np.testing.assert_allclose(knobs_at(kept.method.knobs, 1.0)["pull_weight"], 0.8)
 
 
 def test_gold_is_the_students_alone():
@@ -82,8 +83,8 @@ def test_gold_is_the_students_alone():
     for trial in (LogitTrial("promptkd"), LogitTrial("promptkd", gold_weight=0.5))
   )
   np.testing.assert_array_equal(gold[1], plain[1])
-  weights = np.asarray(weighted(batch)["weights"])[..., None]
-  towards = oracle.softmax(logits[0]) - np.eye(VOCAB)[np.asarray(batch["labels"])]
+  weights = np.asarray(weighted(batch).weights)[..., None]
+  towards = oracle.softmax(logits[0]) - np.eye(VOCAB)[np.asarray(batch.labels)]
   np.testing.assert_allclose(gold[0] - plain[0], 0.5 * weights * towards, atol=1e-6)
   for weight in (0.0, 0.5):
     method = methods.build("promptkd", KNOBS | {"gold_weight": weight})
@@ -97,11 +98,11 @@ def test_a_held_module_is_reverse_kd_under_a_fixed_prompt():
 
   @jax.jit
   def gradients(params, frozen):
-    fixed = with_adapter(setup.models, params["adapter"])
+    fixed = with_adapters(setup.models, params["adapter"])
 
     def reverse_kd(student):
       own, key = {"student": student}, jax.random.key(0)
-      return rkd.loss(fixed, own, frozen, batch, key, rkd.knobs_at(0.0))[0]
+      return rkd.loss(fixed, own, frozen, batch, key, knobs_at(rkd.knobs, 0.0))[0]
 
     got = jax.grad(lambda p: setup.loss(p, batch)[0])(params)
     return got, jax.grad(reverse_kd)(params["student"])
@@ -122,30 +123,25 @@ def test_the_student_sees_the_moved_module(rate):
   trial = LogitTrial("promptkd")
   method = trial.method
   assert method.updates == (("adapter",), ("student",))
-  assert method.teacher == "adapted" and method.module == "prompt"
+  assert method.adapts and method.adapter == "prompt"
   assert method.sequences.source == "student" and method.sequences.share == 1.0
   optimizers = {"student": optax.sgd(50.0), "adapter": optax.sgd(rate)}
-  state = init_state(
-    {"student": student, "adapter": teacher}, optimizers, jax.random.key(0)
-  )
-  # There is no module to be measured, and no other teacher.
-  models = dataclasses.replace(
-    trial.models, module_norm=lambda frozen, adapter: jnp.zeros(()), named={}
-  )
+  trees = {"student": student, "adapter": {"teacher": teacher}}
+  state = init_state(trees, optimizers, jax.random.key(0))
   moved, _ = train_step(
     state,
-    base,
+    {"teacher": base},
     batch,
     method=method,
-    models=models,
+    models=unmeasured(trial.models),
     optimizers=optimizers,
     microbatches=1,
     steps=10,
   )
-  weights = np.asarray(weighted(batch)["weights"])[..., None]
+  weights = np.asarray(weighted(batch).weights)[..., None]
   by_module = reverse_gradient(teacher, student) + reverse_gradient(teacher, base)
   adapted = np.asarray(teacher) - rate * weights * by_module
-  np.testing.assert_allclose(moved.params["adapter"], adapted, atol=1e-4)
+  np.testing.assert_allclose(moved.params["adapter"]["teacher"], adapted, atol=1e-4)
   followed = np.asarray(student) - 50 * weights * reverse_gradient(student, adapted)
   np.testing.assert_allclose(moved.params["student"], followed, atol=1e-4)
   assert (np.abs(adapted - np.asarray(teacher)).max() > 0.1) == (rate > 0)
@@ -158,15 +154,16 @@ def test_a_prompt_starts_from_a_texts_embeddings(tmp_path):
   config.adapter.text = "Hi!"
   config.adapter.length = 7
   config.data.train = "embedded:eval"
-  run = setup.build(config, tmp_path)
+  run = build(config, Workdir(tmp_path))
   params = run.init().params["adapter"]
   assert jax.tree.structure(params) == jax.tree.structure(
-    run.abstract.params["adapter"]
+    run.plan.abstract.params["adapter"]
   )
   ids = [ord(letter) for letter in "Hi!Hi!H"]
-  assert run.tokenizer.encode("Hi!", add_special_tokens=False) == ids[:3]
-  table = run.frozen["embed"]["embedding"]
-  chex.assert_trees_all_equal(params, {"prompt": {"vectors": table[np.array(ids)]}})
+  assert run.data.tokenizer.encode("Hi!", add_special_tokens=False) == ids[:3]
+  table = run.cast.frozen["teacher"]["embed"]["embedding"]
+  want = {"teacher": {"prompt": {"vectors": table[np.array(ids)]}}}
+  chex.assert_trees_all_equal(params, want)
 
 
 def test_a_text_starts_prompts_only(tmp_path):
@@ -174,4 +171,4 @@ def test_a_text_starts_prompts_only(tmp_path):
   config.adapter.text = "Hi!"
   config.data.train = "embedded:eval"
   with pytest.raises(UserError, match="adapter.kind=prompt"):
-    setup.build(config, tmp_path)
+    build(config, Workdir(tmp_path))

@@ -14,15 +14,25 @@ from trial import KNOBS, LogitTrial, make_batch
 
 from configs import default
 from okd_jax import evaluate, methods, models
-from okd_jax.data import make_tokenizer, pad_row, pair, prepare, shared_text
+from okd_jax.config.stages import stages
+from okd_jax.data import (
+  make_tokenizer,
+  pad_row,
+  pair,
+  prepare,
+  shared_text,
+  train_loader,
+)
+from okd_jax.data.batch import Batch
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 from okd_jax.losses import align, sorted_distance, unembed
-from okd_jax.methods.base.knobs import Linear
+from okd_jax.methods.base.knobs import Linear, knobs_at
 from okd_jax.models import output
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler
-from okd_jax.run.loop import Evaluator, stages, train_loader
+from okd_jax.run.batches import Batches
+from okd_jax.run.build import build
+from okd_jax.run.evaluator import Evaluator
+from okd_jax.runtime.workdir import Workdir
 
 ULD = {"cross_tokenizer": "uld"}
 
@@ -120,18 +130,17 @@ class Trial(LogitTrial):
     super().__init__("kd", chunk=chunk, **(ULD | knobs))
 
   def __call__(self, student, teacher, batch, theirs):
-    batch = self.beside({}, teacher, batch) | {"teacher": theirs}
-    knobs = self.method.knobs_at(0.0)
-    return self.method.loss(
-      self.models, {"student": student}, teacher, batch, None, knobs
-    )
+    params, frozen = {"student": student}, {"teacher": teacher}
+    batch = self.beside(params, frozen, batch).replace(other_tokens=theirs)
+    now = knobs_at(self.method.knobs, 0.0)
+    return self.method.loss(self.models, params, frozen, batch, None, now)
 
 
 @pytest.fixture(scope="module")
 def case():
   """(student's logits, teacher's, student's rows, teacher's rows), counts differ."""
   batch, theirs = make_batch(0, rows=6), make_batch(1, rows=6)
-  counts = [np.asarray(b["mask"].sum(-1)) for b in (batch, theirs)]
+  counts = [np.asarray(b.mask.sum(-1)) for b in (batch, theirs)]
   assert (counts[0] > counts[1]).any() and (counts[0] < counts[1]).any()
   return normal(2, 6, 12, 32), normal(3, 6, 12, 21), batch, theirs
 
@@ -140,15 +149,15 @@ def plain(student, teacher, batch, theirs, ratio, gold=0.0):
   """The loss by lists of answer tokens: row by row, up to the shorter answer."""
   distance, nll, pairs = 0.0, 0.0, 0
   for row in range(len(student)):
-    ours = np.flatnonzero(batch["mask"][row])
-    other = np.flatnonzero(theirs["mask"][row])
+    ours = np.flatnonzero(batch.mask[row])
+    other = np.flatnonzero(theirs.mask[row])
     nll += oracle.cross_entropy(
-      np.asarray(student)[row, ours], np.asarray(batch["labels"])[row, ours]
+      np.asarray(student)[row, ours], np.asarray(batch.labels)[row, ours]
     ).sum()
     for s, t in zip(ours, other, strict=False):
       distance += uld(teacher[row, t], student[row, s])
       pairs += 1
-  count = float(batch["mask"].sum())
+  count = float(batch.mask.sum())
   value = (ratio * distance + (1 - ratio + gold) * nll) / count
   return value, distance / count, pairs / count
 
@@ -169,14 +178,14 @@ def test_chunked_is_dense(case, chunk):
   """The gradient, too: of the student's logits, and none of the teacher's."""
   trial, (student, teacher, batch, theirs) = Trial(chunk, kd_ratio=0.6), case
   grad, none = jax.grad(lambda x: trial(*x, batch, theirs)[0])((student, teacher))
-  index, aligned = align(batch["mask"], theirs["mask"])
+  index, aligned = align(batch.mask, theirs.mask)
 
   def dense(student):
     rows = jnp.take_along_axis(teacher, index[..., None], axis=1)
     d = jnp.where(aligned, sorted_distance(rows, student), 0)
     log_q = jax.nn.log_softmax(student)
-    ce = -jnp.take_along_axis(log_q, batch["labels"][..., None], axis=-1)[..., 0]
-    mask = batch["mask"]
+    ce = -jnp.take_along_axis(log_q, batch.labels[..., None], axis=-1)[..., 0]
+    mask = batch.mask
     return jnp.where(mask, 0.6 * d + 0.4 * ce, 0).sum() / mask.sum()
 
   np.testing.assert_allclose(grad, jax.grad(dense)(student), rtol=1e-4, atol=1e-7)
@@ -187,12 +196,12 @@ def test_what_is_masked_adds_nothing(case):
   """Whatever prompts, padding and tokens beyond the shorter answer hold, even NaN."""
   student, teacher, batch, theirs = case
   trial = Trial(kd_ratio=0.6)
-  used = np.zeros(theirs["mask"].shape, bool)
-  index, aligned = align(batch["mask"], theirs["mask"])
+  used = np.zeros(theirs.mask.shape, bool)
+  index, aligned = align(batch.mask, theirs.mask)
   for row, t in zip(*np.nonzero(aligned), strict=True):
     used[row, index[row, t]] = True
   other = jnp.where(used[..., None], teacher, jnp.nan)
-  noisy = jnp.where(batch["mask"][..., None], student, jnp.nan)
+  noisy = jnp.where(batch.mask[..., None], student, jnp.nan)
   value = jax.value_and_grad(lambda s, t: trial(s, t, batch, theirs)[0])
   (want, grad), (got, same) = value(student, teacher), value(noisy, other)
   assert got == want
@@ -203,14 +212,14 @@ def test_microbatches_add_up(case):
   """The weights are the whole batch's, so parts of it are plain sums."""
   student, teacher, batch, theirs = case
   trial = Trial(kd_ratio=0.6)
-  whole = batch | {"weights": trial.method.weights(batch["mask"]), "teacher": theirs}
-  knobs = trial.method.knobs_at(0.0)
+  weights = trial.method.weights(batch.mask)
+  whole = batch.replace(weights=weights, other_tokens=theirs)
+  now = knobs_at(trial.method.knobs, 0.0)
 
   def part(rows):
-    piece = jax.tree.map(lambda x: x[rows], (student, teacher, whole))
-    return trial.method.loss(
-      trial.models, {"student": piece[0]}, piece[1], piece[2], None, knobs
-    )[0]
+    q, p, piece = jax.tree.map(lambda x: x[rows], (student, teacher, whole))
+    params, frozen = {"student": q}, {"teacher": p}
+    return trial.method.loss(trial.models, params, frozen, piece, None, now)[0]
 
   total = part(slice(0, 2)) + part(slice(2, 6))
   np.testing.assert_allclose(total, part(slice(0, 6)), rtol=1e-6)
@@ -355,23 +364,24 @@ def configured(folder):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-  return setup.build(configured(folder), tmp_path_factory.mktemp("run"))
+  return build(configured(folder), Workdir(tmp_path_factory.mktemp("run")))
 
 
 def test_both_rows_of_a_batch_say_the_same(run):
-  loader = train_loader(run.train, batch_size=8, length=96, pad_id=0, seed=0)
+  loader = train_loader(run.data.train, batch_size=8, length=96, pad_id=0, seed=0)
   gold = next(loader)
-  batch = Sampler(run, {}, 0).batch(0, run.abstract.params, gold)[0]
-  assert set(batch["teacher"]) == {"tokens", "labels", "mask", "segment_ids"}
+  batch = Batches(run, {}).batch(0, run.plan.abstract.params, gold)[0]
+  theirs = batch.other_tokens
+  assert len(jax.tree.leaves(theirs)) == len(theirs.rows) == 4
   different = 0
   for row in range(8):
     texts = []
-    for rows_, tokenizer in ((batch, run.tokenizer), (batch["teacher"], BYTES)):
-      mask = np.asarray(rows_["mask"][row])
-      ids = np.asarray(rows_["labels"][row])[mask]
+    for rows_, tokenizer in ((batch, run.data.tokenizer), (theirs, BYTES)):
+      mask = np.asarray(rows_.mask[row])
+      ids = np.asarray(rows_.labels[row])[mask]
       texts.append(tokenizer.decode(ids))
     assert texts[0] == texts[1]
-    different += int(batch["mask"][row].sum() != batch["teacher"]["mask"][row].sum())
+    different += int(batch.mask[row].sum() != theirs.mask[row].sum())
   assert different == 8
 
 
@@ -381,11 +391,12 @@ def test_each_model_is_judged_in_its_own_tokens(run):
     teacher, student = evaluator.teachers()["teacher"], evaluator(run.init().params)
   assert set(teacher) == {"own_token_loss", "rougeL", "exact_match"}
   assert set(student) == {"loss", "perplexity", "rougeL", "exact_match"}
-  decoder, total, count = run.decoders["teacher"], 0.0, 0
-  for example in prepare([e.record for e in run.eval], BYTES)[0]:
+  decoder, total, count = run.cast.teachers["teacher"], 0.0, 0
+  variables = {"params": run.cast.frozen["teacher"]}
+  for example in prepare([e.record for e in run.data.eval], BYTES)[0]:
     row = pad_row(example, 96, 0)
-    batch = {name: jnp.asarray(value)[None] for name, value in row.items()}
-    logits = unembed(*output(decoder, {"params": run.frozen}, batch))[0]
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], Batch.of(row))
+    logits = unembed(*output(decoder, variables, batch))[0]
     nll = oracle.cross_entropy(logits, row["labels"])
     total, count = total + nll[row["mask"]].sum(), count + row["mask"].sum()
   np.testing.assert_allclose(teacher["own_token_loss"], total / count, rtol=1e-4)
@@ -416,7 +427,7 @@ def test_what_a_run_refuses(folder, tmp_path, change, text):
     config.student.path, config.student.model.hidden_size = str(tmp_path / "s"), 0
     config.data.tokenizer = ""
   with pytest.raises(UserError, match=text):
-    setup.build(config, tmp_path / "run")
+    build(config, Workdir(tmp_path / "run"))
 
 
 def test_two_vocabularies_are_not_compared_token_by_token(folder, tmp_path):
@@ -433,7 +444,7 @@ def test_stages_of_another_method_share_one_vocabulary(folder, tmp_path):
   config = configured(folder)
   config.stages.start = {"method": {"name": "sft"}}
   found = {
-    name: part.method.cross_tokenizer for name, part, _ in stages(config, tmp_path)
+    part.name: part.config.method.cross_tokenizer for part in stages(config, tmp_path)
   }
   assert found == {"start": "", "": "uld"}
 

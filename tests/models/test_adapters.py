@@ -13,17 +13,27 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from okd_jax import models
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Mix, ModelConfig
-from okd_jax.models.adapters import AdapterConfig, prompt_vectors
+from okd_jax.models.adapters import (
+  KINDS,
+  Adapter,
+  Blocks,
+  Lora,
+  Prefix,
+  Prompt,
+  make,
+  prompt_vectors,
+)
 from okd_jax.runtime import sharding
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_layers=3, num_heads=4, mlp_size=20)
 ROPE = ModelConfig(**SIZES, num_kv_heads=2, head_dim=6)
 LEARNED = models.preset("gpt2", **SIZES, max_length=96)
-PREFIX = AdapterConfig(kind="prefix", length=5)
-TOP_PREFIX = AdapterConfig(kind="prefix", length=5, layers=2)
-PROMPT = AdapterConfig(kind="prompt", length=5)
+PREFIX = Prefix(length=5)
+TOP_PREFIX = Prefix(length=5, layers=2)
+PROMPT = Prompt(length=5)
 CASES = {
   "prefix_rope": (ROPE, TOP_PREFIX),
   "prefix_learned": (LEARNED, PREFIX),
@@ -85,21 +95,107 @@ class TestConfig:
       ({"kind": "prompt", "length": -3}, "adapter.length=-3 must be at least 1"),
       ({"kind": "prompt", "layers": 2}, "adapter.layers=2 .* adapter.kind='prompt'"),
       ({"kind": "prefix", "layers": -1}, "adapter.layers=-1 must be at least 0"),
-      ({"rank": 0}, "adapter.rank=0 must be at least 1"),
-      ({"targets": ("query", "norm")}, "adapter.targets=.* must name"),
+      ({"kind": "lora", "rank": 0}, "adapter.rank=0 must be at least 1"),
+      ({"kind": "lora", "layers": -1}, "adapter.layers=-1 must be at least 0"),
+      ({"kind": "lora", "targets": ("query", "norm")}, "adapter.targets=.* must name"),
+      ({"kind": "blocks", "blocks": (1, 0)}, "ascending, each once"),
+      (
+        {"kind": "blocks", "blocks": (1,), "layers": 2},
+        "adapter.layers=2 does not go with adapter.kind='blocks', which chooses",
+      ),
     ],
   )
   def test_names_the_key_that_is_wrong(self, fields, message):
     with pytest.raises(UserError, match=message):
-      AdapterConfig(**fields)
+      make(**fields)
+
+  def test_all_that_is_wrong_is_named_at_once(self):
+    with pytest.raises(UserError) as error:
+      Lora(rank=0, targets=(), layers=-2)
+    for name in ("rank", "targets", "layers"):
+      assert f"adapter.{name}=" in str(error.value)
+
+  def test_takes_the_fields_of_its_kind_from_those_of_all(self):
+    fields = {"rank": 3, "targets": ["key"], "length": 4, "blocks": [1], "text": "Hi"}
+    assert {kind: make(kind, **fields) for kind in KINDS} == {
+      "lora": Lora(rank=3, targets=("key",)),
+      "prefix": Prefix(length=4),
+      "prompt": Prompt(length=4),
+      "blocks": Blocks((1,)),
+    }
+    assert len({hash(make(kind, **fields)) for kind in KINDS}) == len(KINDS)
 
   def test_lora_alone_minds_its_fields(self):
-    config = AdapterConfig(kind="prefix", rank=0, targets=("gate",))
-    config.check(3, gated_mlp=False)
+    make("prefix", rank=0, targets=("gate",)).check(LEARNED)
     with pytest.raises(UserError, match="adapter.targets names 'gate'"):
-      AdapterConfig(targets=("gate",)).check(3, gated_mlp=False)
+      Lora(targets=("gate",)).check(LEARNED)
+    Lora(targets=("gate",)).check(ROPE)
     with pytest.raises(UserError, match="adapter.layers=4"):
-      AdapterConfig(kind="prefix", layers=4).check(3, gated_mlp=True)
+      Prefix(layers=4).check(ROPE)
+
+  @pytest.mark.parametrize(
+    ("adapter", "trunk", "prefix", "folder"),
+    [
+      (Adapter(), 3, 0, "adapter"),
+      (Lora(), 0, 0, "adapter"),
+      (Lora(layers=2), 1, 0, "adapter"),
+      (TOP_PREFIX, 1, 5, "adapter"),
+      (PROMPT, 0, 5, "adapter"),
+      (Blocks((1, 2)), 1, 0, "teacher"),
+    ],
+  )
+  def test_says_where_it_is(self, adapter, trunk, prefix, folder):
+    assert adapter.trunk_layers(3) == trunk
+    assert (adapter.prefix_length, adapter.folder) == (prefix, folder)
+
+
+class TestStart:
+  BASE = families.params(ROPE)
+
+  @pytest.mark.parametrize("adapter", [Adapter(), Lora(), PREFIX, PROMPT])
+  def test_is_drawn_at_random(self, adapter):
+    assert adapter.start(self.BASE) is None
+
+  def test_of_blocks_is_float32_copies(self):
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.BASE)
+    layers = Blocks((0, 2)).start(base)["layers"]
+    for own, old in zip(*map(jax.tree.leaves, (layers, base["layers"])), strict=True):
+      assert own.dtype == jnp.float32
+      np.testing.assert_array_equal(own, old[np.array([0, 2])].astype(jnp.float32))
+
+  @pytest.mark.parametrize(
+    ("ids", "rows"), [((7, 2), (7, 2, 7, 2, 7)), (range(9), (0, 1, 2, 3, 4))]
+  )
+  def test_of_a_text_is_its_embeddings_repeated_or_cut(self, ids, rows):
+    prompt = Prompt(length=5, ids=ids)
+    assert prompt == Prompt(length=5, ids=rows)
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.BASE)
+    vectors = prompt.start(base)["prompt"]["vectors"]
+    assert vectors.dtype == jnp.float32
+    table = base["embed"]["embedding"].astype(jnp.float32)
+    np.testing.assert_array_equal(vectors, table[np.array(rows)])
+    drawn = jax.eval_shape(Decoder(ROPE, prompt).init, KEY, ONE)["adapter"]
+    assert jax.tree.map(jnp.shape, drawn) == {"prompt": {"vectors": (5, 16)}}
+
+
+class TestNorm:
+  def test_of_a_pair_is_that_of_its_product(self):
+    rng = np.random.default_rng(0)
+    down, up = (rng.standard_normal(s, np.float32) for s in ((2, 4, 3), (2, 3, 5)))
+    tree = {"layers": {"mlp": {"up": {"down": down, "up": up}}}}
+    got = Lora(scale=9.0).norm(tree, None)
+    np.testing.assert_allclose(got, np.linalg.norm(down @ up), rtol=1e-5)
+
+  def test_of_a_prompt_is_that_of_its_vectors(self):
+    tree = _variables(ROPE, PROMPT)["adapter"]
+    want = np.linalg.norm(prompt_vectors(tree["prompt"]))
+    np.testing.assert_allclose(PROMPT.norm(tree, None), want, rtol=1e-5)
+
+  def test_of_blocks_is_that_of_their_change(self):
+    base, blocks = {"layers": {"kernel": jnp.arange(12.0).reshape(3, 4)}}, Blocks((1,))
+    tree = jax.tree.map(lambda x: x + 3, blocks.start(base))
+    assert blocks.norm(blocks.start(base), base) == 0
+    assert blocks.norm(tree, base) == 6
 
 
 class TestTree:
@@ -122,7 +218,7 @@ class TestTree:
 
   def test_prompt_starts_at_the_size_of_embeddings(self):
     wide = models.preset("llama", hidden_size=128, num_heads=2, num_layers=1)
-    adapter = AdapterConfig(kind="prompt", length=16)
+    adapter = Prompt(length=16)
     tree = self._init(wide, adapter)["adapter"]
     layer = {"kernel": (128, 128), "bias": (128,)}
     assert jax.tree.map(jnp.shape, tree) == {
@@ -270,7 +366,7 @@ class TestParts:
 
   @pytest.mark.parametrize(
     ("adapter", "low"),
-    [(None, 0), (None, 2), (AdapterConfig(rank=2, layers=2), 1), (TOP_PREFIX, 1)],
+    [(None, 0), (None, 2), (Lora(rank=2, layers=2), 1), (TOP_PREFIX, 1)],
   )
   def test_a_trunk_and_a_top_are_the_whole(self, adapter, low):
     variables = _variables(ROPE, adapter)
@@ -294,7 +390,8 @@ class TestParts:
 
   def test_are_reached_through_output(self):
     variables = _variables(ROPE)
-    batch = {"tokens": self.TOKENS, "segment_ids": self.SEGMENTS}
+    tokens, ids = self.TOKENS, self.SEGMENTS
+    batch = Batch(tokens=tokens, labels=tokens, mask=ids > 0, segment_ids=ids)
     trunk = models.output(Decoder(ROPE), variables, batch, stop=1).hidden
     top = models.output(Decoder(ROPE), variables, batch, hidden=trunk, start=1)
     whole = models.output(Decoder(ROPE), variables, batch)

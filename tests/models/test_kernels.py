@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import default
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, ModelConfig, init_cache, kernels
-from okd_jax.models.adapters import AdapterConfig
+from okd_jax.models.adapters import Prefix, Prompt
 from okd_jax.models.attention import attention_inputs
 from okd_jax.run import checks
 from okd_jax.runtime import sharding
@@ -145,7 +144,7 @@ def test_a_named_kernel_leaves_caches_and_prefixes_to_xla():
   """On this machine splash attention would not even compile."""
   variables = {"params": families.params(CONFIG)}
   tokens = families.tokens(CONFIG, 2, LENGTH)
-  adapter = AdapterConfig(kind="prefix", length=3)
+  adapter = Prefix(length=3)
   shapes = jax.eval_shape(Decoder(CONFIG, adapter).init, jax.random.key(0), tokens)
   module = jax.tree.map(lambda s: jnp.full(s.shape, 0.1), shapes["adapter"])
   for options in ({"cache": init_cache(CONFIG, 2, LENGTH)}, {"adapter": adapter}):
@@ -250,7 +249,7 @@ def test_the_choice_falls_back_to_xla(
       "tpu",
       "splash",
       128,
-      {"adapter": AdapterConfig(kind="prompt", length=4)},
+      {"adapter": Prompt(length=4)},
       "no learned prefix",
     ),
     ("hopper", "cudnn", 128, {}, "bfloat16 or float16, not float32"),
@@ -258,7 +257,7 @@ def test_the_choice_falls_back_to_xla(
       "hopper",
       "cudnn",
       128,
-      {"dtype": jnp.bfloat16, "adapter": AdapterConfig(kind="prefix", length=3)},
+      {"dtype": jnp.bfloat16, "adapter": Prefix(length=3)},
       "even number of tokens, not 128 .keys: 131",
     ),
   ],
@@ -267,20 +266,16 @@ def test_a_named_kernel_that_cannot_run_is_an_error(
   machine, kind, kernel, length, options, words
 ):
   machine(kind)
-  config = default.get_config()
-  config.train.attention, config.data.max_length = kernel, length
+  decoders = {"student": Decoder(CONFIG, **options)}
   with pytest.raises(UserError, match=words):
-    checks.check_attention(config, {"student": Decoder(CONFIG, **options)})
+    checks.check_attention(kernel, length, decoders)
 
 
 def test_a_named_kernel_that_can_run_is_no_error(machine):
-  config = default.get_config()
-  config.data.max_length = 256
   decoders = {"student": Decoder(CONFIG, dtype=jnp.bfloat16)}
   for kind, kernel in (("tpu", "splash"), ("hopper", "cudnn"), ("cpu", "xla")):
     machine(kind)
-    config.train.attention = kernel
-    checks.check_attention(config, decoders)
+    checks.check_attention(kernel, 256, decoders)
 
 
 @pytest.mark.parametrize("meshed", [False, True])

@@ -1,5 +1,6 @@
 """A teacher that somebody adapted before: its LoRA is part of its weights."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +9,13 @@ from trial import TEACHER, VOCAB
 
 from configs import debug
 from okd_jax import models
+from okd_jax.config import schema
 from okd_jax.data import make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder
-from okd_jax.models.adapters import AdapterConfig, merge
-from okd_jax.run import build as setup
+from okd_jax.models.adapters import Blocks, Lora, Prefix, Prompt
+from okd_jax.run.build import build
+from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import load as teachers
 
 
@@ -20,12 +23,12 @@ from okd_jax.teachers import load as teachers
 def test_merged_weights_give_the_adapted_hidden_states(layers):
   """W + scale * down @ up, in the layers that carry a pair and nowhere else."""
   targets = ("query", "value", "up", "out")
-  config = AdapterConfig(rank=3, scale=0.7, targets=targets, layers=layers)
+  config = Lora(rank=3, scale=0.7, targets=targets, layers=layers)
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, VOCAB)
   decoder = Decoder(TEACHER, config)
   variables = decoder.init(jax.random.key(0), tokens)
   adapter = jax.tree.map(lambda x: x + 0.1, variables["adapter"])
-  merged = merge(variables["params"], adapter, config)
+  merged = config.merge(variables["params"], adapter)
   want, _ = decoder.apply({"params": variables["params"], "adapter": adapter}, tokens)
   got, _ = Decoder(TEACHER).apply({"params": merged}, tokens)
   np.testing.assert_allclose(got, want, atol=2e-5)
@@ -41,8 +44,25 @@ def test_merged_weights_give_the_adapted_hidden_states(layers):
 
 
 def test_virtual_tokens_are_no_weights():
-  with pytest.raises(UserError, match="prefix module cannot be merged"):
-    merge({}, {}, AdapterConfig("prefix"))
+  for adapter in (Prefix(), Prompt()):
+    with pytest.raises(UserError, match=f"a {adapter.kind} module cannot be merged"):
+      adapter.merge({}, {})
+
+
+def test_blocks_take_the_places_of_their_layers():
+  """In the dtype of the weights, whatever theirs; all other parameters as they are."""
+  params = models.init(TEACHER, jax.random.key(0))
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  blocks = Blocks((0, 2))
+  tree = jax.tree.map(lambda x: x + 1, blocks.start(params))
+  merged = blocks.merge(params, tree)
+  for name in set(params) - {"layers"}:
+    chex.assert_trees_all_equal(merged[name], params[name])
+  leaves = (jax.tree.leaves(x["layers"]) for x in (params, tree, merged))
+  for old, own, new in zip(*leaves, strict=True):
+    assert (old.dtype, own.dtype, new.dtype) == ("bfloat16", "float32", "bfloat16")
+    np.testing.assert_array_equal(new[1], old[1])
+    np.testing.assert_array_equal(new[np.array([0, 2])], own.astype(jnp.bfloat16))
 
 
 def test_a_run_starts_from_an_adapted_teacher(tmp_path):
@@ -53,7 +73,7 @@ def test_a_run_starts_from_an_adapted_teacher(tmp_path):
   )
   params = models.init(shape, jax.random.key(0))
   models.save(tmp_path / "base", params, shape, tokenizer)
-  adapter = AdapterConfig(rank=2)
+  adapter = Lora(rank=2)
   tree = Decoder(shape, adapter).init(jax.random.key(1), jnp.ones((1, 1), jnp.int32))
   tree = jax.tree.map(lambda x: x + 0.1, tree["adapter"])
   models.save_adapter(tmp_path / "run" / "adapter", tree, adapter, shape, "base")
@@ -63,15 +83,15 @@ def test_a_run_starts_from_an_adapted_teacher(tmp_path):
   config.teacher.model.hidden_size = 0
   config.teacher.path = str(tmp_path / "base")
   config.teacher.adapter = str(tmp_path / "run")
-  run = setup.build(config, tmp_path / "work")
-  want = merge(params, tree, adapter)
+  run = build(config, Workdir(tmp_path / "work"))
+  want = adapter.merge(params, tree)
   for one, other in zip(
-    jax.tree.leaves(run.frozen), jax.tree.leaves(want), strict=True
+    jax.tree.leaves(run.cast.frozen), jax.tree.leaves({"teacher": want}), strict=True
   ):
     np.testing.assert_allclose(one, other, atol=1e-6)
   keys = {}
   for name in ("run", ""):
     config.teacher.adapter = name and str(tmp_path / name)
-    keys[name] = teachers.stored_key(config, run.train)
+    keys[name] = teachers.stored_key(schema.settings(config), run.data.train)
   assert keys["run"]["teacher"] == keys[""]["teacher"]
   assert keys["run"]["adapter"] != keys[""]["adapter"] == ""

@@ -14,7 +14,7 @@ from trial import kept_by_layers
 from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model, ModelConfig
-from okd_jax.models.adapters import AdapterConfig
+from okd_jax.models.adapters import Lora
 from okd_jax.models.transformer import rope_frequencies
 
 
@@ -182,7 +182,7 @@ def test_the_backward_pass_keeps_products_alone(name, layers):
   Norms, activations and attention are computed again: three to four times less memory
   than what JAX would keep, and less time on a CPU, which writing it took.
   """
-  config, adapter = families.CONFIGS[name], AdapterConfig(rank=2, layers=layers)
+  config, adapter = families.CONFIGS[name], Lora(rank=2, layers=layers)
   tokens = families.tokens(config, 2, 16)
   variables = jax.eval_shape(Decoder(config, adapter).init, jax.random.key(0), tokens)
 
@@ -242,7 +242,7 @@ class TestAdapter:
     return families.params(self.CONFIG)
 
   def test_tree(self):
-    config = AdapterConfig(rank=3, targets=("query", "down"), layers=2)
+    config = Lora(rank=3, targets=("query", "down"), layers=2)
     assert jax.tree.map(jnp.shape, self._shapes(config)) == {
       "layers": {
         "attention": {"query": {"down": (2, 24, 3), "up": (2, 3, 24)}},
@@ -251,7 +251,7 @@ class TestAdapter:
     }
 
   def test_is_the_plain_model_exactly_at_the_start(self):
-    config = AdapterConfig(rank=3, layers=2)
+    config = Lora(rank=3, layers=2)
     decoder = Decoder(self.CONFIG, adapter=config)
     tokens = jnp.zeros((1, 1), jnp.int32)
     adapter = jax.jit(decoder.init)(jax.random.key(1), tokens)["adapter"]
@@ -261,7 +261,7 @@ class TestAdapter:
     np.testing.assert_array_equal(hidden, plain)
 
   def test_adds_its_product_to_the_kernel(self):
-    config = AdapterConfig(rank=3, scale=0.7, targets=("query", "gate"), layers=2)
+    config = Lora(rank=3, scale=0.7, targets=("query", "gate"), layers=2)
     adapter = self._moved(config)
     params = self._params()
     plain = self._params()
@@ -275,7 +275,7 @@ class TestAdapter:
 
   def test_leaves_the_layers_below_the_top_alone(self):
     """Keys and values of the lower layers keep every bit; those above do not."""
-    config = AdapterConfig(rank=3, targets=("value",), layers=2)
+    config = Lora(rank=3, targets=("value",), layers=2)
     adapter = self._moved(config)
     cache = models.init_cache(self.CONFIG, 2, 12)
     _, plain = self._run(None, {}, self._params(), cache)
@@ -285,7 +285,7 @@ class TestAdapter:
     assert (jnp.abs(plain.value[3:] - adapted.value[3:]).max((1, 2, 3, 4)) > 1e-3).all()
 
   def test_gets_a_gradient_everywhere_once_it_has_moved(self):
-    config = AdapterConfig(rank=3, layers=2)
+    config = Lora(rank=3, layers=2)
     adapter = self._moved(config)
 
     def loss(adapter):
@@ -296,7 +296,7 @@ class TestAdapter:
 
   def test_costs_no_backward_pass_below_its_layers(self):
     """The lower layers' scan appears once in the gradient: forward only."""
-    config = AdapterConfig(rank=3, layers=2)
+    config = Lora(rank=3, layers=2)
     decoder = Decoder(self.CONFIG, adapter=config)
     tokens = families.tokens(self.CONFIG, 2, 12)
 

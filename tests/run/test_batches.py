@@ -8,21 +8,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import built
 
 from configs import debug
 from okd_jax import methods
 from okd_jax.data import pad_row, train_loader
+from okd_jax.data.batch import ROW, Batch
 from okd_jax.errors import UserError
 from okd_jax.losses import token_weights
-from okd_jax.methods.base.knobs import Linear
+from okd_jax.methods.base.knobs import Linear, knobs_at
 from okd_jax.methods.base.sequences import Replay
 from okd_jax.run import batches as sampler
-from okd_jax.run import build as setup
-from okd_jax.run.batches import ROW, Sampler
+from okd_jax.run import beforehand
+from okd_jax.run.batches import Batches
 from okd_jax.run.replay import Buffer, Share
+from okd_jax.runtime.workdir import Workdir, part
 from okd_jax.text import rollout
 
 LENGTH, ROWS = 96, 8
+SHARED = ("gkd", "imitkd", "skd", "distillm")  # who samples in a share of the steps
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +40,24 @@ def run(tmp_path_factory):
   config.data.max_length = LENGTH
   config.data.max_prompt_length = 80
   config.train.steps = 20
-  return setup.build(config, tmp_path_factory.mktemp("run"))
+  return built(config, tmp_path_factory.mktemp("run"))
 
 
 def plan(run, name="gkd", **knobs):
   """The run with the sequences of another method, or other knobs."""
-  given = run.config.method.to_dict() | knobs
-  return dataclasses.replace(run, method=methods.build(name, given))
+  method = methods.build(
+    name, {"sampled_share": 1.0} | knobs if name in SHARED else knobs
+  )
+  return dataclasses.replace(run, job=dataclasses.replace(run.job, method=method))
+
+
+def few_rows(run, rows):
+  data = dataclasses.replace(run.data, train=run.data.train[rows])
+  return dataclasses.replace(run, data=data)
 
 
 def loader(run):
-  return train_loader(run.train, batch_size=ROWS, length=LENGTH, pad_id=0, seed=0)
+  return train_loader(run.data.train, batch_size=ROWS, length=LENGTH, pad_id=0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +66,13 @@ def params(run):
 
 
 def batch_of(run, params, step=0, **more):
-  return Sampler(run, more.pop("answers", {}), 0).batch(step, params, next(loader(run)))
+  return Batches(run, more.pop("answers", {})).batch(step, params, next(loader(run)))
 
 
 def equal(a, b):
-  return all(np.array_equal(a[name], b[name]) for name in ROW)
+  rows = (x.rows if isinstance(x, Batch) else x for x in (a, b))
+  one, other = ({name: row[name] for name in ROW} for row in rows)
+  return all(np.array_equal(one[name], other[name]) for name in ROW)
 
 
 def test_sampled_rows_are_rows_like_any_other(run, params):
@@ -68,9 +81,9 @@ def test_sampled_rows_are_rows_like_any_other(run, params):
   batch, figures = batch_of(run, params)
   assert figures["sampled"] == 1 and not equal(batch, gold)
   for i, row in enumerate(gold["row"]):
-    example = run.train[row]
-    tokens = np.array(batch["tokens"][i])
-    labels, mask = np.array(batch["labels"][i]), np.array(batch["mask"][i])
+    example = run.data.train[row]
+    tokens = np.array(batch.tokens[i])
+    labels, mask = np.array(batch.labels[i]), np.array(batch.mask[i])
     prompt = example.prompt_length
     answer = labels[mask]
     assert mask.argmax() == prompt - 1  # the first response token is predicted
@@ -83,23 +96,16 @@ def test_sampled_rows_are_rows_like_any_other(run, params):
 
 def test_the_loss_knows_nothing_of_the_sampling(run):
   """Guards F4: TRL#5731 trained with the sampling temperature."""
-  frozen = run.frozen
+  frozen = run.cast.frozen
   params, rows = run.init().params, next(loader(run))
-  rows = {name: jax.numpy.asarray(rows[name]) for name in ROW}
-  rows["weights"] = token_weights(rows["mask"])
-  losses = [
-    plan(run, sample_temperature=t, sample_top_p=p, sample_top_k=k).method.loss(
-      run.models,
-      params,
-      frozen,
-      rows,
-      jax.random.key(0),
-      plan(run, sample_temperature=t, sample_top_p=p, sample_top_k=k).method.knobs_at(
-        0.0
-      ),
-    )[0]
-    for t, p, k in ((1.0, 1.0, 0), (0.3, 0.5, 4))
-  ]
+  rows = jax.tree.map(jnp.asarray, Batch.of(rows))
+  rows = rows.replace(weights=token_weights(rows.mask))
+  losses = []
+  for t, p, k in ((1.0, 1.0, 0), (0.3, 0.5, 4)):
+    own = plan(run, sample_temperature=t, sample_top_p=p, sample_top_k=k).method
+    now = knobs_at(own.knobs, 0.0)
+    key = jax.random.key(0)
+    losses.append(own.loss(run.plan.models, params, frozen, rows, key, now)[0])
   assert losses[0] == losses[1]
 
 
@@ -116,40 +122,40 @@ def test_the_share_of_sampled_steps(run, params):
   gold = next(loader(run))
   batch, figures = batch_of(plan(run, sampled_share=0.0), params)
   assert equal(batch, gold) and figures["sampled"] == 0
-  half = Sampler(plan(run, sampled_share=0.5), {}, 0)
+  half = Batches(plan(run, sampled_share=0.5), {})
   seen = [half.batch(step, params, gold)[1]["sampled"] for step in range(12)]
   again = [half.batch(step, params, gold)[1]["sampled"] for step in range(12)]
   assert 0 < sum(seen) < 12 and seen == again
   own = plan(run, "imitkd", sampled_share=None, end={"sampled_share": 0.0})
   assert own.method.sequences.share == Linear(1.0, 0.0)  # from the method's own start
   moving = plan(run, sampled_share=0.0, end={"sampled_share": 1.0})
-  assert Sampler(moving, {}, 0).batch(0, params, gold)[1]["sampled"] == 0
-  assert Sampler(moving, {}, 0).batch(19, params, gold)[1]["sampled"] == 1
+  assert Batches(moving, {}).batch(0, params, gold)[1]["sampled"] == 0
+  assert Batches(moving, {}).batch(19, params, gold)[1]["sampled"] == 1
 
 
 def test_gold_lies_beside_where_it_is_wanted(run, params):
   gold = next(loader(run))
   batch, _ = batch_of(plan(run, gold_weight=0.2), params)
-  assert equal(batch["gold"], gold) and not equal(batch, gold)
-  assert "gold" not in batch_of(run, params)[0]
+  assert equal(batch.gold, gold) and not equal(batch, gold)
+  assert batch_of(run, params)[0].gold is None
 
 
 @pytest.mark.parametrize("name", ["skd", "minillm"])
 def test_what_both_models_write(run, params, name):
   """Their batches are complete, and a batch for several updates is written once."""
-  other = plan(run, name, teacher_mix=0.5)
-  writer = Sampler(other, {}, 0)
+  other = plan(run, name, **({"teacher_mix": 0.5} if name == "minillm" else {}))
+  writer = Batches(other, {})
   gold = next(loader(run))
   first, figures = writer.batch(0, params, gold)
   assert figures["sampled"] == 1 and figures["sampled_length"] > 0
   second, figures = writer.batch(1, params, gold)
   if name == "minillm":
     assert figures == {} and equal(first, second)
-    assert {"old", "weight", "advantage", "reward"} <= set(first)
+    assert {"old", "weight", "advantage", "reward"} == set(first.facts)
     fifth, _ = writer.batch(4, params, gold)
     assert not equal(first, fifth)
     # A resumed run goes on with the batch that it holds.
-    resumed = Sampler(other, {}, 0)
+    resumed = Batches(other, {})
     assert jax.tree.structure(resumed.state()) == jax.tree.structure(writer.state())
     resumed.restore(writer.state())
     assert equal(resumed.batch(5, params, gold)[0], fifth)
@@ -158,14 +164,14 @@ def test_what_both_models_write(run, params, name):
 
 
 def test_replayed_rows_are_those_that_were_written(run, params):
-  writer = Sampler(plan(run, replay=True, replay_capacity=20), {}, 0)
+  writer = Batches(plan(run, replay=True, replay_capacity=20), {})
   data, seen = loader(run), set()
   for step in range(4):
     batch, figures = writer.batch(step, params, next(data))
     assert 0 <= figures["replay_age"] <= step
-    seen |= {np.array(row).tobytes() for row in batch["tokens"]}
+    seen |= {np.array(row).tobytes() for row in batch.tokens}
   state = writer.state()
-  resumed = Sampler(plan(run, replay=True, replay_capacity=20), {}, 0)
+  resumed = Batches(plan(run, replay=True, replay_capacity=20), {})
   resumed.restore(state)
   gold = next(data)
   assert equal(writer.batch(4, params, gold)[0], resumed.batch(4, params, gold)[0])
@@ -174,18 +180,20 @@ def test_replayed_rows_are_those_that_were_written(run, params):
 def test_answers_beforehand_are_resumed(run, tmp_path):
   """One a prompt, in order; a file cut off anywhere ends up the same."""
   run = plan(run, "seqkd")
-  run = dataclasses.replace(run, train=run.train[:40])
-  path = tmp_path / "teacher.jsonl"
-  whole = sampler.answers_beforehand(run, "teacher", path)
+  run = few_rows(run, slice(40))
+  workdir = Workdir(tmp_path)
+  path = workdir.samples("teacher")
+  whole = beforehand.answers_of(run, "teacher", workdir)
   text = path.read_bytes()
   assert len(whole) == 40 == text.count(b"\n")
-  for example, own in zip(whole, run.train, strict=True):
+  for example, own in zip(whole, run.data.train, strict=True):
     prompt = own.prompt_length
     assert example.prompt_length == prompt < len(example.tokens)
     np.testing.assert_array_equal(example.tokens[:prompt], own.tokens[:prompt])
   lines = text.splitlines(keepends=True)
-  path.write_bytes(b"".join(lines[:32]) + lines[32][:3])
-  again = sampler.answers_beforehand(run, "teacher", path)
+  path.unlink()
+  part(path).write_bytes(b"".join(lines[:35]) + lines[35][:3])
+  again = beforehand.answers_of(run, "teacher", workdir)
   assert path.read_bytes() == text
   assert all(
     np.array_equal(a.tokens, b.tokens) for a, b in zip(whole, again, strict=True)
@@ -195,22 +203,23 @@ def test_answers_beforehand_are_resumed(run, tmp_path):
 def test_answers_to_other_prompts_are_refused(run, tmp_path):
   """Data that changed between two starts must not meet the old answers."""
   run = plan(run, "seqkd")
-  path = tmp_path / "teacher.jsonl"
-  few = dataclasses.replace(run, train=run.train[:4])
-  sampler.answers_beforehand(few, "teacher", path)
-  other = dataclasses.replace(run, train=run.train[4:8])
-  with pytest.raises(UserError, match="other questions .prompts differ"):
-    sampler.answers_beforehand(other, "teacher", path)
+  workdir = Workdir(tmp_path)
+  path = workdir.samples("teacher")
+  few = few_rows(run, slice(4))
+  beforehand.answers_of(few, "teacher", workdir)
+  other = few_rows(run, slice(4, 8))
+  with pytest.raises(UserError, match="something else .prompts="):
+    beforehand.answers_of(other, "teacher", workdir)
   path.write_text("[1, 2\n")
   with pytest.raises(UserError, match="damaged"):
-    sampler.answers_beforehand(few, "teacher", path)
+    beforehand.answers_of(few, "teacher", workdir)
 
 
 def test_keys_of_sampling_are_their_own(run, params):
   """Neither the models' first weights nor dropout share a key with sampled text."""
-  seed = jax.random.key(run.config.train.seed)
+  seed = jax.random.key(run.settings.train.seed)
   born = [*jax.random.split(seed, 3), jax.random.fold_in(seed, 1)]
-  drawn = [Sampler(run, {}, 0)._key(step) for step in range(8)]
+  drawn = [Batches(run, {})._key(step) for step in range(8)]
   keys = np.stack([jax.random.key_data(key) for key in [*born, *drawn]])
   assert len(np.unique(keys, axis=0)) == len({*map(bytes, keys)}) >= 11
 

@@ -1,5 +1,7 @@
 """Checkpoints come back bit for bit, and a damaged one is passed over, not trusted."""
 
+import math
+
 import chex
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ from trial import Setup, make_batch
 
 from okd_jax.data import Example, train_loader
 from okd_jax.errors import UserError
+from okd_jax.evaluation import figures
 from okd_jax.run import checkpoint
 from okd_jax.runtime import sharding
 
@@ -108,6 +111,15 @@ def test_newest_and_best_are_kept(tmp_path):
   ) as checkpoints:
     assert checkpoints.steps() == [2, 4]
     assert checkpoints.best_step() == 2
+
+
+def test_what_was_not_finite_is_never_the_best(tmp_path):
+  best, data = figures.score_by("loss"), loader()
+  with checkpoint.opened(tmp_path, 3, best) as checkpoints:
+    for step, loss in enumerate([math.nan, 2.0, 3.0], 1):
+      checkpoints.save(step, {"weight": np.zeros(2)}, data, {"loss": loss})
+  with checkpoint.opened(tmp_path, 3, best) as checkpoints:
+    assert checkpoints.steps() == [1, 2, 3] and checkpoints.best_step() == 2
 
 
 def test_another_number_of_devices(tmp_path):

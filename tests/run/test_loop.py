@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from small import config
 
-from okd_jax.run import loop as train
+from okd_jax.run import distill, loop
 
 WAITS = ("__array__", "__float__", "__int__", "__bool__", "__index__", "item", "tolist")
 
@@ -23,8 +23,8 @@ class Spy:
 
   def __init__(self, monkeypatch):
     self.events, self._metrics, self._steps = [], {}, 0
-    monkeypatch.setattr(train, "compile_step", lambda *_: self._dispatch)
-    monkeypatch.setattr(train, "Evaluator", _NoEvaluator)
+    monkeypatch.setattr(loop, "compile_step", lambda *_: self._dispatch)
+    monkeypatch.setattr(loop, "Evaluator", _NoEvaluator)
     array = type(jnp.zeros(()))
     for name in (*WAITS, "block_until_ready"):
       monkeypatch.setattr(array, name, self._noted(getattr(array, name)))
@@ -53,7 +53,7 @@ class Spy:
 
 
 class _NoEvaluator:
-  def __init__(self, parts):
+  def __init__(self, run):
     pass
 
   def teachers(self):
@@ -71,8 +71,10 @@ def test_between_two_steps_only_the_metrics_of_the_step_before_are_read(
   spy = Spy(monkeypatch)
   changes = {"train.log_every": 1, "train.steps": 5, "eval.every": 0}
   # A reinforced ensemble's batch is prepared on the devices, from the parameters.
-  changes |= {"method.name": name, "method.weighting": "reinforced"}
-  train.run(config(**changes), tmp_path / "run")
+  changes["method.name"] = name
+  if name == "ensemble":
+    changes["method.weighting"] = "reinforced"
+  distill.run(config(**changes), tmp_path / "run")
   assert not spy.between(1)
   for step in range(2, 5):
     waits = spy.between(step)

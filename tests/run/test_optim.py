@@ -1,30 +1,38 @@
 """Schedules and the optimiser, against plain formulas."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import config
+from small import built, config
 from trial import OPTIM, Setup, make_batch
 
+from okd_jax.config.schema import OptimSettings
 from okd_jax.errors import UserError
-from okd_jax.run import build as setup
 from okd_jax.run import optim
-from okd_jax.run.step import compile_step, init_state
+from okd_jax.run.state import init_state
+from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
 
-OPTIONS = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=0.0)
+PLAIN = OptimSettings(weight_decay=0.0, clip=0.0)
+
+
+def schedule(name, lr, steps, warmup, end):
+  settings = OptimSettings(schedule=name, lr=lr, warmup_steps=warmup, end_lr=end)
+  return optim.schedule(settings, steps)
 
 
 def test_schedules():
-  cosine = optim.schedule("cosine", 1.0, 110, 10, 0.2)
+  cosine = schedule("cosine", 1.0, 110, 10, 0.2)
   got = [float(cosine(n)) for n in (0, 5, 10, 60, 110)]
   np.testing.assert_allclose(got, [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
-  linear = optim.schedule("linear", 2.0, 100, 0, 1.0)
+  linear = schedule("linear", 2.0, 100, 0, 1.0)
   np.testing.assert_allclose([float(linear(n)) for n in (0, 50, 100)], [2, 1.5, 1])
-  assert float(optim.schedule("constant", 3.0, 5, 0, 0.0)(4)) == 3.0
+  assert float(schedule("constant", 3.0, 5, 0, 0.0)(4)) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -33,19 +41,19 @@ def test_schedules():
 )
 def test_bad_schedules(name, warmup, message):
   with pytest.raises(UserError, match=message):
-    optim.schedule(name, 1.0, 10, warmup, 0.0)
+    schedule(name, 1.0, 10, warmup, 0.0)
 
 
 def test_first_adam_step_is_the_learning_rate_in_size():
   params = {"kernel": jnp.ones(4)}
-  tx = optim.build(lambda _: 0.1, lr_scale=0.5, **OPTIONS)
+  tx = optim.build(PLAIN, lambda _: 0.1, lr_scale=0.5)
   updates, _ = tx.update({"kernel": jnp.arange(1.0, 5.0)}, tx.init(params), params)
   np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-5)
 
 
 def test_clip_is_by_the_trees_own_norm():
   params = {"kernel": jnp.zeros(2)}
-  clipped = optim.build(lambda _: 1.0, **OPTIONS | {"clip": 1.0})
+  clipped = optim.build(dataclasses.replace(PLAIN, clip=1.0), lambda _: 1.0)
   state = clipped.init(params)
   grads = {"kernel": jnp.array([30.0, 40.0])}
   _, state = clipped.update(grads, state, params)
@@ -58,14 +66,17 @@ def test_decay_is_for_matrices_only():
     "embed": {"embedding": jnp.ones((4, 2))},
     "norm": {"scale": jnp.ones(2), "bias": jnp.ones(2)},
     "layers": {"query": {"kernel": jnp.ones((3, 2, 2)), "bias": jnp.ones((3, 2))}},
+    # Of adapters: the virtual tokens themselves, and the MLP that makes them.
+    "prompt": {"embedding": jnp.ones((5, 2)), "dense": {"kernel": jnp.ones((2, 2))}},
   }
   mask = optim.decay_mask(params)
   assert mask == {
     "embed": {"embedding": True},
     "norm": {"scale": False, "bias": False},
     "layers": {"query": {"kernel": True, "bias": False}},
+    "prompt": {"embedding": False, "dense": {"kernel": True}},
   }
-  tx = optim.build(lambda _: 1.0, **OPTIONS | {"weight_decay": 0.5})
+  tx = optim.build(dataclasses.replace(PLAIN, weight_decay=0.5), lambda _: 1.0)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   np.testing.assert_allclose(updates["embed"]["embedding"], -0.5)
@@ -75,7 +86,7 @@ def test_decay_is_for_matrices_only():
 @pytest.mark.parametrize("dtype, wanted", [("", "float32"), ("bfloat16", "bfloat16")])
 def test_the_first_moments_alone_have_the_dtype_asked_for(dtype, wanted, tmp_path):
   changes = {"method.name": "okd", "optim.dtype": dtype}
-  state = setup.build(config(**changes), tmp_path).abstract
+  state = built(config(**changes), tmp_path).plan.abstract
   for name, params in state.params.items():
     moments = optax.tree.get(state.opt_state[name], "mu")
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wanted), params)
@@ -90,7 +101,8 @@ def steps():
   mesh, found = sharding.make_mesh(8, 1, 1), {}
   for dtype in ("", "bfloat16"):
     trial = Setup("kd")
-    tx = {"student": optim.build(lambda _: 3e-3, **OPTIM, dtype=dtype)}
+    own = dataclasses.replace(OPTIM, dtype=dtype)
+    tx = {"student": optim.build(own, lambda _: 3e-3)}
     state = init_state(trial.params, tx, jax.random.key(3))
     state = jax.device_put(state, sharding.shardings(state, mesh))
     frozen = jax.device_put(trial.frozen, sharding.shardings(trial.frozen, mesh))

@@ -6,17 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import call, losses, second_half, train
-from small import config
+from small import built, config, step_of
+from small import kept as kept_trunk
 from trial import Setup, make_batch, weighted
 
-from okd_jax import METHODS
+from okd_jax import METHODS, cache_teacher
 from okd_jax.data import each_alone, pack, train_loader
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.models.adapters import AdapterConfig
-from okd_jax.run import build as setup
-from okd_jax.run.batches import Sampler
-from okd_jax.run.step import compile_step
-from okd_jax.teachers import record, trunk
+from okd_jax.models.adapters import Blocks, Prefix, Prompt
+from okd_jax.run.batches import Batches
 
 slow = pytest.mark.slow
 LONG = {"data.max_length": 256}
@@ -25,20 +24,19 @@ PACK = LONG | {"data.pack": True}
 
 def packed(batch, length):
   """The rows of a batch, without their padding, in fewer rows of another length."""
-  real = np.asarray(batch["segment_ids"]) > 0
+  real = np.asarray(batch.segment_ids) > 0
   rows = pack(real.sum(1), length)
-  out = {
-    name: np.zeros((len(rows), length), values.dtype) for name, values in batch.items()
-  }
+  given = batch.rows
+  out = {k: np.zeros((len(rows), length), v.dtype) for k, v in given.items()}
   for i, texts in enumerate(rows):
     start = 0
     for segment, text in enumerate(texts, 1):
       stop = start + real[text].sum()
-      for name, values in batch.items():
+      for name, values in given.items():
         out[name][i, start:stop] = np.asarray(values)[text][real[text]]
       out["segment_ids"][i, start:stop] = segment
       start = stop
-  return jax.tree.map(jnp.asarray, out)
+  return Batch.of(jax.tree.map(jnp.asarray, out))
 
 
 @pytest.mark.parametrize(
@@ -47,9 +45,9 @@ def packed(batch, length):
     ("sft", {}),
     pytest.param("kd", {"top_k": 4}, marks=slow),
     ("okd", {"anchor_weight": 0.3}),
-    pytest.param("okd", {"adapter": AdapterConfig("prefix", length=3)}, marks=slow),
-    pytest.param("okd", {"adapter": AdapterConfig("prompt", length=3)}, marks=slow),
-    pytest.param("clda", {"adapter": AdapterConfig("blocks", blocks=(1,))}, marks=slow),
+    pytest.param("okd", {"adapter": Prefix(length=3)}, marks=slow),
+    pytest.param("okd", {"adapter": Prompt(length=3)}, marks=slow),
+    pytest.param("clda", {"adapter": Blocks(blocks=(1,))}, marks=slow),
     pytest.param("rlkd", {}, marks=slow),
     pytest.param("ensemble", {"weighting": "gated"}, marks=slow),
   ],
@@ -61,13 +59,13 @@ def test_same_loss_and_gradients(name, options):
   """
   trial, alone = Setup(name, **options), make_batch()
   together = packed(alone, 28)
-  assert len(together["tokens"]) < len(alone["tokens"])
-  assert int(together["segment_ids"].max()) > 1
+  assert len(together.tokens) < len(alone.tokens)
+  assert int(together.segment_ids.max()) > 1
   value = jax.jit(jax.value_and_grad(trial.loss, has_aux=True))
   want, got = (value(trial.params, weighted(batch)) for batch in (alone, together))
   chex.assert_trees_all_close(got, want, rtol=2e-4, atol=2e-5)
   # Rows as wholes are something else, where a text sees those before it.
-  blind = together | {"segment_ids": jnp.minimum(together["segment_ids"], 1)}
+  blind = together.replace(segment_ids=jnp.minimum(together.segment_ids, 1))
   with pytest.raises(AssertionError):
     other = value(trial.params, weighted(blind))
     chex.assert_trees_all_close(other, want, rtol=2e-3, atol=2e-4)
@@ -75,31 +73,34 @@ def test_same_loss_and_gradients(name, options):
 
 def first_steps(run, count=2):
   """(metrics of the last step, parameters), as in the loop of a run."""
-  size, length = run.config.train.batch_size, run.config.data.max_length
+  size, length = run.settings.train.batch_size, run.settings.data.max_length
   loader = train_loader(
-    run.train, batch_size=size, length=length, pad_id=0, seed=0, packs=run.packs
+    run.data.train,
+    batch_size=size,
+    length=length,
+    pad_id=0,
+    seed=0,
+    packs=run.data.packs,
   )
   with jax.set_mesh(run.mesh):
-    kept = trunk.prepare(run, trunk.opened(run))
-    sampler, state = Sampler(run, {}, 0, kept), run.init()
-    step = compile_step(
-      run.method, run.models, run.optimizers, 1, run.steps, run.abstract, run.mesh
-    )
+    kept = kept_trunk(run)
+    sampler, state = Batches(run, {}, kept), run.init()
+    step = step_of(run, 1)
     for i in range(count):
       batch, _ = sampler.batch(i, state.params, next(loader))
-      state, values = step(state, run.frozen, batch)
+      state, values = step(state, run.cast.frozen, batch)
   return values, state.params
 
 
 @slow
 def test_a_stored_teacher_of_unpacked_rows(tmp_path):
   """What is stored belongs to texts: rows may hold however many of them."""
-  live = setup.build(config(**PACK), tmp_path)
-  assert max(map(len, live.packs)) > 1
-  with jax.set_mesh(live.mesh):
-    record.write(setup.build(config(**LONG), tmp_path), tmp_path / "all", 0, "float32")
+  live = built(config(**PACK), tmp_path)
+  assert max(map(len, live.data.packs)) > 1
+  alone = built(config(**LONG), tmp_path)
+  cache_teacher.write(alone, tmp_path / "all", 0, "float32")
   store = {"teacher.cache": str(tmp_path / "all")}
-  stored = setup.build(config(**PACK | store), tmp_path)
+  stored = built(config(**PACK | store), tmp_path)
   chex.assert_trees_all_close(
     first_steps(stored)[0], first_steps(live)[0], rtol=1e-4, atol=1e-5
   )
@@ -108,8 +109,8 @@ def test_a_stored_teacher_of_unpacked_rows(tmp_path):
 @slow
 def test_a_kept_trunk_of_packed_rows(tmp_path):
   okd = PACK | {"method.name": "okd", "adapter.layers": 1}
-  whole = setup.build(config(**okd), tmp_path)
-  kept = setup.build(config(**okd | {"teacher.trunk": "memory"}), tmp_path)
+  whole = built(config(**okd), tmp_path)
+  kept = built(config(**okd | {"teacher.trunk": "memory"}), tmp_path)
   values, want = first_steps(kept)[0], first_steps(whole)[0]
   assert abs(float(values["loss"] / want["loss"]) - 1) < 2e-5
 
@@ -117,13 +118,13 @@ def test_a_kept_trunk_of_packed_rows(tmp_path):
 def test_an_epoch_is_fewer_rows(tmp_path):
   epoch = {"train.steps": 0, "train.epochs": 1.0}
   alone, together = (
-    setup.build(config(**epoch | changes), tmp_path) for changes in (LONG, PACK)
+    built(config(**epoch | changes), tmp_path) for changes in (LONG, PACK)
   )
-  assert alone.packs == each_alone(alone.train)
-  texts = sorted(i for row in together.packs for i in row)
-  assert texts == list(range(len(together.train)))
-  size = together.config.train.batch_size
-  assert together.steps == -(-len(together.packs) // size) < alone.steps
+  assert alone.data.packs == each_alone(alone.data.train)
+  texts = sorted(i for row in together.data.packs for i in row)
+  assert texts == list(range(len(together.data.train)))
+  size = together.settings.train.batch_size
+  assert together.plan.steps == -(-len(together.data.packs) // size) < alone.plan.steps
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -135,7 +136,7 @@ def test_who_takes_packed_rows(name, tmp_path):
   settings.teacher.model.hidden_size = 0
   wrong = r"data\.pack: .*; set data\.pack=False" if name in refused else "/nowhere"
   with pytest.raises(UserError, match=wrong):
-    setup.build(settings, tmp_path)
+    built(settings, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_who_takes_packed_rows(name, tmp_path):
 def test_ensembles_that_look_at_whole_rows(changes, tmp_path):
   settings = config(**PACK | {"method.name": "ensemble"} | changes)
   with pytest.raises(UserError, match="looks at rows as wholes"):
-    setup.build(settings, tmp_path)
+    built(settings, tmp_path)
 
 
 @slow

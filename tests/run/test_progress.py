@@ -1,34 +1,45 @@
 """What a run says of a step: where its rows come from, and what it writes down."""
 
 import contextlib
+import dataclasses
 import json
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import built, config
 
 from okd_jax.errors import UserError
 from okd_jax.run.progress import Progress
 from okd_jax.runtime.metrics import Writer
 
-TEXTS = [SimpleNamespace(where=f"a.jsonl:{line}") for line in range(1, 21)]
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A run of eight steps on twenty texts."""
+  changes = {"method.name": "sft", "train.steps": 8, "train.log_every": 100}
+  run = built(config(**changes), tmp_path_factory.mktemp("run"))
+  first = run.data.train[0]
+  texts = [dataclasses.replace(first, where=f"a.jsonl:{line}") for line in range(1, 21)]
+  return dataclasses.replace(
+    run,
+    data=dataclasses.replace(run.data, train=texts),
+    plan=dataclasses.replace(run.plan, learning_rate=lambda step: 5e-4 * (step + 1)),
+  )
 
 
-def follow(workdir, packs, values, rows):
+def follow(run, workdir, packs, values, rows):
   """What metrics.jsonl holds after one step, the seventh of eight."""
-  parts = SimpleNamespace(
-    config=SimpleNamespace(
-      train=SimpleNamespace(log_every=100), method=SimpleNamespace(name="kd")
-    ),
-    learning_rate=lambda step: 5e-4 * (step + 1),
-    steps=8,
-    packs=packs,
-    train=TEXTS,
+  run = dataclasses.replace(
+    run, data=dataclasses.replace(run.data, packs=[*map(tuple, packs)])
   )
   with (
-    contextlib.closing(Writer(workdir, 0, tensorboard=False, wandb="")) as writer,
-    Progress(parts, writer, step=6) as progress,
+    contextlib.closing(
+      Writer(workdir, 0, tensorboard=False, wandb="", config={})
+    ) as writer,
+    Progress(run, writer, step=6) as progress,
   ):
+    values = {name: jnp.float32(value) for name, value in values.items()}
     progress.read(7, np.asarray(rows), values, {"sampled_length": 3.0})
   return json.loads((workdir / "metrics.jsonl").read_text())
 
@@ -41,17 +52,17 @@ def follow(workdir, packs, values, rows):
     ([[i] for i in range(20)], range(9), "a.jsonl:7, a.jsonl:8, …;"),
   ],
 )
-def test_a_step_that_is_not_finite_names_its_rows(packs, rows, named, tmp_path):
+def test_a_step_that_is_not_finite_names_its_rows(run, packs, rows, named, tmp_path):
   values = {"loss": np.nan, "finite": 0.0, "tokens": 5.0}
   with pytest.raises(UserError) as error:
-    follow(tmp_path, packs, values, rows)
+    follow(run, tmp_path, packs, values, rows)
   assert "step 7: " in str(error.value) and f" {named} the last" in str(error.value)
   assert not (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_a_step_is_written_down(tmp_path):
+def test_a_step_is_written_down(run, tmp_path):
   values = {"loss": np.float32(1.5), "finite": 1.0, "tokens": 5.0}
-  row = follow(tmp_path, [[0]], values, [0])
+  row = follow(run, tmp_path, [[0]], values, [0])
   assert row.pop("tokens_per_s") > 0
   assert row == {
     "step": 7,

@@ -17,13 +17,15 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from configs import default
 from okd_jax import methods, models
 from okd_jax.bench import measure
+from okd_jax.config.schema import OptimSettings
+from okd_jax.data.batch import Batch
 from okd_jax.models import Decoder, kernels
-from okd_jax.models.adapters import AdapterConfig
+from okd_jax.models.adapters import Lora
 from okd_jax.run import optim
-from okd_jax.run.step import compile_step, init_state
+from okd_jax.run.state import init_state
+from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
 
 pytest.importorskip("libtpu", reason="needs libtpu: pip install -e '.[tpu]'")
@@ -61,27 +63,27 @@ def decoders(kernel: str, dtype, remat: bool) -> dict[str, Decoder]:
   return {
     "student": make(student),
     "teacher": make(teacher),
-    "adapted": make(teacher, AdapterConfig(rank=8)),
+    "adapted": make(teacher, Lora(rank=8)),
   }
 
 
 def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False):
   """A whole step of okd; nothing of it is ever in memory."""
-  roles = decoders(kernel, dtype, remat)
-  method = methods.build("okd", default.get_config().method)
-  rate = optim.schedule("constant", 1e-4, 100, 0, 0.0)
-  options = dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-2, clip=1.0)
-  optimizers = {name: optim.build(rate, **options) for name in ("student", "adapter")}
+  cast = decoders(kernel, dtype, remat)
+  method = methods.build("okd", {})
+  settings = OptimSettings(lr=1e-4, schedule="constant", weight_decay=1e-2, clip=1.0)
+  rate = optim.schedule(settings, 100)
+  optimizers = {name: optim.build(settings, rate) for name in ("student", "adapter")}
 
   def start():
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    tree = {name: decoder.init(key, tokens) for name, decoder in roles.items()}
+    tree = {name: decoder.init(key, tokens) for name, decoder in cast.items()}
     params = {
       "student": tree["student"]["params"],
-      "adapter": tree["adapted"]["adapter"],
+      "adapter": {"teacher": tree["adapted"]["adapter"]},
     }
     frozen = jax.tree.map(lambda x: x.astype(dtype), tree["teacher"]["params"])
-    return init_state(params, optimizers, key), frozen
+    return init_state(params, optimizers, key), {"teacher": frozen}
 
   state, frozen = jax.eval_shape(start)
   frozen = jax.tree.map(
@@ -90,8 +92,10 @@ def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False):
     sharding.shardings(frozen, mesh),
   )
   types = dict(tokens=jnp.int32, labels=jnp.int32, mask=bool, segment_ids=jnp.int32)
-  batch = {k: jax.ShapeDtypeStruct((ROWS, LENGTH), v) for k, v in types.items()}
-  apply = methods.apply_functions(roles, 128)
+  rows = {k: jax.ShapeDtypeStruct((ROWS, LENGTH), v) for k, v in types.items()}
+  batch = Batch.of(rows)
+  teachers, adapted = ({"teacher": cast[name]} for name in ("teacher", "adapted"))
+  apply = methods.apply_functions(cast["student"], teachers, adapted, 128)
   step = compile_step(method, apply, optimizers, 1, 100, state, mesh)
   with jax.set_mesh(mesh):
     return step.lower(state, frozen, batch).compile()

@@ -1,10 +1,20 @@
-"""metrics.jsonl and the closing table."""
+"""metrics.jsonl, TensorBoard and W&B: what is written, and that it is kept."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from okd_jax.errors import UserError
 from okd_jax.runtime import metrics
+
+
+def open_writer(workdir, step=0, *, tensorboard=False, wandb="", config=None):
+  workdir.mkdir(parents=True, exist_ok=True)
+  return metrics.Writer(
+    workdir, step, tensorboard=tensorboard, wandb=wandb, config=config or {}
+  )
 
 
 def rows(workdir):
@@ -15,14 +25,14 @@ def rows(workdir):
 
 
 def test_rows_and_what_a_resumed_run_drops(tmp_path):
-  writer = metrics.Writer(tmp_path, 0, tensorboard=False, wandb="")
+  writer = open_writer(tmp_path)
   for step in (1, 2, 3):
     writer.write(step, "train", {"loss": step / 2})
   writer.write(3, "train", {"loss": float("nan")})
   writer.close()
   with (tmp_path / "metrics.jsonl").open("a") as file:
     file.write('{"step": 4, "ki')  # a kill in the middle of a line
-  metrics.Writer(tmp_path, 2, tensorboard=False, wandb="").close()
+  open_writer(tmp_path, 2).close()
   assert rows(tmp_path) == [
     {"step": 1, "kind": "train", "loss": 0.5},
     {"step": 2, "kind": "train", "loss": 1.0},
@@ -30,42 +40,98 @@ def test_rows_and_what_a_resumed_run_drops(tmp_path):
 
 
 def test_not_finite_is_null(tmp_path):
-  writer = metrics.Writer(tmp_path, 0, tensorboard=False, wandb="")
+  writer = open_writer(tmp_path)
   writer.write(1, "train", {"loss": float("inf"), "lr": 0.0})
   writer.close()
   assert rows(tmp_path) == [{"step": 1, "kind": "train", "loss": None, "lr": 0.0}]
 
 
-def test_table():
-  text = metrics.table(
-    {"teacher": {"loss": 1.23456}, "student": {"loss": 22.5, "rougeL": 101.26}},
-    {"loss": "loss", "rougeL": "ROUGE-L", "absent": "absent"},
-  )
-  assert text.splitlines() == [
-    "          loss  ROUGE-L",
-    "-----------------------",
-    "teacher  1.235        –",
-    "student  22.50    101.3",
+def test_rows_of_several_have_names(tmp_path):
+  writer = open_writer(tmp_path)
+  writer.write(0, "teacher", {"loss": 1.0}, name="big")
+  writer.write(0, "teacher", {"loss": 2.0})
+  writer.close()
+  assert rows(tmp_path) == [
+    {"step": 0, "kind": "teacher", "name": "big", "loss": 1.0},
+    {"step": 0, "kind": "teacher", "loss": 2.0},
   ]
 
 
+class Wandb:
+  """The calls that W&B would have had."""
+
+  def __init__(self):
+    self.begun, self.logged, self.finished = [], [], 0
+
+  def init(self, **options):
+    self.begun.append(options)
+    return self
+
+  def log(self, values, step):
+    self.logged.append((step, values))
+
+  def finish(self):
+    self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  fake = Wandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  return fake
+
+
+def test_wandb_gets_the_configuration_and_is_finished(tmp_path, wandb):
+  """It once had neither: a run without settings, its last rows lost."""
+  config = {"method": {"name": "okd"}}
+  writer = open_writer(tmp_path, wandb="project", config=config)
+  writer.write(3, "eval", {"loss": 1.0, "perplexity": float("inf")})
+  writer.write(0, "teacher", {"loss": 2.0}, name="big")
+  assert not wandb.finished
+  writer.close()
+  assert wandb.finished == 1
+  (options,) = wandb.begun
+  assert options["project"] == "project" and options["config"] == config
+  assert options["dir"] == str(tmp_path) and options["resume"] == "allow"
+  assert wandb.logged == [(3, {"eval/loss": 1.0}), (0, {"teacher/big/loss": 2.0})]
+
+
+def test_wandb_keeps_runs_apart(tmp_path, wandb, monkeypatch):
+  """Every recipe's stages are called alike; with one id they would be one run."""
+  folders = ["one", "one/stages/teacher", "two/stages/teacher", "odd name/ü?:#"]
+  for folder in folders:
+    open_writer(tmp_path / folder, wandb="project").close()
+  ids = [options["id"] for options in wandb.begun]
+  assert len(set(ids)) == len(folders)
+  assert all(set("/\\#?%: ").isdisjoint(name) and len(name) <= 64 for name in ids)
+  assert [name.rpartition("-")[0] for name in ids[:3]] == ["one", "teacher", "teacher"]
+  names = [options["name"] for options in wandb.begun]
+  assert names == ["one", "one/teacher", "two/teacher", "ü?:#"]
+  monkeypatch.chdir(tmp_path / "one")  # the same run from somewhere else
+  open_writer((tmp_path / "one").relative_to(tmp_path / "one"), wandb="project").close()
+  assert (wandb.begun[-1]["id"], wandb.begun[-1]["name"]) == (ids[0], "one")
+
+
+def test_tensorboard_is_closed(tmp_path, monkeypatch):
+  calls = []
+  sink = SimpleNamespace(
+    add_scalar=lambda *call: calls.append(call), close=lambda: calls.append("closed")
+  )
+  module = SimpleNamespace(SummaryWriter=lambda folder: calls.append(folder) or sink)
+  monkeypatch.setitem(sys.modules, "tensorboardX", module)
+  writer = open_writer(tmp_path, tensorboard=True)
+  writer.write(1, "train", {"loss": 1.5, "lr": float("nan")})
+  writer.close()
+  folder = str(tmp_path / "tensorboard")
+  assert calls == [folder, ("train/loss", 1.5, 1), "closed"]
+
+
 @pytest.mark.parametrize(
-  "values, patience, stops",
-  [
-    ([3.0, 2.0, 1.0], 2, False),
-    ([3.0, 2.0, 2.5], 2, False),
-    ([3.0, 2.0, 2.5, 2.0], 2, True),  # as good is no better
-    ([3.0, 2.0, 2.5, 1.9], 2, False),
-    ([2.0, 2.5], 1, True),
-    ([2.0, 2.5], 0, False),
-    ([2.0], 1, False),
-  ],
+  "extra, module, wanted",
+  [("tensorboard", "tensorboardX", True), ("wandb", "wandb", "project")],
 )
-def test_a_run_stalls_when_nothing_gets_better(values, patience, stops):
-  """METHODS 5.6: early stopping by a distillation loss; the start does not count."""
-  evals = {10 * (i + 1): {"forward_kl": v} for i, v in enumerate(values)}
-  evals[0] = {"forward_kl": 0.0}
-  assert metrics.stalled(evals, "forward_kl", patience) == stops
-  larger = {step: {"rougeL": -row["forward_kl"]} for step, row in evals.items()}
-  assert metrics.stalled(larger, "rougeL", patience) == stops
-  assert not metrics.stalled(evals, "", 1)
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, extra, module, wanted):
+  monkeypatch.setitem(sys.modules, module, None)
+  with pytest.raises(UserError, match=rf"train.{extra} needs .*okd-jax\[{extra}\]"):
+    open_writer(tmp_path, **{extra: wanted})
+  assert not (tmp_path / "metrics.jsonl").exists()  # what was there would be, too

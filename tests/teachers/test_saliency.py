@@ -24,14 +24,14 @@ def rows(seed):
 
 def test_saliency_is_the_formula():
   """METHODS 5.4: mean |theta dCE/dtheta|, by dense logits and one gradient."""
-  frozen, batches = Setup("clda").frozen, [rows(0), rows(1)]
-  both = {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+  frozen, batches = Setup("clda").frozen["teacher"], [rows(0), rows(1)]
+  both = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
 
   def ce(layers):
     out = output(Decoder(TEACHER), {"params": frozen | {"layers": layers}}, both)
     logits = jax.nn.log_softmax(unembed(*out))
-    nll = -jnp.take_along_axis(logits, both["labels"][..., None], -1)[..., 0]
-    return jnp.where(both["mask"], nll, 0).sum() / both["mask"].sum()
+    nll = -jnp.take_along_axis(logits, both.labels[..., None], -1)[..., 0]
+    return jnp.where(both.mask, nll, 0).sum() / both.mask.sum()
 
   grads = jax.grad(ce)(frozen["layers"])
   want = []
@@ -57,24 +57,25 @@ def test_saliency_is_the_formula():
 
 def test_saliency_depends_on_no_batch_size_and_no_mesh():
   """Guards C2, C3, B5: unequal rows, rows that count for nothing, eight devices."""
-  frozen, whole = Setup("clda").frozen, rows(0)
-  empty = {k: np.zeros_like(v) for k, v in whole.items()}
+  frozen, whole = Setup("clda").frozen["teacher"], rows(0)
+  empty = jax.tree.map(np.zeros_like, whole)
   halves = []
   for first in (0, 4):
-    half = {k: v[first : first + 4] for k, v in whole.items()}
-    halves.append({k: np.concatenate([half[k], empty[k][:4]]) for k in half})
+    half = jax.tree.map(lambda x: x[first : first + 4], whole)  # noqa: B023
+    nothing = jax.tree.map(lambda x: x[:4], empty)
+    halves.append(jax.tree.map(lambda *x: np.concatenate(x), half, nothing))
   want = measure(frozen, [whole])
   np.testing.assert_allclose(measure(frozen, [*halves, empty]), want, rtol=1e-4)
   mesh = sharding.make_mesh(2, 2, 2)
   split = jax.device_put(frozen, sharding.shardings(frozen, mesh))
-  got = measure(split, [whole | {"row": np.arange(8)}], data=2, fsdp=2, tensor=2)
+  got = measure(split, [whole], data=2, fsdp=2, tensor=2)
   np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dead", EVERY)
 def test_a_dead_block_is_chosen(dead):
   """METHODS 5.4: what adds nothing to the residual stream is salient in nothing."""
-  frozen = Setup("clda").frozen
+  frozen = Setup("clda").frozen["teacher"]
   layers = jax.tree.map(lambda x: x, frozen["layers"])
   for part, name in (("attention", "out"), ("mlp", "down")):
     layer = layers[part][name]

@@ -70,9 +70,9 @@ def test_a_writer_goes_on_with_what_is_missing(tmp_path):
 
 def test_a_store_begun_by_a_writer_that_was_killed(tmp_path):
   """What is left of a file that was never complete does not count."""
-  (tmp_path / ".about.json.tmp").write_text("{")
+  (tmp_path / ".made_from.json.tmp").write_text("{")
   store.begin(tmp_path, 1, {"data": "a"})
-  assert (tmp_path / "about.json").exists()
+  assert (tmp_path / "made_from.json").exists()
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -89,8 +89,8 @@ def test_a_damaged_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ("count", "key", "words"),
   [
-    (1, {"data": "other"}, "data was 'abc', here it is 'other'"),
-    (2, {"data": "abc"}, "rows was 1, here it is 2"),
+    (1, {"data": "other"}, "data='abc' there, 'other' here"),
+    (2, {"data": "abc"}, "rows=1 there, 2 here"),
   ],
 )
 def test_a_foreign_store_is_refused(count, key, words, tmp_path):
@@ -100,11 +100,16 @@ def test_a_foreign_store_is_refused(count, key, words, tmp_path):
 
 
 def test_no_store_and_other_folders_are_refused(tmp_path):
-  with pytest.raises(UserError, match="about.json does not exist"):
+  with pytest.raises(UserError, match="made_from.json does not exist"):
     store.Store(tmp_path, 1, ABOUT)
   (tmp_path / "thesis.txt").write_text("years of work")
-  with pytest.raises(UserError, match="other files"):
+  with pytest.raises(UserError, match="nothing says how it was made .*name another"):
     store.begin(tmp_path, 1, ABOUT)
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+  with pytest.raises(UserError, match="thesis.txt is a file"):
+    store.begin(tmp_path / "thesis.txt", 1, ABOUT)
+  with pytest.raises(UserError, match="missing does not exist"):
+    store.Store(tmp_path / "missing", 1, ABOUT)
 
 
 def test_a_row_of_another_length_is_refused(tmp_path):

@@ -4,15 +4,13 @@ import chex
 import jax
 import numpy as np
 import pytest
-from small import config
+from small import built, config, opened, step_of
+from small import kept as kept_trunk
 
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
-from okd_jax.run import build as setup
-from okd_jax.run import loop as train
-from okd_jax.run.batches import Sampler
-from okd_jax.run.step import compile_step
-from okd_jax.teachers import trunk
+from okd_jax.run import distill
+from okd_jax.run.batches import Batches
 
 
 def okd(**changes):
@@ -22,18 +20,17 @@ def okd(**changes):
 
 def steps(settings, folder, count=3, hide=False):
   """(metrics of the last step, its parameters); `hide` breaks the trunk's layers."""
-  run = setup.build(settings, folder)
-  loader = train_loader(run.train, batch_size=8, length=96, pad_id=0, seed=0)
+  run = built(settings, folder)
+  loader = train_loader(run.data.train, batch_size=8, length=96, pad_id=0, seed=0)
   with jax.set_mesh(run.mesh):
-    kept = trunk.prepare(run, trunk.opened(run))
-    sampler, state = Sampler(run, {}, 0, kept), run.init()
-    step = compile_step(
-      run.method, run.models, run.optimizers, 2, run.steps, run.abstract, run.mesh
-    )
-    frozen = run.frozen
+    kept = kept_trunk(run)
+    sampler, state = Batches(run, {}, kept), run.init()
+    step = step_of(run, 2)
+    frozen = run.cast.frozen
     if hide:
+      frozen = frozen["teacher"]
       broken = jax.tree.map(lambda x: x.at[:2].set(np.nan), frozen["layers"])
-      frozen = frozen | {"layers": broken}
+      frozen = {"teacher": frozen | {"layers": broken}}
     for i in range(count):
       batch, _ = sampler.batch(i, state.params, next(loader))
       state, values = step(state, frozen, batch)
@@ -62,7 +59,7 @@ def test_on_disk_as_in_memory(tmp_path):
   memory = steps(okd(**{"teacher.trunk": "memory"}), tmp_path, 2)
   chex.assert_trees_all_equal(one, again)
   chex.assert_trees_all_equal(one, memory)
-  with pytest.raises(UserError, match="layers was 2, here it is 1"):
+  with pytest.raises(UserError, match="layers=2 there, 1 here"):
     steps(okd(**disk | {"adapter.layers": 2}), tmp_path)
 
 
@@ -81,20 +78,27 @@ def test_sampled_rows_have_no_trunk_but_gold_ones_have(tmp_path):
   [
     ({"adapter.layers": 0}, "set adapter.layers=k"),
     ({"adapter.layers": 3}, "set adapter.layers=k"),
-    ({"method.name": "kd"}, "kd has no online module"),
-    ({"method.name": "promptkd", "adapter.kind": "lora"}, "sampled rows alone"),
+    ({"method.name": "kd", "method.anchor_weight": 0.0}, "kd has no adapter"),
+    (
+      {
+        "method.name": "promptkd",
+        "adapter.kind": "lora",
+        "method.anchor_weight": 0.0,
+      },
+      "sampled rows alone",
+    ),
   ],
 )
 def test_where_there_is_no_trunk(changes, words, tmp_path):
-  run = setup.build(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
+  run = built(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
   with pytest.raises(UserError, match=words):
-    trunk.opened(run)
+    opened(run)
 
 
 def test_an_ensemble_keeps_none(tmp_path):
   changes = {"method.name": "ensemble", "adapter.kind": "lora"}
   with pytest.raises(UserError, match="method ensemble keeps no trunk"):
-    setup.build(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
+    built(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
 
 
 def test_a_refused_trunk_leaves_the_workdir_free(tmp_path):
@@ -102,5 +106,5 @@ def test_a_refused_trunk_leaves_the_workdir_free(tmp_path):
   (tmp_path / "file").write_text("")
   workdir = tmp_path / "run"
   with pytest.raises(UserError):
-    train.run(okd(**{"teacher.trunk": str(tmp_path / "file")}), workdir)
+    distill.run(okd(**{"teacher.trunk": str(tmp_path / "file")}), workdir)
   assert not (workdir / "config.json").exists()

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from alphabet import alphabet_tokenizer, save
-from answering import PROMPTS, alphabet, ask, random_model, write
+from answering import PROMPTS, alphabet, ask, random_model, say, write
 
 from configs import stories
 from okd_jax import models, sample
 from okd_jax.data import Record, encode, load_records
 from okd_jax.data.format import decode_response
 from okd_jax.errors import UserError
-from okd_jax.text import answers_file
+from okd_jax.text import answers_file, answers_job
 from okd_jax.text.rollout import Sampling
 
 EOS = 256  # of the byte tokenizer
@@ -37,9 +37,9 @@ def whole(tmp_path_factory):
   content = write(path)
   assert sorted(p.name for p in path.parent.iterdir()) == [
     "o.jsonl",
-    "o.jsonl.settings.json",
+    "o.jsonl.made_from.json",
   ]
-  return content, (path.parent / "o.jsonl.settings.json").read_bytes()
+  return content, (path.parent / "o.jsonl.made_from.json").read_bytes()
 
 
 # Rows
@@ -131,7 +131,7 @@ def test_the_draws_are_the_seeds_and_the_rows(tmp_path, whole):
 def resume(folder, settings, part):
   """The file of a run that finds so much of it."""
   folder.mkdir()
-  (folder / "o.jsonl.settings.json").write_bytes(settings)
+  (folder / "o.jsonl.made_from.json").write_bytes(settings)
   (folder / "o.jsonl.partial").write_bytes(part)
   return write(folder / "o.jsonl")
 
@@ -176,7 +176,7 @@ def test_a_killed_run_leaves_whole_pieces(tmp_path, whole, monkeypatch):
 
 
 def test_a_whole_file_is_left_alone_and_one_that_is_gone_made_anew(tmp_path, whole):
-  (tmp_path / "o.jsonl.settings.json").write_text("{}")
+  (tmp_path / "o.jsonl.made_from.json").write_text("{}")
   path = tmp_path / "o.jsonl"
   assert write(path) == whole[0]
   before = path.stat()
@@ -188,15 +188,15 @@ def test_processes_share_the_rows(tmp_path, whole, monkeypatch, count):
   """Guards G4: three pieces for two, three and five, the parts made in any order."""
   jobs = []
   with monkeypatch.context() as patch:
-    patch.setattr(answers_file, "_run", lambda job, *args, **kwargs: jobs.append(job))
+    patch.setattr(answers_file, "answer", jobs.append)
     patch.setattr(Path, "read_bytes", lambda path: b"")
     write(tmp_path / "o.jsonl")
   [job] = jobs
   shares = [job.share(index, count) for index in range(count)]
   assert [row for share in shares for row in share] == list(range(21))
   for index in reversed(range(count)):
-    answers_file._write_part(job, index, count, shown=False)
-  answers_file._join(job, count)
+    answers_job.write_part(job, index, count, shown=False)
+  answers_job.join(job, count)
   assert job.path.read_bytes() == whole[0]
   assert [p.name for p in tmp_path.iterdir()] == ["o.jsonl"]
 
@@ -219,6 +219,7 @@ options = {"batch_size": 8, "sharding": sharding.batch_sharding(mesh)}
 with jax.set_mesh(mesh):
   model = decoder, spread, tokenizer
   answering.write(folder / "together.jsonl", model=model, **options)
+  answering.say(folder / "tokens.jsonl", model=(decoder, spread), **options)
 """
 
 
@@ -245,6 +246,9 @@ def test_two_processes_write_the_file_of_one(tmp_path, whole):
     assert process.returncode == 0, stderr
   for name in ("shared", "together"):
     assert (tmp_path / f"{name}.jsonl").read_bytes() == whole[0]
+  say(tmp_path / "alone.jsonl")
+  alone, both = ((tmp_path / f"{x}.jsonl").read_bytes() for x in ("alone", "tokens"))
+  assert alone == both
   assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -265,7 +269,7 @@ def test_a_file_of_other_settings_is_refused(tmp_path, whole, name):
   path = tmp_path / "o.jsonl"
   (tmp_path / name).write_bytes(content[:300])
   refused(path, name, "nothing says how it was made")
-  sidecar = tmp_path / "o.jsonl.settings.json"
+  sidecar = tmp_path / "o.jsonl.made_from.json"
   sidecar.write_text("{")
   refused(path, name, "nothing says how it was made")
   sidecar.write_bytes(settings)
@@ -275,6 +279,13 @@ def test_a_file_of_other_settings_is_refused(tmp_path, whole, name):
   refused(path, "model='", model=random_model(1))
   refused(path, "data='", records=[*PROMPTS[:-1], ask("b")])
   assert write(path) == (content[:300] if name == "o.jsonl" else content)
+
+
+def test_parts_of_another_number_of_processes(tmp_path, whole):
+  """Their shares are others, and nobody would take them up."""
+  (tmp_path / "o.jsonl.made_from.json").write_bytes(whole[1])
+  (tmp_path / "o.jsonl.partial.0-of-3").write_bytes(whole[0][:300])
+  refused(tmp_path / "o.jsonl", "partial.0-of-3", "another number of processes")
 
 
 def test_too_many_lines(tmp_path, whole):
@@ -294,6 +305,8 @@ def test_what_cannot_be_asked(tmp_path):
   refused(path, "do not fit", max_new_tokens=10, max_prompt_length=55)
   refused(path, "max_prompt_length=0", max_prompt_length=0)
   refused(tmp_path / "o.txt", "must end in .jsonl")
+  (tmp_path / "o.jsonl").mkdir()
+  refused(path, "o.jsonl is a folder; name a file")
 
 
 def test_a_long_prompt_is_answered_by_its_end(tmp_path, caplog):
@@ -321,10 +334,10 @@ def test_the_command(tmp_path, capsys):
   assert captured.out == "" and "sample 3/3 rows" in captured.err
   with pytest.raises(UserError, match="temperature=0.0 there, 0.5 here"):
     sample.main([*arguments, *options, "--temperature=0.5"])
-  with pytest.raises(UserError, match="--seed must"):
-    sample.main([*arguments, "--seed=-1"])
-  with pytest.raises(SystemExit, match="2"):
-    sample.main([*arguments, "--top_k=some"])
+  for wrong in ("--seed=-1", "--top_k=some", "--limit=-1", "--top_p=0"):
+    with pytest.raises(SystemExit, match="2"):
+      sample.main([*arguments, wrong])
+    assert wrong.partition("=")[0] in capsys.readouterr().err
 
 
 # Stories

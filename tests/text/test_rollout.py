@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder
-from okd_jax.models.adapters import AdapterConfig
+from okd_jax.models.adapters import Lora
 from okd_jax.text import rollout
 from okd_jax.text.rollout import Sampling, generate
 from okd_jax.text.source import decoder_source
@@ -390,7 +390,7 @@ class TestErrors:
 CASES = {
   "gpt2": ("gpt2", None),
   "llama": ("llama_gqa", None),
-  "adapted": ("llama3", AdapterConfig(rank=3, scale=0.1, layers=1)),
+  "adapted": ("llama3", Lora(rank=3, scale=0.1, layers=1)),
 }
 WIDTH = 88
 

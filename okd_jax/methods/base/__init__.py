@@ -1,1 +1,62 @@
-"""What all methods are made of."""
+"""What all methods are made of: models, knobs, divergences, sequences."""
+
+from okd_jax.methods.base.divergences import (
+  DIVERGENCES,
+  DivergenceKnobs,
+  Shape,
+  register_divergence,
+)
+from okd_jax.methods.base.knobs import (
+  Knob,
+  Linear,
+  check_choice,
+  check_least,
+  check_positive,
+  check_share,
+  check_weight,
+)
+from okd_jax.methods.base.method import (
+  Logits,
+  Loss,
+  Method,
+  Now,
+  combine,
+  diagnostics,
+  gold_nll,
+  is_zero,
+  stop_gradient,
+  token_sums,
+)
+from okd_jax.methods.base.models import Models, Params, Teacher, apply_functions
+from okd_jax.methods.base.sequences import Sequences, SharedTextKnobs, TextKnobs
+
+__all__ = [
+  "DIVERGENCES",
+  "DivergenceKnobs",
+  "Knob",
+  "Linear",
+  "Logits",
+  "Loss",
+  "Method",
+  "Models",
+  "Now",
+  "Params",
+  "Sequences",
+  "Shape",
+  "SharedTextKnobs",
+  "Teacher",
+  "TextKnobs",
+  "apply_functions",
+  "check_choice",
+  "check_least",
+  "check_positive",
+  "check_share",
+  "check_weight",
+  "combine",
+  "diagnostics",
+  "gold_nll",
+  "is_zero",
+  "register_divergence",
+  "stop_gradient",
+  "token_sums",
+]

@@ -1,4 +1,4 @@
-"""What a method is, and what it is given."""
+"""What a method is, and what its loss is made of."""
 
 import dataclasses
 import functools
@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from okd_jax.data.batch import Batch
 from okd_jax.losses import (
   Output,
   TokenLoss,
@@ -20,158 +21,59 @@ from okd_jax.losses import (
   top1_agreement,
   weighted_sums,
 )
-from okd_jax.methods.base.knobs import Knob, Linear
+from okd_jax.methods.base.knobs import Knob
+from okd_jax.methods.base.models import Models, Params
 from okd_jax.methods.base.sequences import Sequences
-from okd_jax.models import Decoder, output
-from okd_jax.models.adapters import module_norm, take_blocks
 
-Params = dict[str, Any]
-Batch = dict[str, Array]
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
+Logits = Mapping[str, Float[Array, "B C V"]]
+Now = Mapping[str, Any]  # knobs at a step: numbers, or traced scalars if they move
 
 stop_gradient = jax.lax.stop_gradient
-
-
-@dataclasses.dataclass(frozen=True)
-class Models:
-  """The apply functions a method may call, and how to chunk their logits.
-
-  student(params, batch, key, mix=None) -> Output: the student's, without dropout
-    where the key is None.
-  teacher(frozen, adapter, batch, mix=None) -> Output: the plain teacher's where
-    adapter is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
-  teachers(frozen, adapter, batch) -> (Output, Output): the adapted and the plain
-    teacher's, what lies below the modules computed once for both.
-  module_norm(frozen, adapter) -> the norm of what the module adds or has changed.
-  chunk: positions of a row whose logits are in memory at once.
-  vocab_size: ids that count, where a stored teacher knows fewer than the student.
-  named: of several teachers the same for each one, by name.
-  """
-
-  student: Callable[..., Output]
-  teacher: Callable[..., Output]
-  teachers: Callable[..., tuple[Output, Output]]
-  chunk: int = 64
-  module_norm: Callable[..., Float[Array, ""]] = lambda _, adapter: module_norm(adapter)
-  vocab_size: int | None = None
-  named: Mapping[str, "Models"] = dataclasses.field(default_factory=dict)
-
-
-def apply_functions(
-  decoders: Mapping[str, Decoder], chunk: int = 64, vocab_size: int | None = None
-) -> Models:
-  """What the decoders 'student', 'teacher' and 'adapted' give a method.
-
-  Of several teachers they are 'teacher:NAME' and 'adapted:NAME'.
-
-  The latter two need not be there if the method has no use for them.
-  """
-
-  def student(params, batch, key, mix=None):
-    decoder = decoders["student"]
-    if key is None:
-      decoder = decoder.clone(dropout=0.0)
-    return output(decoder, {"params": params}, batch, key, mix=mix)
-
-  def teacher(frozen, adapter, batch, mix=None):
-    decoder, variables = decoders["teacher"], {"params": frozen}
-    if adapter is not None:
-      decoder, variables = decoders["adapted"], variables | {"adapter": adapter}
-    top = {} if mix else _kept_trunk(decoders, batch)
-    return output(decoder, variables, batch, mix=mix, **top)
-
-  def teachers(frozen, adapter, batch):
-    plain, adapted = decoders["teacher"], decoders["adapted"]
-    start = _trunk_layers(adapted)
-    if not start:
-      return teacher(frozen, adapter, batch), teacher(frozen, None, batch)
-    variables = {"params": frozen}
-    top = _kept_trunk(decoders, batch)
-    if not top:
-      below = output(plain, variables, batch, stop=start).hidden
-      top = {"hidden": below, "start": start}
-    return (
-      output(adapted, variables | {"adapter": adapter}, batch, **top),
-      output(plain, variables, batch, **top),
-    )
-
-  def norm(frozen, adapter):
-    config, base = decoders["adapted"].adapter, None
-    if config.kind == "blocks":
-      base = {"layers": take_blocks(frozen["layers"], config)}
-    return module_norm(adapter, base)
-
-  names = [role.partition(":")[2] for role in decoders if role.startswith("teacher:")]
-  named = {}
-  for name in names:
-    own = {"student": decoders["student"], "teacher": decoders[f"teacher:{name}"]}
-    if f"adapted:{name}" in decoders:
-      own["adapted"] = decoders[f"adapted:{name}"]
-    named[name] = apply_functions(own, chunk)
-  return Models(student, teacher, teachers, chunk, norm, vocab_size, named)
-
-
-def _trunk_layers(adapted: Decoder) -> int:
-  """How many layers lie below the lowest module."""
-  total = adapted.config.num_layers
-  return total - adapted.adapter.num_layers(total)
-
-
-def _kept_trunk(decoders, batch) -> dict[str, Any]:
-  """Where to go on from, if what lies below the modules was kept (`trunk`)."""
-  if "trunk" not in batch:
-    return {}
-  adapted = decoders["adapted"]
-  return {"hidden": batch["trunk"], "start": _trunk_layers(adapted)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
   """One pure loss and what the rest of the program must know about it.
 
-  loss(models, params, frozen, batch, key, knobs) -> (loss, metrics): `params` holds
-    the trees 'student' and, if the method adapts, 'adapter'; `frozen` the teacher's
-    base. `batch['weights']` holds 1/(valid tokens of the whole batch) on valid tokens,
-    so a loss and each metric is a plain sum, and sums over micro-batches add up.
-  teacher: 'none', 'frozen', 'adapted' or 'several'; of several, `frozen` and
-    params['adapter'] hold a tree by name, the latter for those that adapt.
+  loss(models, params, frozen, batch, key, now) -> (loss, metrics): `params` holds the
+    trees 'student' and, if teachers adapt, 'adapter', a tree by teacher; `frozen` the
+    teachers' base by name; `now` the value of each knob. `batch.weights` holds
+    1/(valid tokens of the whole batch) on valid tokens, so a loss and each metric is a
+    plain sum, and sums over micro-batches add up.
+  knobs: every number in the loss, by its configuration key.
+  taught: whether it needs a teacher.
+  several: whether it takes several teachers.
+  adapts: whether its teachers carry adapters, which train with the student.
+  adapter: their kind where adapter.kind leaves it open.
   trees: what else is trained, by name: `init(key, teachers, hidden_size) -> tree`,
     with the number of teachers and the student's width, and its learning rate.
-  knobs: every number in the loss, by its configuration key.
   updates: the trees that move, in order; trees in one group move simultaneously.
   sequences: where the text comes from. What it puts beside the sampled rows, such as
-    batch['gold'], is a batch of its own with weights of its own.
+    `Batch.gold`, is a batch of its own with weights of its own.
   weights: mask [B, L] of a whole batch to the weight of each position.
-  module: the kind of online module where adapter.kind leaves it open.
-  takes_stored: whether the loss reads what a teacher said before, batch['stored'],
+  takes_stored: whether the loss reads what a teacher said before, `Batch.stored`,
     where there is no teacher (`cache_teacher`).
   takes_packed: whether a row may hold several texts, apart only by 'segment_ids'.
   """
 
-  loss: Callable[[Models, Params, Any, Batch, Array, Mapping[str, Any]], Loss]
-  teacher: str
+  loss: Callable[[Models, Params, Params, Batch, Array, Now], Loss]
   knobs: Mapping[str, Knob] = dataclasses.field(default_factory=dict)
+  taught: bool = True
+  several: bool = False
+  adapts: bool = False
+  adapter: str = "lora"
+  trees: Mapping[str, tuple[Callable[..., PyTree], float]] = dataclasses.field(
+    default_factory=dict
+  )
   updates: tuple[tuple[str, ...], ...] = (("student",),)
   sequences: Sequences = Sequences()
-  weights: Callable[[Array], Array] = token_weights
-  module: str = "lora"
+  weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]] = token_weights
   takes_stored: bool = False
   takes_packed: bool = True
-  trees: Mapping[str, tuple[Callable, float]] = dataclasses.field(default_factory=dict)
-
-  def knobs_at(self, progress) -> dict[str, Any]:
-    """The value of each knob at a share of the run, 0 at the first step, 1 at the last.
-
-    Constant knobs stay Python numbers, so that a loss can leave out what they switch
-    off; moving ones are traced.
-    """
-    return {
-      name: knob(progress) if isinstance(knob, Linear) else knob
-      for name, knob in self.knobs.items()
-    }
 
 
-def combine(*terms: tuple[Any, Float[Array, "B C"]]) -> Float[Array, "B C"]:
+def combine(*terms: tuple[Any, Float[Array, "*B"]]) -> Float[Array, "*B"]:
   """The sum of weight * value.
 
   A term whose weight is the number 0 is left out, so that it costs nothing and
@@ -181,12 +83,14 @@ def combine(*terms: tuple[Any, Float[Array, "B C"]]) -> Float[Array, "B C"]:
   return sum(kept[1:], kept[0]) if kept else jnp.zeros_like(terms[0][1])
 
 
-def is_zero(weight) -> bool:
+def is_zero(weight: Any) -> bool:
   """Whether a weight is the number 0, so that what it weighs may be left out."""
   return isinstance(weight, int | float) and weight == 0
 
 
-def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
+def diagnostics(
+  logits: Logits, labels: Int[Array, "B C"]
+) -> dict[str, Float[Array, "B C"]]:
   """Per-token figures every distillation run logs, at no extra forward pass.
 
   At temperature 1 and in nats, whatever the loss does. A teacher whose `teacher_nll`
@@ -204,13 +108,14 @@ def diagnostics(logits, labels) -> dict[str, Float[Array, "B C"]]:
   }
 
 
-def gold_nll(models: Models, params: Params, batch: Batch, key) -> Array:
-  """The student's cross-entropy on the gold rows that lie beside sampled ones."""
+def gold_nll(
+  models: Models, params: Params, gold: Batch, key: Key[Array, ""] | None
+) -> Float[Array, ""]:
+  """The student's cross-entropy on gold rows, such as lie beside sampled ones."""
 
-  def token_loss(logits, labels):
+  def token_loss(logits: Logits, labels: Int[Array, "B C"]):
     return cross_entropy(logits["student"], labels), {}
 
-  gold = batch["gold"]
   outputs = {"student": models.student(params["student"], gold, key)}
   return token_sums(models, token_loss, outputs, gold, {})[0]
 
@@ -220,22 +125,24 @@ def token_sums(
   token_loss: TokenLoss,
   outputs: Mapping[str, Output],
   batch: Batch,
-  knobs: Mapping[str, Any],
-  labels=None,
+  now: Now,
+  labels: PyTree | None = None,
   one_vocabulary: bool = True,
 ) -> Loss:
   """Sums of a token loss over the batch, chunk by chunk (`losses.weighted_sums`).
 
-  labels: what the loss gets in place of the batch's labels.
-  one_vocabulary: whether all heads are of the same tokens, however padded.
+  Args:
+    now: the knobs that the token loss gets as keywords.
+    labels: what the loss gets in place of the batch's labels.
+    one_vocabulary: whether all heads are of the same tokens, however padded.
   """
-  moving = {k: v for k, v in knobs.items() if isinstance(v, jax.Array)}
-  constant = {k: v for k, v in knobs.items() if k not in moving}
+  moving = {k: v for k, v in now.items() if isinstance(v, jax.Array)}
+  constant = {k: v for k, v in now.items() if k not in moving}
   return weighted_sums(
     functools.partial(token_loss, **constant),
     cut_heads(outputs, models.vocab_size) if one_vocabulary else outputs,
-    batch["labels"] if labels is None else labels,
-    batch["weights"],
+    batch.labels if labels is None else labels,
+    batch.weights,
     models.chunk,
     moving,
   )

@@ -1,13 +1,22 @@
-"""Where the text of a training step comes from: a description, sampled by `sampler`."""
+"""Where the text of a training step comes from: a description, see `run.batches`."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, Literal
 
+from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.methods.base.knobs import Knob, Linear, check_share, ends
+from okd_jax.methods.base.knobs import (
+  Knob,
+  Linear,
+  check_choice,
+  check_least,
+  check_share,
+)
 from okd_jax.text.rollout import Sampling
 
 REPLAY_RATIOS = ("decreasing", "constant", "increasing")
+Source = Literal["gold", "student", "teacher", "mixture", "interleaved"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,41 +38,37 @@ class Replay:
   loss_eps: float = 0.1
 
   def __post_init__(self):
-    if self.capacity < 1:
-      raise UserError(f"method.replay_capacity={self.capacity} must be at least 1")
-    if self.ratio not in REPLAY_RATIOS:
-      raise UserError(
-        f"method.replay_ratio={self.ratio!r} must be one of {', '.join(REPLAY_RATIOS)}"
-      )
-    if not self.loss_eps >= 0:
-      raise UserError(f"method.loss_eps={self.loss_eps} must be at least 0")
+    check_least("method.replay_capacity", self.capacity, 1)
+    check_choice("method.replay_ratio", self.ratio, REPLAY_RATIOS)
+    check_least("method.loss_eps", self.loss_eps, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
   """Which text a method trains on; the default is the data's own.
 
-  source: 'gold'; 'student' samples; 'mixture', of both models in each token's
-    distribution; 'interleaved', the student's tokens with the teacher's in place of
-    those it would not have written.
+  source: 'gold'; 'student' samples; 'teacher', its answers, written before training;
+    'mixture', of both models in each token's distribution; 'interleaved', the student's
+    tokens with the teacher's in place of those it would not have written.
   share: of the steps that train on sampled text, the others take gold.
   student, teacher: how each draws.
   weight: the teacher's in a mixture.
   top: of the teacher's tokens, that the student's must be among.
   max_new_tokens: of an answer; 0 is what fits between prompt and row length.
-  gold: whether the step's gold rows are needed beside, as batch['gold']: those of the
+  gold: whether the step's gold rows are needed beside, as `Batch.gold`: those of the
     same prompts, unless the sampled rows are replayed or held from an earlier step.
   beforehand: 'teacher' and 'student' answer every prompt once before training; their
-    rows for the same prompts come as batch['teacher'] and batch['student'].
+    rows for the same prompts come as `Batch.answers`.
   replay: what becomes of sampled rows.
   own_tokens: the teacher reads the same records in the tokens of its own tokenizer,
-    as batch['teacher'].
+    as `Batch.other_tokens`.
   updates: steps that train on one and the same sampled batch.
-  prepare: (models, params, frozen, batch, key) -> batch, what a batch must know about
-    the models as they are before its first update; a sampled one keeps it.
+  prepare: (models, params, frozen, batch, key, now) -> batch, what is found or drawn
+    once for the whole batch, before its first update and before it is cut into
+    micro-batches; a sampled one keeps it. What it adds has a row for each of its rows.
   """
 
-  source: str = "gold"
+  source: Source = "gold"
   share: Knob = 1.0
   student: Sampling = Sampling()
   teacher: Sampling = Sampling()
@@ -75,70 +80,81 @@ class Sequences:
   own_tokens: bool = False
   replay: Replay | None = None
   updates: int = 1
-  prepare: Callable | None = None
+  prepare: Callable[..., Batch] | None = None
 
   @property
   def sampled(self) -> bool:
-    """Whether anything is sampled while training."""
+    """Whether the text is not the data's own."""
     return self.source != "gold"
 
 
-# The configuration keys of every method that samples.
-SAMPLING = (
-  "sampled_share",
-  "max_new_tokens",
-  "sample_temperature",
-  "sample_top_p",
-  "sample_top_k",
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextKnobs:
+  """What a method that samples text reads; None is the method's own.
 
-
-def make_sequences(
-  source: str,
-  *,
-  sampled_share: Knob | None = None,
-  max_new_tokens: int,
-  sample_temperature: float | None,
-  sample_top_p: float | None,
-  sample_top_k: int,
-  defaults: tuple[float, float, float] = (1.0, 1.0, 1.0),
-  **more,
-) -> Sequences:
-  """The sequences that the configuration asks for.
-
-  defaults: the share, temperature and top_p of the method itself, where the
-    configuration leaves them open.
-
-  Raises:
-    UserError: for a setting out of range.
+  max_new_tokens: of an answer; 0 is what fits beside the prompt.
+  sample_temperature, sample_top_p, sample_top_k: how the student draws (and the teacher
+    where answers are written before training).
   """
-  share, temperature, top_p = (
-    default if value is None else value
-    for value, default in zip(
-      (sampled_share, sample_temperature, sample_top_p), defaults, strict=True
+
+  max_new_tokens: int = 0
+  sample_temperature: float | None = None
+  sample_top_p: float | None = None
+  sample_top_k: int = 0
+
+  own_temperature, own_top_p = 1.0, 1.0  # of the class, not knobs
+
+  def __post_init__(self):
+    for key in ("sample_temperature", "sample_top_k", "max_new_tokens"):
+      value = getattr(self, key)
+      check_least(f"method.{key}", 0 if value is None else value, 0)
+    top_p = self.sampling().top_p
+    if not 0 < top_p <= 1:
+      raise UserError(f"method.sample_top_p={top_p} must be above 0 and at most 1")
+
+  def sampling(self) -> Sampling:
+    """How to draw."""
+    temperature, top_p = self.sample_temperature, self.sample_top_p
+    return Sampling(
+      self.own_temperature if temperature is None else temperature,
+      self.sample_top_k,
+      self.own_top_p if top_p is None else top_p,
     )
-  )
-  if isinstance(share, Linear) and share.start is None:
-    share = Linear(defaults[0], share.end)
-  check_share("method.sampled_share", share)
-  for key, value in (
-    ("sample_temperature", temperature),
-    ("sample_top_k", sample_top_k),
-    ("max_new_tokens", max_new_tokens),
-  ):
-    if not value >= 0:
-      raise UserError(f"method.{key}={value} must be at least 0")
-  if not 0 < top_p <= 1:
-    raise UserError(f"method.sample_top_p={top_p} must be above 0 and at most 1")
-  return Sequences(
-    source=source,
-    share=share,
-    student=Sampling(temperature, sample_top_k, top_p),
-    max_new_tokens=max_new_tokens,
-    **more,
-  )
+
+  def sequences(self, source: Source, **more: Any) -> Sequences:
+    """The sequences that the knobs ask for; `more` are other fields of them."""
+    return Sequences(
+      source=source,
+      student=self.sampling(),
+      max_new_tokens=self.max_new_tokens,
+      **more,
+    )
 
 
-def never(knob: Knob) -> bool:
-  """Whether a weight is 0 throughout."""
-  return not any(ends(knob))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedTextKnobs(TextKnobs):
+  """`TextKnobs` of a method that samples in a share of the steps.
+
+  sampled_share: that share; None is the method's own.
+  """
+
+  sampled_share: Knob | None = None
+
+  own_share = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_share("method.sampled_share", self.share())
+
+  def share(self) -> Knob:
+    """The share of the steps, constant or moving."""
+    share = self.sampled_share
+    if share is None:
+      return self.own_share
+    if isinstance(share, Linear) and share.start is None:
+      return Linear(self.own_share, share.end)
+    return share
+
+  def sequences(self, source: Source, **more: Any) -> Sequences:
+    """The sequences that the knobs ask for; `more` are other fields of them."""
+    return super().sequences(source, share=self.share(), **more)

@@ -13,30 +13,38 @@ teachers far from the student. Its third adds the gain on held-out data: the sam
 all examples of a step, so that such a baseline takes it away again.
 """
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
 
-from okd_jax.errors import UserError
-from okd_jax.methods.base.method import stop_gradient
+from okd_jax.data.batch import Batch
+from okd_jax.methods.base import Now, stop_gradient
 
 # What the student should have little of, besides its cross-entropy on gold.
 REWARDS = {"gold": False, "gold_and_teachers": True}
 
-
-def check(reward: str) -> None:
-  """Raises a UserError for an unknown reward."""
-  if reward not in REWARDS:
-    raise UserError(f"method.reward={reward!r} must be one of {', '.join(REWARDS)}")
+Tree = Mapping[str, Float[Array, "..."]]
+Facts = Mapping[str, Float[Array, "B L ..."]]
 
 
-def init(key, teachers: int, hidden_size: int):
+def init(
+  key: Key[Array, ""], teachers: int, hidden_size: int
+) -> dict[str, Float[Array, "..."]]:
   """Every teacher is chosen with probability 1/2, whatever the example."""
   del key
   kernel = jnp.zeros((teachers, hidden_size + 3))
   return {"kernel": kernel, "bias": jnp.zeros(teachers), "baseline": jnp.zeros(())}
 
 
-def choose(params, facts, hidden, mask, key):
+def choose(
+  params: Tree,
+  facts: Facts,
+  hidden: Float[Array, "B L D"],
+  mask: Bool[Array, "B L"],
+  key: Key[Array, ""],
+) -> dict[str, Float[Array, "B ..."]]:
   """{'actions' [B, n], 'state' [B, n, F], 'before' [B, 2]}: constants of a step.
 
   facts: 'nll', 'entropy', 'divergence' [B, L, n] of the teachers and 'student_nll'
@@ -53,31 +61,33 @@ def choose(params, facts, hidden, mask, key):
   return {"actions": actions, "state": state, "before": _costs(facts, mask, actions)}
 
 
-def logits(params, state):
-  """[B, n]: each teacher's, by a map of its own."""
+def logits(params: Tree, state: Float[Array, "B n F"]) -> Float[Array, "B n"]:
+  """Each teacher's, by a map of its own."""
   return jnp.einsum("bnf,nf->bn", state, params["kernel"]) + params["bias"][None]
 
 
-def share(actions):
-  """[B, n]: chosen teachers count the same; all 0 where none was chosen."""
+def share(actions: Float[Array, "B n"]) -> Float[Array, "B n"]:
+  """Chosen teachers count the same; all 0 where none was chosen."""
   return actions / jnp.maximum(actions.sum(-1, keepdims=True), 1.0)
 
 
-def loss(params, facts, batch, reward: str, knobs):
+def loss(
+  params: Tree, facts: Facts, batch: Batch, reward: str, now: Now
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """(REINFORCE's loss, metrics) of a step; moves the policy alone.
 
   facts: as in `choose`, of the student that has moved.
   """
-  ratio = knobs["kd_ratio"] if REWARDS[reward] else 0.0
+  ratio = now["kd_ratio"] if REWARDS[reward] else 0.0
   weights = jnp.stack([jnp.ones(()), jnp.asarray(ratio, jnp.float32)])
-  after = _costs(facts, batch["mask"], batch["actions"])
-  gain = stop_gradient((batch["before"] - after) @ weights)
+  after = _costs(facts, batch.mask, batch.facts["actions"])
+  gain = stop_gradient((batch.facts["before"] - after) @ weights)
   # Each row counts by its share of the batch's tokens, so that parts add up.
-  row_weight = batch["weights"].sum(-1)
+  row_weight = batch.weights.sum(-1)
   baseline = params["baseline"]
   advantage = gain - stop_gradient(baseline)
-  z = logits(params, batch["state"])
-  chosen = batch["actions"]
+  z = logits(params, batch.facts["state"])
+  chosen = batch.facts["actions"]
   log_pi = (chosen * jax.nn.log_sigmoid(z) + (1 - chosen) * jax.nn.log_sigmoid(-z)).sum(
     -1
   )
@@ -90,17 +100,19 @@ def loss(params, facts, batch, reward: str, knobs):
   }
 
 
-def _costs(facts, mask, actions):
-  """[B, 2]: the student's cross-entropy, and its divergence from those chosen."""
+def _costs(
+  facts: Facts, mask: Bool[Array, "B L"], actions: Float[Array, "B n"]
+) -> Float[Array, "B 2"]:
+  """The student's cross-entropy, and its divergence from those chosen."""
   mean = _mean_over(mask)
   divergence = (mean(facts["divergence"]) * share(actions)).sum(-1)
   return jnp.stack([mean(facts["student_nll"]), divergence], axis=-1)
 
 
-def _mean_over(mask):
+def _mean_over(mask: Bool[Array, "B L"]) -> Callable[[Array], Array]:
   count = jnp.maximum(mask.sum(1), 1)
 
-  def mean(x):
+  def mean(x: Float[Array, "B L ..."]) -> Float[Array, "B ..."]:
     where = mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
     return jnp.where(where, x, 0.0).sum(1) / count.reshape(-1, *[1] * (x.ndim - 2))
 

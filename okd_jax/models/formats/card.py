@@ -33,7 +33,7 @@ def model_card(config: ModelConfig, count: int, rows: Mapping[str, str]) -> str:
   return "\n".join(lines)
 
 
-def _public(value) -> str:
+def _public(value: object) -> str:
   """A local path is reduced to its last name; hub ids and prose stay."""
   text = str(value)
   return (

@@ -8,27 +8,35 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax.numpy as jnp
 import numpy as np
+import transformers
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats import gguf_tokenizer, hf
-from okd_jax.models.formats.weights import Put, Weight, assemble
+from okd_jax.models.formats.weights import Params, Put, Weight, assemble
 from okd_jax.models.transformer import rope_frequencies
+
+Value = bool | int | float | str | list[Any] | None  # what a field may hold
 
 _IGNORED = re.compile(r"rope_freqs\.weight|attn_rot_embd")  # said by the config
 
 
-def _linear(path: str, name: str, part: int = 0, parts: int = 1):
+def _linear(
+  path: str, name: str, part: int = 0, parts: int = 1
+) -> tuple[Weight, Weight]:
   return (
     Weight(f"layers/{path}/kernel", f"blk.{{}}.{name}.weight", True, part, parts),
     Weight(f"layers/{path}/bias", f"blk.{{}}.{name}.bias", False, part, parts),
   )
 
 
-def _norm(path: str, name: str):
+def _norm(path: str, name: str) -> tuple[Weight, Weight]:
   return (
     Weight(f"{path}/scale", f"{name}.weight"),
     Weight(f"{path}/bias", f"{name}.bias"),
@@ -64,9 +72,19 @@ WEIGHTS = {
 
 
 def load(
-  path: Path, *, dtype=jnp.float32, put: Put = hf.put_whole, params: bool = True
-):
+  path: Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  put: Put = hf.put_whole,
+  params: bool = True,
+) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters or None, tokenizer or None) of a GGUF file.
+
+  Args:
+    path: the file.
+    dtype: what the parameters become.
+    put: places a finished parameter, given its path, on its device or devices.
+    params: False leaves them out.
 
   Raises:
     UserError: where the `gguf` package is missing, the file is damaged, or it
@@ -86,7 +104,7 @@ def load(
 class _File:
   """An open GGUF file: metadata fields, tensor shapes, and tensors on demand."""
 
-  def __init__(self, path: Path):
+  def __init__(self, path: Path) -> None:
     self.path = path
     self.fields, self._tensors = _read(path)
     self.arch = self.fields.get("general.architecture")
@@ -109,7 +127,7 @@ class _File:
     """The model's shape; what GGUF leaves unsaid shows in which tensors there are."""
     return _llama_config(self) if self.arch == "llama" else _gpt2_config(self)
 
-  def get(self, key: str, *default):
+  def get(self, key: str, *default: Value) -> Value:
     """A field of this architecture, such as 'block_count'."""
     full = f"{self.arch}.{key}"
     if full not in self.fields and not default:
@@ -157,11 +175,12 @@ class _File:
       and np.array_equal(head.data, embedding.data)
     )
 
-  def _refuse(self, reason: str):
+  def _refuse(self, reason: str) -> NoReturn:
     raise UserError(f"{self.path}: {reason}")
 
 
-def _read(path: Path):
+# The second one's values are `gguf.ReaderTensor`, of a package that may be missing.
+def _read(path: Path) -> tuple[dict[str, Value], dict[str, Any]]:
   """(fields, tensors) of a file; a UserError if it cannot be read."""
   if importlib.util.find_spec("gguf") is None:
     raise UserError(
@@ -179,7 +198,7 @@ def _read(path: Path):
   return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _shared_config(file: _File) -> dict:
+def _shared_config(file: _File) -> dict[str, Any]:
   heads = file.get("attention.head_count")
   ids = {
     name: file.fields.get(f"tokenizer.ggml.{name}_token_id")
@@ -249,15 +268,20 @@ def _rope_scaling(file: _File, config: ModelConfig) -> RopeScaling | None:
   if factors is not None:
     return _llama3_scaling(file, config, factors)
   factor = file.get("rope.scaling.factor", file.get("rope.scale_linear", 1.0))
-  kind = file.get("rope.scaling.type", "linear")
-  if kind == "none" or (kind == "linear" and factor == 1):
-    return None
-  if kind != "linear":
-    raise UserError(f"{file.path}: rope scaling {kind!r} is not supported, only linear")
-  return RopeScaling("linear", factor)
+  match file.get("rope.scaling.type", "linear"):
+    case "none":
+      return None
+    case "linear":
+      return None if factor == 1 else RopeScaling("linear", factor)
+    case kind:
+      raise UserError(
+        f"{file.path}: rope scaling {kind!r} is not supported, only linear"
+      )
 
 
-def _llama3_scaling(file, config, factors) -> RopeScaling | None:
+def _llama3_scaling(
+  file: _File, config: ModelConfig, factors: Float[np.ndarray, " half"]
+) -> RopeScaling | None:
   """The config's constants back from the factors that GGUF keeps instead.
 
   Every published LLaMA 3 has the same constants but for the largest factor.

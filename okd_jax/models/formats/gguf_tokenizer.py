@@ -1,6 +1,7 @@
 """A Hugging Face tokenizer from the vocabulary inside a GGUF file."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import tokenizers
 import transformers
@@ -21,7 +22,7 @@ _LLAMA3_SPLIT = (
 
 
 def build(
-  fields: Mapping, max_length: int, where: str
+  fields: Mapping[str, Any], max_length: int, where: str
 ) -> "transformers.PreTrainedTokenizerFast | None":
   """The tokenizer that a file's fields describe, or None if they have none.
 
@@ -46,17 +47,17 @@ def build(
 class _Fields:
   """The `tokenizer.ggml.*` fields, with llama.cpp's defaults."""
 
-  def __init__(self, fields: Mapping, where: str):
+  def __init__(self, fields: Mapping[str, Any], where: str) -> None:
     self._fields = fields
     self.where = where
     self.tokens = self["tokens"]
     self.types = self.get("token_type", [_NORMAL] * len(self.tokens))
     self.vocab = {token: index for index, token in enumerate(self.tokens)}
 
-  def __getitem__(self, name: str):
+  def __getitem__(self, name: str) -> Any:  # whatever the field holds
     return self._fields[f"tokenizer.ggml.{name}"]
 
-  def get(self, name: str, default=None):
+  def get(self, name: str, default: object = None) -> Any:
     return self._fields.get(f"tokenizer.ggml.{name}", default)
 
   def named(self) -> dict[str, str]:
@@ -134,7 +135,7 @@ def _merges_from_scores(fields: _Fields) -> list[tuple[str, str]]:
   return [(left, right) for _, left, right in sorted(merges)]
 
 
-def _finish(tokenizer: tokenizers.Tokenizer, fields: _Fields, add_bos: bool):
+def _finish(tokenizer: tokenizers.Tokenizer, fields: _Fields, add_bos: bool) -> None:
   """Added tokens, and the tokens that every text starts and ends with."""
   special = set(fields.named().values())
   added = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
@@ -154,7 +155,9 @@ def _finish(tokenizer: tokenizers.Tokenizer, fields: _Fields, add_bos: bool):
     )
 
 
-def _wrap(tokenizer, fields: _Fields, max_length: int):
+def _wrap(
+  tokenizer: tokenizers.Tokenizer, fields: _Fields, max_length: int
+) -> "transformers.PreTrainedTokenizerFast":
   named = fields.named()
   return transformers.PreTrainedTokenizerFast(
     tokenizer_object=tokenizer,
@@ -168,15 +171,15 @@ def _wrap(tokenizer, fields: _Fields, max_length: int):
   )
 
 
-def _gpt2_split():
+def _gpt2_split() -> list[pre_tokenizers.PreTokenizer]:
   return [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 
 
-def _smollm_split():
+def _smollm_split() -> list[pre_tokenizers.PreTokenizer]:
   return [pre_tokenizers.Digits(individual_digits=True), *_gpt2_split()]
 
 
-def _llama3_split():
+def _llama3_split() -> list[pre_tokenizers.PreTokenizer]:
   return [
     pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

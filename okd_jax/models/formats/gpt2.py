@@ -4,6 +4,9 @@ Language Models are Unsupervised Multitask Learners, Radford et al. 2019. Its
 kernels are `Conv1D`, [in, out] like ours, and query, key and value are one tensor.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import activations
@@ -51,7 +54,7 @@ _FIXED = {
 }
 
 
-def config_from_hf(raw: dict) -> ModelConfig:
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
   """What config.json says, as a ModelConfig; token ids are left to `hf`."""
   for name, value in _FIXED.items():
     if raw.get(name, value) != value:
@@ -77,7 +80,7 @@ def config_from_hf(raw: dict) -> ModelConfig:
   )
 
 
-def config_to_hf(config: ModelConfig) -> dict:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """The way back; a UserError where GPT-2's layout cannot say it."""
   require(
     config,

@@ -10,19 +10,22 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 import transformers
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import gpt2, llama
 from okd_jax.models.formats.card import model_card
-from okd_jax.models.formats.weights import Put, assemble, disassemble
+from okd_jax.models.formats.weights import Params, Put, Weight, assemble, disassemble
 from okd_jax.runtime.files import read_json, replacing, write_json
 
 FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": llama}
@@ -47,8 +50,12 @@ def put_whole(path: str, array: np.ndarray) -> jax.Array:
 
 
 def load(
-  folder: Path, *, dtype=jnp.float32, put: Put = put_whole, params: bool = True
-) -> "tuple[ModelConfig, dict | None, transformers.PreTrainedTokenizerBase | None]":
+  folder: Path,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  put: Put = put_whole,
+  params: bool = True,
+) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters, tokenizer) of an HF folder.
 
   Parameters are None if `params` is False, the tokenizer if the folder has none.
@@ -108,19 +115,18 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase | None
 
 def save(
   folder: str | os.PathLike,
-  params,
+  params: Params,
   config: ModelConfig,
   tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
   *,
-  dtype=jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   card: Mapping[str, str] | None = None,
   template: str = "",
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """Writes a folder that `AutoModelForCausalLM` and `load` both open.
 
-  The folder appears whole or not at all, and two calls with the same arguments
-  write the same bytes.
+  It appears whole or not at all, and the same arguments give the same bytes.
 
   Args:
     dtype: of the stored weights: float32, bfloat16 or float16.
@@ -131,21 +137,25 @@ def save(
   Raises:
     UserError: if the family's layout cannot hold the model, or `folder` holds
       files that are not a model's.
+
+  >>> import tempfile
+  >>> from okd_jax.models import init
+  >>> config = ModelConfig(vocab_size=8, hidden_size=4, num_layers=1, num_heads=2)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save(f"{folder}/model", init(config, jax.random.key(0)), config)
+  ...   print([path.name for path in files(Path(folder, "model"))])
+  ['config.json', 'model.safetensors']
   """
   family = FAMILIES[config.family]
   raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
   tensors = disassemble(config, _table(family, family.PREFIX), params, dtype=dtype)
-  count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
   with replacing(folder, _OURS) as partial:
-    write_json(partial / "config.json", raw, sort_keys=True)
-    write_json(partial / "generation_config.json", _ids_to_hf(config), sort_keys=True)
+    _write_configs(partial, config, raw, tokenizer)
     _write_weights(partial, tensors, max_shard_bytes)
-    if tokenizer is not None:
-      _write_tokenizer(partial, tokenizer)
-    (partial / "README.md").write_text(model_card(config, count, card or {}), "utf-8")
+    (partial / "README.md").write_text(_readme(config, params, card or {}), "utf-8")
 
 
-def hf_config(config: ModelConfig, dtype=jnp.float32) -> dict:
+def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
   """The contents of config.json; a UserError where the family cannot say it."""
   family = FAMILIES[config.family]
   name = np.dtype(dtype).name
@@ -159,7 +169,7 @@ def hf_config(config: ModelConfig, dtype=jnp.float32) -> dict:
   }
 
 
-def open_safetensors(path: Path):
+def open_safetensors(path: Path) -> safetensors.safe_open:
   """`safetensors.safe_open` for numpy; a UserError for a damaged file."""
   try:
     return safetensors.safe_open(path, framework="np")
@@ -172,7 +182,7 @@ def open_safetensors(path: Path):
 class _Tensors:
   """The tensors of a folder by name, whichever of its files they are in."""
 
-  def __init__(self, folder: Path):
+  def __init__(self, folder: Path) -> None:
     self._files = {path.name: open_safetensors(path) for path in _weight_files(folder)}
     self._file = {
       name: file for file in self._files for name in self._files[file].keys()
@@ -191,7 +201,9 @@ class _Tensors:
     return self._files[self._file[name]].get_tensor(name)
 
 
-def _load_weights(folder: Path, config: ModelConfig, dtype, put: Put):
+def _load_weights(
+  folder: Path, config: ModelConfig, dtype: DTypeLike, put: Put
+) -> Params:
   family = FAMILIES[config.family]
   tensors = _Tensors(folder)
   prefixed = any(name.startswith(family.PREFIX) for name in tensors.shapes)
@@ -209,14 +221,14 @@ def _load_weights(folder: Path, config: ModelConfig, dtype, put: Put):
   )
 
 
-def _table(family, prefix: str):
+def _table(family: ModuleType, prefix: str) -> list[Weight]:
   return [
     row if row.path == "head" else dataclasses.replace(row, name=prefix + row.name)
     for row in family.WEIGHTS
   ]
 
 
-def _check_tied(folder: Path, tensors: _Tensors, embedding: str):
+def _check_tied(folder: Path, tensors: _Tensors, embedding: str) -> None:
   if embedding in tensors.shapes and not np.array_equal(
     tensors.read(_HEAD), tensors.read(embedding)
   ):
@@ -249,7 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
   raise UserError(f"{folder} holds no weights: there is no model.safetensors")
 
 
-def _token_ids(generation: dict, raw: dict) -> dict:
+def _token_ids(generation: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
   """bos, eos and pad ids; the generation config comes first, as in `generate`."""
   eos = []
   for source in (generation, raw):
@@ -263,7 +275,9 @@ def _token_ids(generation: dict, raw: dict) -> dict:
   }
 
 
-def _with_tokenizer_ids(ids: dict, tokenizer) -> dict:
+def _with_tokenizer_ids(
+  ids: dict[str, Any], tokenizer: "transformers.PreTrainedTokenizerBase | None"
+) -> dict[str, Any]:
   """Fills what the configs leave open."""
   if tokenizer is None:
     return ids
@@ -276,7 +290,7 @@ def _with_tokenizer_ids(ids: dict, tokenizer) -> dict:
   return {k: fallback[k] if v in (None, ()) else v for k, v in ids.items()}
 
 
-def _ids_to_hf(config: ModelConfig) -> dict:
+def _ids_to_hf(config: ModelConfig) -> dict[str, Any]:
   eos = list(config.eos_ids)
   return {
     "bos_token_id": config.bos_id,
@@ -285,7 +299,26 @@ def _ids_to_hf(config: ModelConfig) -> dict:
   }
 
 
-def _write_tokenizer(folder: Path, tokenizer):
+def _write_configs(
+  folder: Path,
+  config: ModelConfig,
+  raw: dict[str, Any],
+  tokenizer: "transformers.PreTrainedTokenizerBase | None",
+) -> None:
+  write_json(folder / "config.json", raw, sort_keys=True)
+  write_json(folder / "generation_config.json", _ids_to_hf(config), sort_keys=True)
+  if tokenizer is not None:
+    _write_tokenizer(folder, tokenizer)
+
+
+def _readme(config: ModelConfig, params: Params, rows: Mapping[str, str]) -> str:
+  count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+  return model_card(config, count, rows)
+
+
+def _write_tokenizer(
+  folder: Path, tokenizer: "transformers.PreTrainedTokenizerBase"
+) -> None:
   tokenizer.save_pretrained(folder)
   path = folder / "tokenizer_config.json"
   # transformers 5 also notes how it was loaded, and its own class for any tokenizer
@@ -296,7 +329,7 @@ def _write_tokenizer(folder: Path, tokenizer):
   write_json(path, raw, sort_keys=True)
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], limit: int):
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], limit: int) -> None:
   shards = list(_shards(tensors, limit))
   if len(shards) == 1:
     save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
@@ -311,7 +344,9 @@ def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], limit: int):
   write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
-def _shards(tensors: Mapping[str, np.ndarray], limit: int) -> Iterator[dict]:
+def _shards(
+  tensors: Mapping[str, np.ndarray], limit: int
+) -> Iterator[dict[str, np.ndarray]]:
   """Fills one shard after the other; a tensor beyond the limit gets its own."""
   shard, size = {}, 0
   for name, tensor in tensors.items():

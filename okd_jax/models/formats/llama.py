@@ -6,6 +6,8 @@ and whatever else says model_type 'llama'. Mistral 7B, Jiang et al. 2023, arXiv
 """
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
@@ -40,11 +42,27 @@ WEIGHTS = (
   Weight("head", "lm_head.weight"),
 )
 
+# Fields of `RopeScaling`, by its kind, and what they are called there.
+_LINEAR = {"factor": "factor"}
+_SCALINGS = {
+  "linear": _LINEAR,
+  "llama3": _LINEAR
+  | {
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_length": "original_max_position_embeddings",
+  },
+}
+
 _log = logging.getLogger(__name__)
 
 
-def config_from_hf(raw: dict) -> ModelConfig:
-  """What config.json says, as a ModelConfig; token ids are left to `hf`."""
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+  """What config.json says, as a ModelConfig; token ids are left to `hf`.
+
+  Raises:
+    UserError: for rotary embeddings or an activation that we do not compute.
+  """
   theta, scaling = _rope_from_hf(raw)
   return ModelConfig(
     family=raw["model_type"],
@@ -68,7 +86,7 @@ def config_from_hf(raw: dict) -> ModelConfig:
   )
 
 
-def config_to_hf(config: ModelConfig) -> dict:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """The way back; a UserError where the family's layout cannot say it."""
   require(
     config, norm="rmsnorm", position="rope", gated_mlp=True, out_bias=config.qkv_bias
@@ -99,7 +117,7 @@ def config_to_hf(config: ModelConfig) -> dict:
   }
 
 
-def _max_length(raw: dict) -> int:
+def _max_length(raw: Mapping[str, Any]) -> int:
   length = raw.get("max_position_embeddings", 2048)
   # MistralConfig's default is 4096; LLaMA knows no window.
   window = raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None
@@ -111,7 +129,7 @@ def _max_length(raw: dict) -> int:
   return window
 
 
-def _rope_from_hf(raw: dict) -> tuple[float, RopeScaling | None]:
+def _rope_from_hf(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """(theta, scaling) from transformers 5's rope_parameters or the older two keys."""
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
   theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
@@ -119,33 +137,23 @@ def _rope_from_hf(raw: dict) -> tuple[float, RopeScaling | None]:
   factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1
   if factor != 1:
     raise UserError(f"partial_rotary_factor={factor} is not supported, only 1")
-  if kind == "default":
-    return theta, None
-  if kind == "linear":
-    return theta, RopeScaling("linear", rope["factor"])
-  if kind == "llama3":
-    return theta, RopeScaling(
-      "llama3",
-      rope["factor"],
-      rope["low_freq_factor"],
-      rope["high_freq_factor"],
-      rope["original_max_position_embeddings"],
+  if kind in _SCALINGS:
+    fields = {ours: rope[theirs] for ours, theirs in _SCALINGS[kind].items()}
+    return theta, RopeScaling(kind, **fields)
+  if kind != "default":
+    raise UserError(
+      f"rope scaling {kind!r} is not supported, only default, linear and llama3"
     )
-  raise UserError(
-    f"rope scaling {kind!r} is not supported, only default, linear and llama3"
-  )
+  return theta, None
 
 
-def _rope_to_hf(config: ModelConfig) -> dict:
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
   """Both spellings: transformers 5 writes rope_parameters, older tools read these."""
   scaling = config.rope_scaling
   rope = {"rope_type": scaling.kind if scaling else "default"}
   if scaling:
-    rope["factor"] = scaling.factor
-  if scaling and scaling.kind == "llama3":
-    rope["low_freq_factor"] = scaling.low_freq_factor
-    rope["high_freq_factor"] = scaling.high_freq_factor
-    rope["original_max_position_embeddings"] = scaling.original_max_length
+    fields = _SCALINGS[scaling.kind]
+    rope |= {theirs: getattr(scaling, ours) for ours, theirs in fields.items()}
   return {
     "rope_parameters": {**rope, "rope_theta": config.rope_theta},
     "rope_theta": config.rope_theta,

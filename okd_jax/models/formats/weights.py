@@ -8,18 +8,23 @@ decoder itself asks for before they touch any data.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 
 from okd_jax.errors import UserError
-from okd_jax.models.config import ModelConfig
+from okd_jax.models.config import Field, ModelConfig
 from okd_jax.models.transformer import Decoder
 
 Put = Callable[[str, np.ndarray], jax.Array]
+Params = dict[str, Any]  # by name, down to arrays: {"layers": {"mlp": {"up": …}}}
+
+_Shapes = Mapping[str, jax.ShapeDtypeStruct]  # 'layers/mlp/up/kernel' to its shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +66,9 @@ def assemble(
   read: Callable[[str], np.ndarray],
   put: Put,
   *,
-  dtype,
+  dtype: DTypeLike,
   where: str,
-):
+) -> Params:
   """Builds the parameter tree from a checkpoint, one parameter at a time.
 
   Args:
@@ -90,7 +95,7 @@ def assemble(
 
 
 def disassemble(
-  config: ModelConfig, table: Iterable[Weight], params, *, dtype
+  config: ModelConfig, table: Iterable[Weight], params: Params, *, dtype: DTypeLike
 ) -> dict[str, np.ndarray]:
   """The checkpoint's tensors, by name: the way back from `assemble`.
 
@@ -116,13 +121,13 @@ def disassemble(
   }
 
 
-def listing(kind: str, items: Iterable) -> list[str]:
+def listing(kind: str, items: Iterable[object]) -> list[str]:
   """['kind: a, b'], or nothing where there are no items; for error messages."""
   text = ", ".join(str(item) for item in items)
   return [f"{kind}: {text}"] if text else []
 
 
-def require(config: ModelConfig, **fields) -> None:
+def require(config: ModelConfig, **fields: Field) -> None:
   """Raises a UserError unless each field of `config` has the value given here."""
   wrong = [
     f"{name}={getattr(config, name)!r} where it needs {value!r}"
@@ -135,7 +140,7 @@ def require(config: ModelConfig, **fields) -> None:
     )
 
 
-def _rows(table: Iterable[Weight], wanted) -> list[Weight]:
+def _rows(table: Iterable[Weight], wanted: _Shapes) -> list[Weight]:
   """The rows that this config uses: biases and heads come and go with it."""
   rows = [row for row in table if row.path in wanted]
   if uncovered := set(wanted) - {row.path for row in rows}:
@@ -143,7 +148,13 @@ def _rows(table: Iterable[Weight], wanted) -> list[Weight]:
   return rows
 
 
-def _check(config, rows, wanted, shapes, where):
+def _check(
+  config: ModelConfig,
+  rows: Sequence[Weight],
+  wanted: _Shapes,
+  shapes: Mapping[str, tuple[int, ...]],
+  where: str,
+) -> None:
   needed = {}
   for row in rows:
     shape = wanted[row.path].shape
@@ -169,7 +180,9 @@ def _check(config, rows, wanted, shapes, where):
     )
 
 
-def _check_tree(wanted, flat):
+def _check_tree(
+  wanted: _Shapes, flat: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+) -> None:
   problems = [
     *listing("missing", sorted(set(wanted) - set(flat))),
     *listing("unexpected", sorted(set(flat) - set(wanted))),

@@ -17,27 +17,27 @@ from safetensors.numpy import load_file, save_file
 from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder
-from okd_jax.models.adapters import AdapterConfig, prompt_vectors
+from okd_jax.models.adapters import Adapter, Lora, Prefix, Prompt, make, prompt_vectors
 
 EVERYTHING = ("query", "key", "value", "out", "gate", "up", "down")
 CASES = {
   "llama_gqa": [
-    AdapterConfig(rank=4, scale=1.5),
-    AdapterConfig(rank=3, scale=0.3, targets=EVERYTHING, layers=2),
+    Lora(rank=4, scale=1.5),
+    Lora(rank=3, scale=0.3, targets=EVERYTHING, layers=2),
   ],
-  "mistral": [AdapterConfig(rank=1, targets=("out", "down"), layers=1)],
+  "mistral": [Lora(rank=1, targets=("out", "down"), layers=1)],
   "gpt2": [
-    AdapterConfig(rank=4, scale=1.5),
-    AdapterConfig(rank=2, scale=0.3, targets=("value",), layers=2),
-    AdapterConfig(rank=3, targets=("key", "out", "up", "down"), layers=1),
+    Lora(rank=4, scale=1.5),
+    Lora(rank=2, scale=0.3, targets=("value",), layers=2),
+    Lora(rank=3, targets=("key", "out", "up", "down"), layers=1),
   ],
 }
 PAIRS = [(name, config) for name, configs in CASES.items() for config in configs]
-PREFIX, PROMPT = (AdapterConfig(kind=kind, length=5) for kind in ("prefix", "prompt"))
+PREFIX, PROMPT = Prefix(length=5), Prompt(length=5)
 VIRTUAL = [(name, c) for name in ("llama_gqa", "mistral") for c in (PREFIX, PROMPT)]
 
 
-def _adapter(name: str, config: AdapterConfig):
+def _adapter(name: str, config: Adapter):
   """A random adapter: both matrices away from zero."""
   decoder = Decoder(families.CONFIGS[name], adapter=config)
   tokens = jnp.zeros((1, 1), jnp.int32)
@@ -46,7 +46,7 @@ def _adapter(name: str, config: AdapterConfig):
   return jax.tree.map(lambda s: 0.3 * rng.standard_normal(s.shape, np.float32), shapes)
 
 
-def _logits(name, adapter, config: AdapterConfig | None, tokens):
+def _logits(name, adapter, config: Adapter | None, tokens):
   model_config = families.CONFIGS[name]
   params = families.params(model_config)
   variables = {"params": params, "adapter": adapter}
@@ -80,7 +80,7 @@ def test_writes_the_same_bytes_twice(tmp_path):
 
 
 def test_gpt2_pairs_are_one_block_pair_on_the_fused_layer(tmp_path):
-  config = AdapterConfig(rank=4, scale=1.5)
+  config = Lora(rank=4, scale=1.5)
   adapter = _save(tmp_path / "adapter", "gpt2", config)
   raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
   assert (raw["r"], raw["lora_alpha"], raw["fan_in_fan_out"]) == (8, 12, True)
@@ -96,7 +96,7 @@ def test_gpt2_pairs_are_one_block_pair_on_the_fused_layer(tmp_path):
 
 
 def test_ranks_that_differ_go_to_patterns(tmp_path):
-  config = AdapterConfig(rank=3, scale=2.0, targets=("query", "value", "down"))
+  config = Lora(rank=3, scale=2.0, targets=("query", "value", "down"))
   _save(tmp_path / "adapter", "gpt2", config)
   raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
   assert raw["target_modules"] == ["c_attn", "mlp.c_proj"]
@@ -129,6 +129,13 @@ class TestVirtualTokens:
     _save(tmp_path / "second", name, config, tree)
     again, _ = _load(tmp_path / "second", name)
     np.testing.assert_array_equal(again["prompt"]["vectors"], vectors)
+
+  def test_a_prompt_of_a_text_comes_back(self, tmp_path):
+    config = Prompt(length=5, ids=(3, 1))
+    adapter = _save(tmp_path / "adapter", "llama_gqa", config)
+    tree, back = _load(tmp_path / "adapter")
+    assert back == config and set(adapter["prompt"]) == {"vectors"}
+    jax.tree.map(np.testing.assert_array_equal, tree, adapter)
 
   def test_layout(self, tmp_path):
     """A virtual token's row: key and value of layer 0, key and value of layer 1, …"""
@@ -173,10 +180,40 @@ class TestVirtualTokens:
       _load(folder)
 
 
+@pytest.mark.parametrize(
+  ("config", "own"),
+  [
+    (Lora(rank=3, layers=2), {"kind": "lora", "rank": 3, "layers": 2}),
+    (dataclasses.replace(PREFIX, layers=2), {"kind": "prefix", "layers": 2}),
+    (PROMPT, {"kind": "prompt"}),
+  ],
+)
+def test_reads_the_note_of_an_older_folder(config, own, tmp_path):
+  """There one class had the fields of all kinds, and a note named every one."""
+  folder = tmp_path / "adapter"
+  adapter = _save(folder, "llama_gqa", config)
+  old = {"kind": "lora", "rank": 32, "scale": 1.0, "targets": ["query", "value"]}
+  old |= {"layers": 0, "length": 5, "blocks": []} | own
+  path = folder / "adapter_model.safetensors"
+  save_file(load_file(path), path, {"okd_jax": json.dumps(old, sort_keys=True)})
+  tree, back = _load(folder)
+  assert back == config
+  if not isinstance(config, Prompt):
+    jax.tree.map(np.testing.assert_array_equal, tree, adapter)
+
+
+def test_a_note_of_another_kind_is_not_taken_for_ours(tmp_path):
+  folder = tmp_path / "adapter"
+  _save(folder, "llama_gqa", PREFIX)
+  path = folder / "adapter_model.safetensors"
+  save_file(load_file(path), path, {"okd_jax": json.dumps({"kind": "lora"})})
+  assert _load(folder)[1] == PREFIX
+
+
 @pytest.fixture
 def folder(tmp_path):
   """An adapter on a LLaMA's query and value, without our note: a stranger's."""
-  config = AdapterConfig(rank=4, scale=0.5)
+  config = Lora(rank=4, scale=0.5)
   _save(tmp_path / "adapter", "llama_gqa", config)
   _edit(tmp_path / "adapter")
   return tmp_path / "adapter"
@@ -198,7 +235,7 @@ def _load(folder, name="llama_gqa"):
 
 def test_reads_a_stranger(folder):
   tree, config = _load(folder)
-  assert config == AdapterConfig(rank=4, scale=0.5)
+  assert config == Lora(rank=4, scale=0.5)
   expected = _adapter("llama_gqa", config)
   jax.tree.map(np.testing.assert_array_equal, tree, expected)
 
@@ -274,7 +311,7 @@ def test_an_adapter_of_another_size_does_not_fit(folder, tmp_path):
   _edit(folder, _halve_inputs)
   with pytest.raises(UserError, match=r"query/down is \(3, 15, 4\), .* \(3, 30, 4\)"):
     _load(folder)
-  _save(tmp_path / "own", "llama_gqa", AdapterConfig(rank=2))
+  _save(tmp_path / "own", "llama_gqa", Lora(rank=2))
   with pytest.raises(UserError, match="does not fit"):
     _load(tmp_path / "own", "llama3")
   with pytest.raises(UserError, match="tensors that no such model has"):
@@ -295,9 +332,9 @@ def test_pickles_and_damage_are_refused(folder):
 
 
 def test_a_tree_that_is_not_the_configs_is_refused(tmp_path):
-  adapter = _adapter("gpt2", AdapterConfig(rank=2))
+  adapter = _adapter("gpt2", Lora(rank=2))
   with pytest.raises(UserError, match=r"query/down is \(3, 30, 2\), .* \(3, 30, 3\)"):
-    _save(tmp_path / "adapter", "gpt2", AdapterConfig(rank=3), adapter)
+    _save(tmp_path / "adapter", "gpt2", Lora(rank=3), adapter)
 
 
 @pytest.fixture(scope="module")
@@ -311,8 +348,9 @@ def bases(tmp_path_factory):
   return root
 
 
-# peft 0.21 still calls a property that transformers 5 has renamed.
+# peft 0.21 still uses two names that transformers 5 has changed.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`past_key_values`:FutureWarning")
 class TestPeft:
   @pytest.mark.parametrize(("name", "config"), PAIRS + VIRTUAL)
   def test_opens_ours(self, name, config, bases, tmp_path):
@@ -346,7 +384,7 @@ class TestPeft:
     adapted = peft.get_peft_model(base, options).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     adapter, config = _load(tmp_path / "adapter")
-    assert config == AdapterConfig(kind=kind, length=4)
+    assert config == make(kind, length=4)
     tokens = families.tokens(families.CONFIGS["llama_gqa"])
     expected = families.torch_logits(adapted, tokens)[:, -tokens.shape[1] :]
     logits = _logits("llama_gqa", adapter, config, tokens)
@@ -381,7 +419,7 @@ class TestPeft:
           weight.copy_(0.3 * torch.randn_like(weight))
     adapted.save_pretrained(tmp_path / "adapter")
     adapter, config = models.load_adapter(tmp_path / "adapter", families.CONFIGS[name])
-    assert config == AdapterConfig(rank=3, scale=7 / 3, targets=targets, layers=2)
+    assert config == Lora(rank=3, scale=7 / 3, targets=targets, layers=2)
     tokens = families.tokens(families.CONFIGS[name])
     np.testing.assert_allclose(
       _logits(name, adapter, config, tokens),

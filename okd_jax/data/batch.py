@@ -1,0 +1,54 @@
+"""A batch: rows of one length, and what lies beside them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+ROW = ("tokens", "labels", "mask", "segment_ids")
+
+
+@flax.struct.dataclass
+class Batch:
+  """Rows for next-token prediction (`pack_row`), as one tree of arrays.
+
+  Attributes:
+    tokens: what a model reads.
+    labels: the token that follows each of them.
+    mask: where a label is trained on.
+    segment_ids: 0 for padding, else the number of the text within its row.
+    weights: of each position in a token mean, 0 where masked; set by the step.
+    gold: the data's own rows for the same prompts, where the rows are sampled.
+    answers: rows with the answers that a model, 'teacher' or 'student', gave to the
+      same prompts before training.
+    other_tokens: the same records in the tokens of the teacher's own tokenizer.
+    partner: the row that each one is mixed with.
+    stored: what the teacher said about the rows before training, by name.
+    trunk: what enters the teacher's lowest adapted layer.
+    facts: what a method found about the rows before the step, by name.
+  """
+
+  tokens: Int[Array | np.ndarray, "B L"]
+  labels: Int[Array | np.ndarray, "B L"]
+  mask: Bool[Array | np.ndarray, "B L"]
+  segment_ids: Int[Array | np.ndarray, "B L"]
+  weights: Float[Array, "B L"] | None = None
+  gold: "Batch | None" = None
+  answers: Mapping[str, "Batch"] = flax.struct.field(default_factory=dict)
+  other_tokens: "Batch | None" = None
+  partner: "Batch | None" = None
+  stored: Mapping[str, Shaped[Array | np.ndarray, "B L ..."]] | None = None
+  trunk: Float[Array | np.ndarray, "B L D"] | None = None
+  facts: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+
+  @classmethod
+  def of(cls, rows: Mapping[str, Any]) -> "Batch":
+    """The batch of rows that a loader gives; their numbers are left out."""
+    return cls(**{name: rows[name] for name in ROW})
+
+  @property
+  def rows(self) -> dict[str, Any]:
+    """The four arrays of the rows themselves, by name."""
+    return {name: getattr(self, name) for name in ROW}

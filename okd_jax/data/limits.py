@@ -1,0 +1,105 @@
+"""How long rows may be, and what is said of those that are longer."""
+
+import dataclasses
+
+from okd_jax.errors import UserError
+
+_POLICIES = ("drop", "truncate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """How long rows may be, and what becomes of longer ones.
+
+  Attributes:
+    max_length: of a whole row, in tokens. Plain text is cut into windows of it.
+    max_prompt_length: of a prompt.
+    overlong_prompt: `drop` the row, or `truncate` the prompt to its last tokens.
+    overlong_row: `truncate` the response, which then has no end token, or `drop`.
+  """
+
+  max_length: int = 512
+  max_prompt_length: int = 256
+  overlong_prompt: str = "drop"
+  overlong_row: str = "truncate"
+
+  def __post_init__(self) -> None:
+    problems = []
+    for name, least in (("max_length", 2), ("max_prompt_length", 1)):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < least:
+        problems.append(f"data.{name}={value!r} must be an integer of at least {least}")
+    for name in ("overlong_prompt", "overlong_row"):
+      value = getattr(self, name)
+      if value not in _POLICIES:
+        problems.append(f"data.{name}={value!r} must be one of {', '.join(_POLICIES)}")
+    if problems:
+      raise UserError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """What became of the rows of a dataset.
+
+  `windows` counts the pieces of texts that were cut; `kept` counts examples, so it
+  exceeds `rows` when texts were.
+  """
+
+  rows: int
+  kept: int = 0
+  dropped_prompts: int = 0
+  truncated_prompts: int = 0
+  dropped_rows: int = 0
+  truncated_rows: int = 0
+  windows: int = 0
+
+
+def nothing_left(counts: Counts, limits: Limits) -> str:
+  """Why there is no row left, and which key to change."""
+  fates = _fates(counts, limits)
+  if len(fates) == 1:
+    [(number, what, why, remedy)] = fates
+    return f"all {number} {what} are {why}; {remedy}"
+  causes = ", ".join(f"{n} {what} are {why} ({fix})" for n, what, why, fix in fates)
+  return f"none of the {counts.rows} rows is left: {causes}"
+
+
+def summary(counts: Counts, limits: Limits) -> str:
+  """The one line about a dataset."""
+  parts = [f"{counts.kept} rows from {counts.rows} records"]
+  if counts.windows:
+    parts.append(f"{counts.windows} are windows of long texts")
+  for number, what, why, _ in _fates(counts, limits):
+    parts.append(f"dropped {number} ({what} {why})")
+  if counts.truncated_prompts:
+    length = limits.max_prompt_length
+    parts.append(
+      f"cut {counts.truncated_prompts} prompts to their last {length} tokens"
+    )
+  if counts.truncated_rows:
+    parts.append(f"cut {counts.truncated_rows} rows to {limits.max_length} tokens")
+  return "; ".join(parts)
+
+
+def _fates(counts: Counts, limits: Limits) -> list[tuple[int, str, str, str]]:
+  """Of each way to lose rows that occurred: how many, what, why, and the remedy."""
+  if limits.overlong_row == "drop":
+    row = ("rows", "longer than", "raise it or set data.overlong_row=truncate")
+  else:
+    remedy = "raise it or lower data.max_prompt_length"
+    row = ("prompts", "too long for a response to fit in", remedy)
+  fates = [
+    (
+      counts.dropped_prompts,
+      "prompts",
+      f"longer than data.max_prompt_length={limits.max_prompt_length}",
+      "raise it or set data.overlong_prompt=truncate",
+    ),
+    (
+      counts.dropped_rows,
+      row[0],
+      f"{row[1]} data.max_length={limits.max_length}",
+      row[2],
+    ),
+  ]
+  return [fate for fate in fates if fate[0]]

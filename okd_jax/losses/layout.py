@@ -1,0 +1,122 @@
+"""The positions of a batch in chunks, those that count first.
+
+Each device keeps its own rows: they are one group, laid out by itself, so that no
+position ever moves to another device.
+"""
+
+import functools
+import math
+from collections.abc import Hashable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, PyTree, Shaped
+
+Name = Hashable  # of a model: 'student', or whatever its loss knows it by
+Labels = PyTree[Shaped[Array | np.ndarray, "B L ..."]]
+# (hidden states by model, each of its own width, labels, weights) of some positions.
+Hidden = dict[Name, Float[Array, "B C _"]]
+Chunk = tuple[Hidden, PyTree[Shaped[Array, "B C ..."]], Float[Array, "B C"]]
+Chunks = tuple[
+  dict[Name, Float[Array, "N B C _"]],
+  PyTree[Shaped[Array, "N B C ..."]],
+  Float[Array, "N B C"],
+]
+
+_ROW_AXES = ("data", "fsdp")  # of the mesh, which the rows of a batch are divided by
+
+
+def counting_first(
+  hidden: Mapping[Name, Float[Array, "B L _"]],
+  labels: Labels,
+  weights: Float[Array | np.ndarray, "B L"],
+  chunk: int,
+) -> tuple[Chunks, Int[Array, ""], Int[Array, "G M"]]:
+  """The positions that count, before all others, in chunks.
+
+  Those of one device's rows are one group, so that short rows and long prompts leave
+  no gaps: of padding and prompts hardly any logit is ever computed.
+
+  Returns:
+    ((hidden states, labels, weights) [chunks, B, C, …], how many chunks have a
+    position that counts, order [G, M]: where each one came from).
+  """
+  rows, length = weights.shape
+  shards = row_shards(rows)
+  group = functools.partial(_grouped, shards=shards)
+  counts = group(weights) != 0
+  order = jnp.argsort(~counts, axis=1, stable=True)
+  size = min(chunk, length)
+
+  def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N B C ..."]:
+    x = cut(_pick(group(x), order), size * rows // shards)
+    return x.reshape(-1, rows, size, *x.shape[3:])
+
+  # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
+  hidden = {
+    name: jnp.where(weights[..., None] != 0, h, 0) for name, h in hidden.items()
+  }
+  chunks = jax.tree.map(lay_out, (hidden, labels, weights))
+  return chunks, -(-counts.sum(1).max() * shards // (size * rows)), order
+
+
+def chunk_at(chunks: Chunks, i: Int[Array, ""] | int) -> Chunk:
+  """Chunk number i."""
+  return jax.tree.map(lambda x: x[i], chunks)
+
+
+def put_back(
+  chunks: Float[Array, "N B C D"], order: Int[Array, "G M"], shape: tuple[int, ...]
+) -> Float[Array, "_ _ D"]:
+  """[chunks, B, C, …] to [B, L, …], each value where `order` says it came from."""
+  groups, length = order.shape
+  joined = join(chunks.reshape(len(chunks), groups, -1, *chunks.shape[3:]), length)
+  return _pick(joined, jnp.argsort(order, axis=1)).reshape(shape)
+
+
+def cut(x: Shaped[Array, "G N ..."], size: int) -> Shaped[Array, "chunks G C ..."]:
+  """[G, N, …] to [chunks, G, C, …]; the last chunk is filled with zeros."""
+  groups, length = x.shape[:2]
+  count = -(-length // size)
+  pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad).reshape(groups, count, size, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def join(
+  chunks: Shaped[Array, "chunks G C ..."], length: int
+) -> Shaped[Array, "G _ ..."]:
+  """The way back from `cut`, to `length` positions."""
+  joined = jnp.moveaxis(chunks, 0, 1)
+  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+
+
+def row_shards(rows: int) -> int:
+  """How many devices share the rows; 1 where that does not come out even."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  shards = math.prod(mesh.get(axis, 1) for axis in _ROW_AXES)
+  return 1 if rows % shards else shards
+
+
+def per_shard(x: Shaped[Array, "G ..."]) -> Shaped[Array, "G ..."]:
+  """`x`, each of its first axis's parts where its share of the rows is."""
+  mesh = jax.sharding.get_abstract_mesh().shape
+  axes = tuple(axis for axis in _ROW_AXES if axis in mesh)
+  if len(x) == 1 or not axes:
+    return x
+  rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
+
+
+def _grouped(x: Shaped[Array, "B L ..."], shards: int) -> Shaped[Array, "G N ..."]:
+  """[B, L, …] to [G, N, …]: what is on one device, or was meant to be, in one group."""
+  return per_shard(x.reshape(shards, -1, *x.shape[2:]))
+
+
+def _pick(
+  x: Shaped[Array, "G N ..."], places: Int[Array, "G N"]
+) -> Shaped[Array, "G N ..."]:
+  """The values of each group at its `places`, [G, N, …] at [G, N]."""
+  return jax.vmap(lambda group, places: group[places])(x, places)

@@ -1,0 +1,126 @@
+"""The models of a run as pure functions, which is all that a method sees of them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtyping import Array, Float, Key, PyTree
+
+from okd_jax.data.batch import Batch
+from okd_jax.losses import Output
+from okd_jax.models import Decoder, Mix, output
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """One teacher's apply functions.
+
+  apply(frozen, adapter, batch, mix=None) -> Output: the plain teacher's where adapter
+    is None. `mix` mixes other tokens' embeddings in (`models.Mix`).
+  both(frozen, adapter, batch) -> (Output, Output): the adapted and the plain one's,
+    what lies below the adapter computed once for both.
+  adapter_norm(frozen, adapter) -> the norm of what the adapter adds or has changed.
+  """
+
+  apply: Callable[..., Output]
+  both: Callable[..., tuple[Output, Output]] | None = None
+  adapter_norm: Callable[..., Float[Array, ""]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """The apply functions a method may call, and how to chunk their logits.
+
+  student(params, batch, key, mix=None) -> Output: the student's, without dropout
+    where the key is None.
+  teachers: by name; frozen parameters and adapters are trees by these names, too.
+  chunk: positions of a row whose logits are in memory at once.
+  vocab_size: ids that count, where a stored teacher knows fewer than the student.
+  """
+
+  student: Callable[..., Output]
+  teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+  chunk: int = 64
+  vocab_size: int | None = None
+
+  def teacher(
+    self,
+    frozen: Params,
+    adapters: Params | None,
+    batch: Batch,
+    mix: Mix | None = None,
+  ) -> Output:
+    """The only teacher's output: adapted, or plain where `adapters` is None."""
+    [(name, teacher)] = self.teachers.items()
+    return teacher.apply(frozen[name], adapters and adapters[name], batch, mix)
+
+  def both(
+    self, frozen: Params, adapters: Params, batch: Batch
+  ) -> tuple[Output, Output]:
+    """The only teacher's outputs, adapted and plain."""
+    [(name, teacher)] = self.teachers.items()
+    return teacher.both(frozen[name], adapters[name], batch)
+
+  def suffix(self, name: str) -> str:
+    """What the names of figures about this teacher end in: '' for the only one."""
+    return f"_{name}" if len(self.teachers) > 1 else ""
+
+
+def apply_functions(
+  student: Decoder,
+  teachers: Mapping[str, Decoder],
+  adapted: Mapping[str, Decoder],
+  chunk: int = 64,
+  vocab_size: int | None = None,
+) -> Models:
+  """What the decoders of a run give a method.
+
+  Args:
+    teachers: the plain ones by name; none if the method has no use for any.
+    adapted: those of them that carry an adapter.
+    chunk, vocab_size: see `Models`.
+  """
+
+  def apply(
+    params: PyTree, batch: Batch, key: Key[Array, ""] | None, mix: Mix | None = None
+  ) -> Output:
+    decoder = student if key is not None else student.clone(dropout=0.0)
+    return output(decoder, {"params": params}, batch, key, mix=mix)
+
+  named = {name: _teacher(d, adapted.get(name)) for name, d in teachers.items()}
+  return Models(apply, named, chunk, vocab_size)
+
+
+def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:
+  start = adapted.adapter.trunk_layers(adapted.config.num_layers) if adapted else 0
+
+  def kept(batch: Batch) -> dict[str, Any]:
+    """Where to go on from, if what lies below the adapter was kept (`trunk`)."""
+    return {} if batch.trunk is None else {"hidden": batch.trunk, "start": start}
+
+  def apply(
+    frozen: PyTree, adapter: PyTree | None, batch: Batch, mix: Mix | None = None
+  ) -> Output:
+    decoder, variables = plain, {"params": frozen}
+    if adapter is not None:
+      decoder, variables = adapted, variables | {"adapter": adapter}
+    return output(decoder, variables, batch, mix=mix, **({} if mix else kept(batch)))
+
+  def both(frozen: PyTree, adapter: PyTree, batch: Batch) -> tuple[Output, Output]:
+    if not start:
+      return apply(frozen, adapter, batch), apply(frozen, None, batch)
+    variables, top = {"params": frozen}, kept(batch)
+    if not top:
+      below = output(plain, variables, batch, stop=start).hidden
+      top = {"hidden": below, "start": start}
+    return (
+      output(adapted, variables | {"adapter": adapter}, batch, **top),
+      output(plain, variables, batch, **top),
+    )
+
+  def adapter_norm(frozen: PyTree, adapter: PyTree) -> Float[Array, ""]:
+    return adapted.adapter.norm(adapter, frozen)
+
+  return Teacher(apply, both, adapter_norm)

@@ -1,0 +1,280 @@
+"""LoRA pairs as PEFT's tensors, both ways.
+
+PEFT adds (lora_alpha / r) B A x to a layer's output: A is our `down` and B our `up`,
+both transposed, and lora_alpha / r is our scale.
+
+GPT-2 computes query, key and value in one layer, `c_attn`, where we have three, each
+with its own pair of rank r. On `c_attn` n of our pairs are exactly one pair of rank
+n r, each B in the rows of its own slice and zeros elsewhere:
+
+    A = [A_query; A_value]    B = [[B_query, 0], [0, 0], [0, B_value]]
+
+The header of our safetensors file says that a pair is made like this, so that it is
+split again on the way in. Elsewhere made adapters have one pair for all of `c_attn`:
+there query, key and value each get all of A and their own slice of B.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import safetensors
+from flax import traverse_util
+from jaxtyping import Float
+
+from okd_jax.errors import UserError
+from okd_jax.models.adapters import Lora
+from okd_jax.models.adapters.base import Tree
+from okd_jax.models.config import ModelConfig
+from okd_jax.models.formats.hf import FAMILIES
+from okd_jax.models.formats.weights import listing
+
+Flat = dict[str, np.ndarray]  # 'attention/query/down' to its array
+Pair = tuple[
+  Float[np.ndarray, "D _"], Float[np.ndarray, "_ _"]
+]  # down [D, r], up [r, H]
+Parsed = dict[str, dict[int, dict[str, np.ndarray]]]
+
+# Options that change what is computed in ways we do not; unset means absent or falsy.
+_MUST_BE_UNSET = (
+  "alora_invocation_tokens",
+  "layer_replication",
+  "lora_bias",
+  "modules_to_save",
+  "target_parameters",
+  "trainable_token_indices",
+  "use_bdlora",
+  "use_dora",
+  "use_qalora",
+)
+# Other ways to initialise also change the base weights.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+  """One of our projections within a layer of theirs."""
+
+  path: str  # 'attention/query'
+  part: int
+  parts: int
+
+  @property
+  def target(self) -> str:
+    """The name that `Lora.targets` has for it."""
+    return self.path.split("/")[1]
+
+
+def to_peft(tree: Tree, adapter: Lora, model_config: ModelConfig) -> tuple:
+  """A module in PEFT's terms, one of the formats of `peft`.
+
+  Args:
+    tree: the collection `adapter`, known to be the one that the model asks for.
+    adapter: what it is.
+    model_config: the teacher's.
+
+  Returns:
+    (tensors, PEFT's config without the base model's name, '').
+  """
+  flat = traverse_util.flatten_dict(tree["layers"], sep="/")
+  flat = {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}
+  family = FAMILIES[model_config.family]
+  modules = _modules(family, adapter.targets)
+  first = adapter.trunk_layers(model_config.num_layers)
+  tensors = {}
+  for name, slices in modules.items():
+    for layer in range(model_config.num_layers - first):
+      down, up = _fuse([_pair(flat, s.path, layer) for s in slices], slices)
+      key = _key(family, first + layer, name)
+      tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(down.T)
+      tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(up.T)
+  ranks = {name: adapter.rank * len(slices) for name, slices in modules.items()}
+  raw = _config_to_peft(family, ranks, adapter.scale)
+  if first:
+    raw["layers_to_transform"] = list(range(first, model_config.num_layers))
+    raw["layers_pattern"] = family.LAYERS
+  return tensors, raw, ""
+
+
+def read(
+  raw: dict,
+  file: safetensors.safe_open,
+  ours: Lora | None,
+  model_config: ModelConfig,
+  path: Path,
+) -> tuple[Tree, Lora]:
+  """(collection `adapter`, what it is) of what `to_peft` or another wrote.
+
+  Args:
+    raw: PEFT's config.
+    file: the open tensors.
+    ours: what they are, where the folder is ours; None where it is another's.
+    model_config: the teacher's.
+    path: the file's name.
+
+  Raises:
+    UserError: the tensors do not fit the model, or are another's and use an option that
+      we do not compute.
+  """
+  pairs = _parse(file, FAMILIES[model_config.family], path)
+  adapter = ours or _stranger(raw, pairs, model_config, path.parent)
+  try:
+    flat = _split(pairs, adapter, model_config, shared=ours is None)
+  except (KeyError, ValueError) as error:
+    raise UserError(f"{path} does not fit the model: {error}") from error
+  return {"layers": traverse_util.unflatten_dict(flat, sep="/")}, adapter
+
+
+def _modules(family: ModuleType, targets: Iterable[str]) -> dict[str, list[_Slice]]:
+  """Their layers that hold any of our targets: {'attn.c_attn': [query, value]}."""
+  modules: dict[str, list[_Slice]] = {}
+  for path, (name, part, parts) in family.PROJECTIONS.items():
+    if (piece := _Slice(path, part, parts)).target in targets:
+      modules.setdefault(name, []).append(piece)
+  return modules
+
+
+def _key(family: ModuleType, layer: int, name: str) -> str:
+  return f"base_model.model.{family.PREFIX}{family.LAYERS}.{layer}.{name}"
+
+
+def _pair(flat: Flat, path: str, layer: int) -> Pair:
+  return flat[f"{path}/down"][layer], flat[f"{path}/up"][layer]
+
+
+def _fuse(pairs: Sequence[Pair], slices: list[_Slice]) -> Pair:
+  """One (down [D, n r], up [n r, parts H]) from n pairs, each in its own columns."""
+  parts = slices[0].parts
+  ups = []
+  for (_, up), piece in zip(pairs, slices, strict=True):
+    wide = np.zeros((up.shape[0], parts, up.shape[1]), up.dtype)
+    wide[:, piece.part] = up
+    ups.append(wide.reshape(up.shape[0], -1))
+  return np.concatenate([down for down, _ in pairs], -1), np.concatenate(ups)
+
+
+def _config_to_peft(family: ModuleType, ranks: dict[str, int], scale: float) -> dict:
+  names = {name: _short(family, name) for name in ranks}
+  # One rank for all where that is possible: few readers know rank_pattern.
+  rank = min(ranks.values())
+  patterns = {names[name]: r for name, r in ranks.items() if r != rank}
+  return {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "r": rank,
+    "lora_alpha": scale * rank,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": family.FAN_IN_FAN_OUT,
+    "target_modules": sorted(names.values()),
+    "rank_pattern": patterns,
+    "alpha_pattern": {name: scale * r for name, r in patterns.items()},
+  }
+
+
+def _short(family: ModuleType, name: str) -> str:
+  """The last part of a layer's name, or all where two layers share it ('c_proj')."""
+  last = name.split(".")[-1]
+  names = {other for other, _, _ in family.PROJECTIONS.values()}
+  return last if sum(n.split(".")[-1] == last for n in names) == 1 else name
+
+
+def _parse(file: safetensors.safe_open, family: ModuleType, path: Path) -> Parsed:
+  """{'attn.c_attn': {layer: {'A': array, 'B': array}}} of a safetensors file."""
+  names = {name for name, _, _ in family.PROJECTIONS.values()}
+  pattern = re.compile(
+    rf"base_model\.model\.(?:{re.escape(family.PREFIX)})?{family.LAYERS}\.(\d+)\."
+    rf"({'|'.join(map(re.escape, names))})\.lora_([AB])\.weight"
+  )
+  pairs, unknown = {}, []
+  for key in file.keys():
+    if found := pattern.fullmatch(key):
+      layer = pairs.setdefault(found[2], {}).setdefault(int(found[1]), {})
+      layer[found[3]] = file.get_tensor(key).astype(np.float32)
+    else:
+      unknown.append(key)
+  halves = [
+    f"{name} of layer {layer}"
+    for name, layers in pairs.items()
+    for layer, pair in layers.items()
+    if len(pair) != 2
+  ]
+  problems = [
+    *listing("tensors that no such model has", unknown),
+    *listing("only one of A and B", halves),
+  ]
+  if problems or not pairs:
+    raise UserError(f"{path}: {'; '.join(problems) or 'there is no LoRA in it'}")
+  return pairs
+
+
+def _stranger(
+  raw: dict, pairs: Parsed, model_config: ModelConfig, folder: Path
+) -> Lora:
+  """What the tensors and PEFT's config say, in our terms."""
+  ranks = {pair["A"].shape[0] for layers in pairs.values() for pair in layers.values()}
+  depths = {tuple(sorted(layers)) for layers in pairs.values()}
+  total = model_config.num_layers
+  top = tuple(range(total - len(next(iter(depths))), total))
+  problems = list(_option_problems(raw))
+  if len(ranks) > 1:
+    problems.append(f"several ranks, {sorted(ranks)}")
+  if depths != {top}:
+    problems.append(f"layers {sorted(depths)}, not the top ones of {total} alike")
+  if problems:
+    raise UserError(f"{folder}: this adapter is not supported: {'; '.join(problems)}")
+  projections = FAMILIES[model_config.family].PROJECTIONS
+  rank = ranks.pop()
+  divisor = math.sqrt(rank) if raw.get("use_rslora") else rank
+  return Lora(
+    rank=rank,
+    scale=raw["lora_alpha"] / divisor,
+    targets=tuple(
+      p.split("/")[1] for p, (name, _, _) in projections.items() if name in pairs
+    ),
+    layers=len(top) % total,
+  )
+
+
+def _option_problems(raw: dict) -> Iterator[str]:
+  """PEFT's options that we do not compute."""
+  yield from (f"{name}={raw[name]}" for name in _MUST_BE_UNSET if raw.get(name))
+  for name, plain in (
+    ("peft_type", ("LORA",)),
+    ("bias", ("none", None)),
+    ("init_lora_weights", _PLAIN_INITS),
+    ("rank_pattern", ({}, None)),
+    ("alpha_pattern", ({}, None)),
+  ):
+    if raw.get(name, plain[0]) not in plain:
+      yield f"{name}={raw[name]!r}"
+
+
+def _split(
+  pairs: Parsed, adapter: Lora, model_config: ModelConfig, *, shared: bool
+) -> Flat:
+  """{'attention/query/down': [k, D, r], …} from their pairs.
+
+  `shared`: the projections of one fused layer have all of A in common, where ours
+  have rows of their own.
+  """
+  total = model_config.num_layers
+  indices = range(adapter.trunk_layers(total), total)
+  flat = {}
+  modules = _modules(FAMILIES[model_config.family], adapter.targets)
+  for name, slices in modules.items():
+    a = np.stack([pairs[name][layer]["A"] for layer in indices])
+    b = np.stack([pairs[name][layer]["B"] for layer in indices])
+    width = b.shape[1] // slices[0].parts
+    for number, piece in enumerate(slices):
+      start = 0 if shared else number * adapter.rank
+      rank = slice(start, start + adapter.rank)
+      out = slice(piece.part * width, (piece.part + 1) * width)
+      flat[f"{piece.path}/down"] = a[:, rank].swapaxes(1, 2)
+      flat[f"{piece.path}/up"] = b[:, out, rank].swapaxes(1, 2)
+  return flat

@@ -1,0 +1,179 @@
+"""Phase 4, the cast: student, teachers, their adapters, and the teachers' weights."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from transformers import PreTrainedTokenizerBase
+
+from okd_jax.config.schema import Settings
+from okd_jax.data import PAD_ID, eval_batches
+from okd_jax.data.batch import Batch
+from okd_jax.errors import UserError
+from okd_jax.models import Decoder, ModelConfig, adapters, kernels
+from okd_jax.models.adapters import Adapter
+from okd_jax.run.data import Data
+from okd_jax.run.job import Job
+from okd_jax.run.outline import Outline
+from okd_jax.runtime import sharding
+from okd_jax.runtime.workdir import Workdir
+from okd_jax.teachers import load, saliency
+from okd_jax.teachers.saliency import Choice
+from okd_jax.teachers.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+  """Who takes part in a run.
+
+  student: its decoder, without dropout.
+  teachers: their decoders, by name.
+  adapted: those of the teachers that carry an adapter.
+  frozen: the teachers' parameters, by name; empty where only shapes are wanted.
+  stored: what the teacher said about the rows, by part, 'train' and 'eval', in place
+    of the teacher; empty where there is one.
+  choice: which of the teacher's blocks learn, where these are the adapter.
+  """
+
+  student: Decoder
+  teachers: Mapping[str, Decoder]
+  adapted: Mapping[str, Decoder]
+  frozen: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
+  stored: Mapping[str, Store] = dataclasses.field(default_factory=dict)
+  choice: Choice | None = None
+
+  @property
+  def adapter(self) -> Adapter | None:
+    """What the adapted teachers carry, all of them the same."""
+    return next((decoder.adapter for decoder in self.adapted.values()), None)
+
+  @property
+  def decoders(self) -> dict[str, Decoder]:
+    """All of them, by what a message calls them."""
+    found = {"student": self.student}
+    for kind, part in (("teacher", self.teachers), ("adapted teacher", self.adapted)):
+      alone = len(self.teachers) == 1
+      found |= {kind if alone else f"{kind} {name}": d for name, d in part.items()}
+    return found
+
+  @property
+  def vocab_sizes(self) -> set[int]:
+    """Of all models: vocabularies may be padded differently."""
+    return {decoder.config.vocab_size for decoder in self.decoders.values()}
+
+
+def make_cast(
+  job: Job, outline: Outline, data: Data, mesh: Mesh, workdir: Workdir
+) -> Cast:
+  """The whole cast, weights of the teachers or what is stored of them included.
+
+  Raises:
+    UserError: for weights that cannot be read, an adapter that does not fit its
+      teacher, or a store of something else.
+  """
+  settings = job.settings
+  frozen = load.load_teachers(settings, outline.teachers, mesh)
+  plain = shapes(job, outline, None)
+  choice = saliency.read(workdir.blocks)
+  if job.adapter_kind == adapters.Blocks.kind and choice is None:
+    choice = _choose(settings, plain.teachers, frozen, data, mesh)
+  stored = {}
+  if settings.teacher.cache:
+    size = outline.student.vocab_size
+    stored = load.open_stored(settings, data.train, data.eval, size)
+  whole = shapes(job, outline, choice)
+  return dataclasses.replace(whole, frozen=frozen, stored=stored)
+
+
+def shapes(job: Job, outline: Outline, choice: Choice | None) -> Cast:
+  """The cast without any weights.
+
+  choice: the blocks that learn; without it, where they are the adapter, nobody adapts.
+
+  Raises:
+    UserError: for an adapter that does not fit its teacher.
+  """
+  train = job.settings.train
+  common = dict(
+    dtype=jnp.dtype(train.dtype), remat=train.remat, attention=train.attention
+  )
+  teachers = {n: Decoder(shape, **common) for n, shape in outline.teachers.items()}
+  adapter = make_adapter(job, outline.tokenizer, choice)
+  wanted = job.settings.adapter.teachers
+  adapted = {}
+  for name, decoder in teachers.items():
+    if adapter and (not wanted or name in wanted):
+      adapter.check(decoder.config)
+      adapted[name] = decoder.clone(adapter=adapter)
+  return Cast(Decoder(outline.student, **common), teachers, adapted, choice=choice)
+
+
+def make_adapter(
+  job: Job, tokenizer: PreTrainedTokenizerBase, choice: Choice | None
+) -> Adapter | None:
+  """What the settings put into teachers that learn; None where none does.
+
+  Raises:
+    UserError: if the settings make no sense.
+  """
+  kind, settings = job.adapter_kind, job.settings.adapter
+  if not kind or (kind == adapters.Blocks.kind and choice is None):
+    return None
+  fields: dict[str, Any] = dict(vars(settings)) | {"kind": kind}
+  fields["blocks"] = choice.blocks if choice else ()
+  fields["ids"] = _prompt_ids(settings.text, kind, tokenizer)
+  return adapters.make(**fields)
+
+
+def _prompt_ids(
+  text: str, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+  """The tokens whose embeddings a prompt starts from, none if there is no text."""
+  if not text:
+    return ()
+  if kind != adapters.Prompt.kind:
+    raise UserError(
+      f"adapter.text={text!r} starts a prompt, but the teacher's adapter is "
+      f"{kind!r}; set adapter.kind=prompt or leave adapter.text empty"
+    )
+  ids = tokenizer.encode(text, add_special_tokens=False)
+  if not ids:
+    raise UserError(f"adapter.text={text!r} has no token")
+  return tuple(ids)
+
+
+def _choose(
+  settings: Settings,
+  teachers: Mapping[str, Decoder],
+  frozen: Mapping[str, PyTree],
+  data: Data,
+  mesh: Mesh,
+) -> Choice:
+  [(name, decoder)] = teachers.items()
+  batches = eval_batches(
+    data.eval,
+    batch_size=sharding.whole_rows(settings.eval.batch_size, mesh),
+    length=settings.data.max_length,
+    pad_id=PAD_ID,
+  )
+  with jax.set_mesh(mesh):
+    found = saliency.block_saliency(
+      decoder, frozen[name], map(Batch.of, batches), mesh, settings.train.loss_chunk
+    )
+  return saliency.choose(np.asarray(found), settings.adapter.share)
+
+
+def kernel(settings: Settings, shape: ModelConfig) -> str:
+  """What computes attention in training rows that no learned prefix comes before."""
+  train, length = settings.train, settings.data.max_length
+  return kernels.choose(
+    train.attention, jnp.dtype(train.dtype), shape.head_dim, length, length
+  )

@@ -1,0 +1,161 @@
+"""A whole distillation: stages in order, each built, trained, exported, reported."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from okd_jax import models
+from okd_jax.analysis import report
+from okd_jax.config.stages import Stage, stages
+from okd_jax.errors import UserError
+from okd_jax.evaluation import figures
+from okd_jax.models import Model
+from okd_jax.run import checkpoint
+from okd_jax.run.build import Run, build
+from okd_jax.run.export import export_student, export_teachers
+from okd_jax.run.identity import growth, is_finished, tell_growth
+from okd_jax.run.job import check
+from okd_jax.run.loop import Stop, train
+from okd_jax.runtime.workdir import Workdir, barrier
+from okd_jax.teachers import saliency, trunk
+
+_log = logging.getLogger(__name__)
+
+MODULES = ("adapter", "teacher")  # folders of the adapted teachers, in either form
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a finished run left in its workdir.
+
+  figures: of everybody who was measured, by name: 'student, step N' is the last row.
+  adapter: the folder of the adapters, or of the teacher whose own blocks learned; None
+    where the teachers were frozen.
+  """
+
+  workdir: Path
+  figures: dict[str, dict[str, float]]
+
+  @property
+  def student(self) -> Model:
+    """The student, loaded."""
+    return models.load(self.workdir / "student")
+
+  @property
+  def adapter(self) -> Path | None:
+    found = [self.workdir / name for name in MODULES if (self.workdir / name).exists()]
+    return found[0] if found else None
+
+  @property
+  def report(self) -> Path:
+    return self.workdir / "report.html"
+
+  def __str__(self) -> str:
+    """The closing table of a run, and where its results lie."""
+    lines = [figures.table(self.figures), "", f"student  {self.workdir / 'student'}"]
+    if self.adapter:
+      lines.append(f"{self.adapter.name}  {self.adapter}")
+    lines.append(f"metrics  {self.workdir / 'metrics.jsonl'}")
+    return "\n".join([*lines, f"report   {self.report}"])
+
+
+def run(
+  config: ConfigDict, workdir: Path, stop: Stop | None = None, profile: bool = False
+) -> list[Result]:
+  """Trains the stages that `config` names, in order, and then the run itself.
+
+  Whatever has finished is left alone, whatever was interrupted goes on.
+
+  Args:
+    stop: asked between steps; never by default.
+    profile: leave a trace of some steps in each folder's profile/.
+
+  Returns:
+    The results in the order of the stages; the last is the run's own.
+
+  Raises:
+    UserError: for whatever is wrong with the configuration, a model or the data.
+    Stopped: if `stop` came true, everything being saved.
+  """
+  parts = stages(config, workdir)
+  stop = Stop() if stop is None else stop  # its truth is whether to stop
+  for part in parts:
+    try:
+      check(part.config)  # of all, before the first of them is trained
+    except UserError as error:
+      name = part.name
+      raise UserError(f"stage {name}: {error}" if name else str(error)) from error
+  _refuse_stale(parts)
+  results = []
+  for part in parts:
+    if part.name:
+      _log.info("stage %s, in %s", part.name, part.workdir)
+    _run_one(part, stop, profile)
+    results.append(Result(part.workdir, report.summary_rows(part.workdir)))
+    if part.name:
+      _log.info("%s", results[-1])
+  return results
+
+
+def _refuse_stale(parts: list[Stage]) -> None:
+  """Refuses a longer stage whose result a run has begun with."""
+  for i, part in enumerate(parts):
+    key = growth(part.config.to_dict(), Workdir(part.workdir))
+    for later in parts[i + 1 :] if key else ():
+      named = {later.config.teacher.path, later.config.student.path}
+      named |= {later.config.data.tokenizer, *later.config.teachers.values()}
+      if str(part.workdir) in named and Workdir(later.workdir).config.exists():
+        raise UserError(
+          f"stage {part.name}: {key} is larger than it was, but {later.workdir} has "
+          "begun with the stage as it was; name another workdir"
+        )
+
+
+def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
+  workdir = Workdir(part.workdir)
+  if is_finished(part.config.to_dict(), workdir):
+    _log.info("%s is finished already; name another workdir to run anew", workdir.path)
+    return
+  longer = growth(part.config.to_dict(), workdir)
+  own = build(part.config, workdir)
+  if longer:
+    tell_growth(own.settings, own.method)
+  stop.check()
+  kept = None
+  if own.settings.teacher.trunk:
+    kept = trunk.opened(own.job.method, own.cast, own.data, own.settings)
+  _begin(part, own, workdir)
+  best = figures.score_by(own.settings.eval.best)
+  with (
+    jax.set_mesh(own.mesh),
+    checkpoint.opened(
+      workdir.checkpoints, own.settings.checkpoint.keep, best
+    ) as checkpoints,
+  ):
+    config = part.config.to_dict()
+    state, step, chosen = train(
+      own, workdir, checkpoints, kept, config=config, stop=stop, profile=profile
+    )
+    if chosen != step:
+      state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)
+    _log.info("exporting the student of step %d", chosen)
+    export_student(own, state.params, workdir.student)
+    if adapter := own.cast.adapter:
+      frozen = own.cast.frozen
+      export_teachers(own, state.params, frozen, workdir.module(adapter.folder))
+  report.write(workdir.path)
+
+
+def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
+  """Writes what a resumed run must find again."""
+  if own.settings.data.tokenizer:
+    workdir.keep_folder("tokenizer", own.data.tokenizer.save_pretrained)
+  workdir.report.unlink(missing_ok=True)  # of the run as it was, if it is longer now
+  workdir.write_json(workdir.config, part.config.to_dict())
+  if own.cast.choice:
+    # Never without its config.json, so no run ever reads another one's.
+    saliency.write(workdir.blocks, own.cast.choice)
+  barrier("workdir begun")

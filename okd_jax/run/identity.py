@@ -1,0 +1,87 @@
+"""Whether a workdir's run is the one that is asked for, and what of it may change."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from okd_jax.config import read
+from okd_jax.config.schema import Settings
+from okd_jax.errors import UserError
+from okd_jax.methods import Method
+from okd_jax.methods.base import Linear
+from okd_jax.runtime.workdir import Workdir
+
+_log = logging.getLogger(__name__)
+
+# How a run is watched and kept is not what it computes.
+_FREE = ("train.log_every", "train.tensorboard", "train.wandb", "checkpoint.keep")
+
+
+def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
+  """The key by which the run in `workdir` is to be longer than it was, '' if by none.
+
+  Args:
+    config: the resolved configuration that is asked for.
+
+  Raises:
+    UserError: if the folder holds a run with another configuration.
+  """
+  if not workdir.config.exists():
+    return ""
+  saved = json.loads(json.dumps(read.saved(workdir.config).to_dict()))
+  wanted = json.loads(json.dumps(config))
+  # Of both the steps count: with them the epochs mean nothing.
+  by_steps = wanted["train"]["steps"] > 0
+  length = "train.steps" if by_steps else "train.epochs"
+  free = (*_FREE, "train.epochs") if by_steps else _FREE
+  changed = [row for row in _differences(saved, wanted) if row[0] not in free]
+  grown = [key for key, before, now in changed if key == length and now > before > 0]
+  different = [
+    f"{key}={before!r} there, {now!r} here"
+    for key, before, now in changed
+    if key not in grown
+  ]
+  if different:
+    raise UserError(
+      f"{workdir.path} holds a run with another configuration "
+      f"({'; '.join(different[:5])}); name another workdir, or the same values to go on"
+    )
+  return "".join(grown)
+
+
+def is_finished(config: Mapping[str, Any], workdir: Workdir) -> bool:
+  """Whether `workdir` holds the whole run that a resolved configuration describes.
+
+  Raises:
+    UserError: as `growth` does.
+  """
+  return not growth(config, workdir) and workdir.report.exists()
+
+
+def tell_growth(settings: Settings, method: Method) -> None:
+  """Says aloud what a run that is longer now does not share with a new one."""
+  text = method.sequences
+  moving = [f"method.{k}" for k, v in method.knobs.items() if isinstance(v, Linear)]
+  if settings.optim.schedule != "constant":
+    moving.insert(0, f"optim.schedule={settings.optim.schedule}")
+  if isinstance(text.share, Linear) or (text.replay and text.replay.adaptive):
+    moving.append("the share of sampled text")
+  if moving:
+    _log.warning(
+      "the run is longer now: from here on %s follows the new length, so the run is "
+      "not what one of that length would have been from its start",
+      ", ".join(moving),
+    )
+
+
+def _differences(
+  a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+  """(key, value in a, value in b) wherever two nested dicts differ."""
+  for key in sorted(set(a) | set(b)):
+    left, right, path = a.get(key), b.get(key), prefix + key
+    if isinstance(left, dict) and isinstance(right, dict):
+      yield from _differences(left, right, path + ".")
+    elif left != right:
+      yield path, left, right

@@ -1,0 +1,72 @@
+"""Phase 5, the plan: apply functions, optimisers, schedule, steps, and state shapes."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+from okd_jax import methods
+from okd_jax.config.schema import TrainSettings
+from okd_jax.methods import Models
+from okd_jax.run import optim
+from okd_jax.run.cast import Cast
+from okd_jax.run.job import Job
+from okd_jax.run.state import TrainState, random_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How a run trains.
+
+  models: what a method sees of the cast; dropout is the training student's alone.
+  optimizers: of each trained tree, by name.
+  steps: in all.
+  learning_rate: of a step, counted from 0.
+  random: makes the state of step 0 with a random student.
+  abstract: that state's shapes.
+  """
+
+  models: Models
+  optimizers: Mapping[str, optax.GradientTransformation]
+  steps: int
+  learning_rate: Callable[[int], float]
+  random: Callable[[], TrainState]
+  abstract: TrainState
+
+
+def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
+  """The plan of a run over so many rows; from shapes alone, nothing is computed.
+
+  Raises:
+    UserError: for a schedule that does not fit the steps.
+  """
+  settings, method = job.settings, job.method
+  steps = count_steps(settings.train, rows)
+  learning_rate = optim.schedule(settings.optim, steps)
+  optimizers = {"student": optim.build(settings.optim, learning_rate)}
+  if cast.adapted:
+    scale = settings.adapter.lr_scale
+    optimizers["adapter"] = optim.build(settings.optim, learning_rate, scale)
+  optimizers |= {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
+  random = functools.partial(
+    random_state, settings.train.seed, cast, optimizers, method.trees
+  )
+  stored = cast.stored.get("train")
+  models = methods.apply_functions(
+    cast.student.clone(dropout=settings.train.dropout),
+    cast.teachers,
+    cast.adapted,
+    settings.train.loss_chunk,
+    stored.about["vocab_size"] if stored else None,
+  )
+  return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))
+
+
+def count_steps(train: TrainSettings, rows: int) -> int:
+  """Steps of a run: train.steps, or those of train.epochs over so many rows."""
+  if train.steps:
+    return train.steps
+  return max(1, math.ceil(train.epochs * rows / train.batch_size))

@@ -1,0 +1,141 @@
+"""Which runs a workdir takes for its own, and how one grows."""
+
+import json
+
+import pytest
+from commands import call, losses, rows, train
+from small import config
+
+from okd_jax.config import read
+from okd_jax.config.stages import stages
+from okd_jax.errors import UserError
+from okd_jax.run import distill
+from okd_jax.run.identity import growth, is_finished, tell_growth
+from okd_jax.run.job import check
+from okd_jax.runtime.workdir import Workdir
+
+
+def left(folder, **changes):
+  """A workdir as a finished run of the changed configuration leaves it."""
+  workdir = Workdir(folder)
+  workdir.write_json(workdir.config, config(**changes).to_dict())
+  workdir.write_text(workdir.report, "report")
+  return workdir
+
+
+def test_the_same_run_is_finished(tmp_path):
+  workdir = left(tmp_path)
+  assert is_finished(config().to_dict(), workdir)
+  assert workdir.report.exists()
+  assert not is_finished(config().to_dict(), Workdir(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"optim.lr": 1.0},
+    {"train.steps": 3},
+    {"train.seed": 1},
+    {"checkpoint.every": 1},
+    {"train.steps": 0, "train.epochs": 1.0},
+  ],
+)
+def test_another_run_is_refused(changes, tmp_path):
+  workdir = left(tmp_path)
+  with pytest.raises(UserError, match="holds a run with another configuration"):
+    is_finished(config(**changes).to_dict(), workdir)
+  assert workdir.report.exists()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [{"train.log_every": 7}, {"train.tensorboard": True}, {"checkpoint.keep": 9}],
+)
+def test_how_a_run_is_watched_may_change(changes, tmp_path):
+  assert is_finished(config(**changes).to_dict(), left(tmp_path))
+
+
+@pytest.mark.parametrize(
+  "before, after, key",
+  [
+    ({}, {"train.steps": 9}, "train.steps"),
+    (
+      {"train.steps": 0, "train.epochs": 1.0},
+      {"train.steps": 0, "train.epochs": 2.5},
+      "train.epochs",
+    ),
+    ({}, {"train.epochs": 9.0}, ""),  # the steps count
+    ({}, {"train.log_every": 3}, ""),
+  ],
+)
+def test_a_longer_run_is_not_finished(before, after, key, tmp_path):
+  workdir = left(tmp_path, **before)
+  assert growth(config(**after).to_dict(), workdir) == key
+  assert is_finished(config(**after).to_dict(), workdir) == (not key)
+  assert workdir.report.exists()  # until the longer run has begun
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"optim.schedule": "constant"}, ""),
+    (
+      {"optim.schedule": "cosine", "method.end.temperature": 2.0},
+      "optim.schedule=cosine, method.temperature follows the new length",
+    ),
+    (
+      {"optim.schedule": "constant", "method.name": "promptkd"},
+      "now: from here on method.pull_weight follows",
+    ),
+    (
+      {"optim.schedule": "constant", "method.name": "distillm"},
+      "now: from here on the share of sampled text follows",
+    ),
+  ],
+)
+def test_it_is_said_that_a_schedule_is_another_now(changes, words, caplog):
+  """A cosine of ten steps is not the first ten of one of twenty."""
+  job = check(config(**changes))
+  tell_growth(job.settings, job.method)
+  assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
+def test_a_stage_does_not_grow_under_who_has_begun_with_it(tmp_path):
+  """Else the table would be of a teacher that is gone."""
+  recipe = read.read(["--config=quickstart"])
+  for part in stages(recipe, tmp_path):
+    workdir = Workdir(part.workdir)
+    workdir.write_json(workdir.config, part.config.to_dict())
+    workdir.write_text(workdir.report, "report")
+  longer = read.read(
+    ["--config=quickstart", "--config.stages.teacher.train.steps=9999"]
+  )
+  with pytest.raises(
+    UserError, match="stage teacher: train.steps is larger than it was"
+  ):
+    distill.run(longer, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_extended(tmp_path):
+  """With a constant schedule it ends as an undisturbed longer one, to the last bit."""
+  constant = ["--config.optim.schedule=constant"]
+  train(tmp_path / "long", *constant, "--config.train.steps=10")
+  train(tmp_path / "grown", *constant)
+  done = train(
+    tmp_path / "grown",
+    *constant,
+    "--config.train.steps=10",
+    "--config.checkpoint.keep=5",
+    "--config.train.log_every=2",
+  )
+  assert "resuming at step 6 of 10" in done.stderr
+  whole, grown = losses(tmp_path / "long"), losses(tmp_path / "grown")
+  assert grown == {step: loss for step, loss in whole.items() if step in grown}
+  assert set(grown) >= {*range(1, 7), 8, 10}
+  final = [rows(tmp_path / name, "eval")[-1] for name in ("long", "grown")]
+  assert final[0] == final[1] and final[0]["step"] == 10
+  assert (
+    json.loads((tmp_path / "grown" / "config.json").read_text())["train"]["steps"] == 10
+  )
+  call("main", "--config=configs/debug.py", f"--workdir={tmp_path / 'long'}", status=2)
