@@ -248,8 +248,13 @@ def kept_by_layers(loss, *arguments):
   """
   program = jax.make_jaxpr(jax.grad(loss))(*arguments).jaxpr
   scans = [eqn for eqn in program.eqns if eqn.primitive.name == "scan"]
-  return [
-    sum(var.aval.size for var in eqn.outvars[eqn.params["num_carry"] :])
-    for eqn in scans
-    if not eqn.params["reverse"]
-  ]
+  kept = []
+  for eqn in scans:
+    if eqn.params["reverse"]:
+      continue
+    body = eqn.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body).outvars  # jax 0.12 has no constants beside it
+    # What is carried has the shape it has inside; what is kept is stacked over layers.
+    pairs = zip(eqn.outvars, inner, strict=True)
+    kept.append(sum(v.aval.size for v, w in pairs if v.aval.shape != w.aval.shape))
+  return kept
