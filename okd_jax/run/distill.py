@@ -16,7 +16,7 @@ from okd_jax.models import Model
 from okd_jax.run import checkpoint
 from okd_jax.run.build import Run, build
 from okd_jax.run.export import export_student, export_teachers
-from okd_jax.run.identity import growth, is_finished, tell_growth
+from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import Stop, train
 from okd_jax.runtime.workdir import Workdir, barrier
@@ -116,10 +116,10 @@ def _refuse_stale(parts: list[Stage]) -> None:
 
 def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   workdir = Workdir(part.workdir)
-  if is_finished(part.config.to_dict(), workdir):
+  longer = growth(part.config.to_dict(), workdir)
+  if not longer and workdir.report.exists():
     _log.info("%s is finished already; name another workdir to run anew", workdir.path)
     return
-  longer = growth(part.config.to_dict(), workdir)
   own = build(part.config, workdir)
   if longer:
     tell_growth(own.settings, own.method)

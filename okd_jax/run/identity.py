@@ -50,15 +50,6 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
   return "".join(grown)
 
 
-def is_finished(config: Mapping[str, Any], workdir: Workdir) -> bool:
-  """Whether `workdir` holds the whole run that a resolved configuration describes.
-
-  Raises:
-    UserError: as `growth` does.
-  """
-  return not growth(config, workdir) and workdir.report.exists()
-
-
 def tell_growth(settings: Settings, method: Method) -> None:
   """Says aloud what a run that is longer now does not share with a new one."""
   text = method.sequences

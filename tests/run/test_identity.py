@@ -10,7 +10,7 @@ from okd_jax.config import read
 from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
 from okd_jax.run import distill
-from okd_jax.run.identity import growth, is_finished, tell_growth
+from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
 from okd_jax.runtime.workdir import Workdir
 
@@ -23,11 +23,10 @@ def left(folder, **changes):
   return workdir
 
 
-def test_the_same_run_is_finished(tmp_path):
+def test_the_same_run_does_not_grow(tmp_path):
   workdir = left(tmp_path)
-  assert is_finished(config().to_dict(), workdir)
-  assert workdir.report.exists()
-  assert not is_finished(config().to_dict(), Workdir(tmp_path / "empty"))
+  assert growth(config().to_dict(), workdir) == "" and workdir.report.exists()
+  assert growth(config().to_dict(), Workdir(tmp_path / "empty")) == ""
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_the_same_run_is_finished(tmp_path):
 def test_another_run_is_refused(changes, tmp_path):
   workdir = left(tmp_path)
   with pytest.raises(UserError, match="holds a run with another configuration"):
-    is_finished(config(**changes).to_dict(), workdir)
+    growth(config(**changes).to_dict(), workdir)
   assert workdir.report.exists()
 
 
@@ -52,7 +51,7 @@ def test_another_run_is_refused(changes, tmp_path):
   [{"train.log_every": 7}, {"train.tensorboard": True}, {"checkpoint.keep": 9}],
 )
 def test_how_a_run_is_watched_may_change(changes, tmp_path):
-  assert is_finished(config(**changes).to_dict(), left(tmp_path))
+  assert growth(config(**changes).to_dict(), left(tmp_path)) == ""
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,6 @@ def test_how_a_run_is_watched_may_change(changes, tmp_path):
 def test_a_longer_run_is_not_finished(before, after, key, tmp_path):
   workdir = left(tmp_path, **before)
   assert growth(config(**after).to_dict(), workdir) == key
-  assert is_finished(config(**after).to_dict(), workdir) == (not key)
   assert workdir.report.exists()  # until the longer run has begun
 
 

@@ -143,19 +143,6 @@ def own_shape(shape: Mapping[str, Knob], *names: str) -> dict[str, Knob]:
   return {key: shape.get(key, default) for key, default in own.items()}
 
 
-def find_divergence(key: str, name: str, shape: Mapping[str, Knob]) -> Distance:
-  """`bind`, of a divergence and knobs that are checked first.
-
-  Args:
-    key: the configuration key that names it, for messages.
-
-  Raises:
-    UserError: for an unknown name, or a knob of this divergence out of range.
-  """
-  check_divergence(key, name, shape)
-  return bind(name)
-
-
 def check_divergence(key: str, name: str, shape: Mapping[str, Knob]) -> None:
   """Raises a UserError for an unknown name, or a knob of `name` out of range."""
   if name not in DIVERGENCES:
