@@ -23,6 +23,7 @@ from okd_jax.run.loop import Stop, Stopped
 from okd_jax.runtime import cli
 
 TERMINATED = 128 + signal.SIGTERM
+_FILE = "--config.method.file="
 
 
 class Terminated(Stop):
@@ -47,7 +48,8 @@ class Terminated(Stop):
 def main(arguments: list[str]) -> None:
   """Runs the configuration that the arguments name; a UserError if it is wrong."""
   if {"--help", "-h", "--helpfull"} & set(arguments):
-    print(f"{__doc__}\nEvery key with its default:\n\n{read.describe()}", end="")
+    file = next((a.removeprefix(_FILE) for a in arguments if a.startswith(_FILE)), "")
+    print(f"{__doc__}\nEvery key with its default:\n\n{read.describe(file)}", end="")
     return
   parser = cli.Parser(prog="okd_jax.main", add_help=False)
   parser.add_argument("--workdir", default="")

@@ -13,6 +13,7 @@ from commands import QUICK, environment, losses, rows
 from trial import LogitTrial, make_batch, make_logits
 
 from okd_jax import export, methods, models
+from okd_jax.config import read
 from okd_jax.methods import registry
 from okd_jax.methods.base.divergences import DIVERGENCES
 
@@ -55,6 +56,20 @@ def test_the_divergence_is_renyis(own):
   mask = np.asarray(batch.mask)
   want = (distance * mask).sum() / mask.sum()
   np.testing.assert_allclose(trial(student, None, teacher, batch)[0], want, rtol=1e-4)
+
+
+def test_an_edited_file_is_read_again(own):
+  """In a notebook it is edited while the process goes on."""
+  file = own / "my_method.py"
+  methods.load_file(str(file))
+  file.write_text(METHOD.replace("two_sided: Knob = 0.5", "two_sided: Knob = 0.25"))
+  methods.load_file(str(file))
+  assert methods.defaults()["two_sided"] == 0.25
+
+
+def test_help_lists_its_knobs(own):
+  shown = read.describe(str(own / "my_method.py"))
+  assert "--config.method.two_sided=0.5\n      it is read by two_sided" in shown
 
 
 @pytest.mark.slow

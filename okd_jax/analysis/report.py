@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from okd_jax.analysis import page, plots
 from okd_jax.analysis.plots import Figures, History, read_history
 from okd_jax.evaluation.figures import columns
-from okd_jax.runtime.files import write_text
+from okd_jax.runtime.workdir import Workdir
 
 # An adapted teacher that learns from data moves about 0.1 nats; one that follows the
 # student instead moves on and on, in the end to a near-uniform distribution.
@@ -22,10 +22,10 @@ def summary_rows(workdir: Path) -> dict[str, Figures]:
   return _summary(read_history(workdir))
 
 
-def write(workdir: Path) -> None:
+def write(workdir: Workdir) -> None:
   """Writes report.html from config.json and metrics.jsonl; same inputs, same bytes."""
-  config = json.loads((workdir / "config.json").read_text(encoding="utf8"))
-  history = read_history(workdir)
+  config = json.loads(workdir.config.read_text(encoding="utf8"))
+  history = read_history(workdir.path)
   rows = _summary(history)
   present = set().union(*rows.values())
   text = page.render(
@@ -36,10 +36,10 @@ def write(workdir: Path) -> None:
     charts=plots.charts(history),
     facts=_facts(history, config),
     exported=history.exported is not None,
-    folders=[name for name in ("adapter", "teacher") if (workdir / name).is_dir()],
+    folders=[name for name in ("adapter", "teacher") if workdir.module(name).is_dir()],
     config=config,
   )
-  write_text(workdir / "report.html", text + "\n")
+  workdir.write_text(workdir.report, text + "\n")
 
 
 def _summary(history: History) -> dict[str, Figures]:

@@ -17,9 +17,9 @@ NEEDS = ("", "teacher", "distribution", "answers")
 class Figure:
   """What is to be known of a figure.
 
-  of: whose pass it is taken from in a step that has several: 'student', 'adapter',
-    'policy' or whatever tree a method trains. Where the owner has no pass of its own it
-    is the first one's: the policy gradient of MiniLLM is its only pass's.
+  of: the tree whose pass it is read from, in a step of several passes: 'student',
+    'adapter', 'policy' or another that a method trains. If that tree has no pass of its
+    own, the figure is read from the first pass.
   column: whether tables show it.
   needs: of columns, what there must be to measure it: '', a 'teacher' in the student's
     own tokens, its whole 'distribution', or 'answers' to compare with.

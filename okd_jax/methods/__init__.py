@@ -24,6 +24,7 @@ from okd_jax.methods.registry import (
   register,
   unread,
   used_knobs,
+  who_reads,
 )
 
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
   "register_divergence",
   "unread",
   "used_knobs",
+  "who_reads",
 ]

@@ -44,6 +44,7 @@ from okd_jax.methods.base import (
   Now,
   Params,
   TextKnobs,
+  check_idle,
   check_weight,
   diagnostics,
   gold_nll,
@@ -80,6 +81,8 @@ class Knobs(TextKnobs):
         "only these are known to decompose over the steps of a sequence"
       )
     check_weight("method.gold_weight", self.gold_weight)
+    if self.name != "jensen_shannon":
+      check_idle(self, "method.divergence=jensen_shannon", "exact_mixture")
 
   @property
   def name(self) -> str:
@@ -89,7 +92,6 @@ class Knobs(TextKnobs):
 def build(knobs: Knobs) -> Method:
   """f-distill by one of four divergences."""
   texts, term = _TERMS[knobs.name]
-  exact = knobs.exact_mixture and term is _jensen_shannon
 
   def loss(
     models: Models,
@@ -108,7 +110,7 @@ def build(knobs: Knobs) -> Method:
         "teacher": models.teacher(frozen, None, rows),
       }
       labels = {"labels": rows.labels}
-      if exact:
+      if knobs.exact_mixture:
         labels["share"] = _teacher_share(models, outputs, rows)
       token_loss = _token_loss(term, writer)
       part, metrics = token_sums(models, token_loss, outputs, rows, {}, labels)

@@ -7,7 +7,7 @@ is `sampled_share`, 0.5 where it is left open.
 import dataclasses
 
 from okd_jax.methods import onpolicy
-from okd_jax.methods.base import Method
+from okd_jax.methods.base import Method, check_idle
 from okd_jax.methods.base.sequences import Replay
 
 
@@ -25,6 +25,11 @@ class Knobs(onpolicy.Knobs):
   replay_capacity: int = 1000
 
   default_divergence, own_share = "jensen_shannon", 0.5
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.replay:
+      check_idle(self, "method.replay=True", "replay_capacity")
 
 
 def build(knobs: Knobs) -> Method:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import sys
 import typing
@@ -93,7 +94,7 @@ def register(name: str, knobs: type) -> Callable[[Callable], Callable]:
 
 
 def load_file(path: str) -> None:
-  """Runs a Python file that registers methods or divergences; once for each path.
+  """Runs a Python file that registers methods or divergences, once until it changes.
 
   Raises:
     UserError: if there is no such file, or it fails.
@@ -101,7 +102,8 @@ def load_file(path: str) -> None:
   place = Path(path).expanduser().resolve()
   if not place.is_file():
     raise UserError(f"method.file={path}: there is no such file")
-  name = f"{_FILE_MODULE}_{abs(hash(str(place)))}"
+  source = place.read_bytes()
+  name = f"{_FILE_MODULE}_{hashlib.sha256(bytes(place) + source).hexdigest()[:16]}"
   if name in sys.modules:
     return
   spec = importlib.util.spec_from_file_location(name, place)
@@ -160,8 +162,8 @@ def _made(name: str, knobs: Mapping[str, Any], adapter: str) -> tuple[Method, se
     values[key] = Linear(values.get(key, defaults().get(key)), end)
   own = _read(builder.knobs, values)
   method, read = builder.build(own), _reads(own)
-  if adapter and not method.taught:
-    raise UserError(f"adapter.kind={adapter}: {name} has no teacher that could learn")
+  if adapter and not (method.taught and method.reads_teacher):
+    raise UserError(f"adapter.kind={adapter}: {name} here has no teacher in its loss")
   if adapter and not method.adapts:
     module = _read(okd.ModuleKnobs, values)
     method, read = online.wrap(method, module), read | _reads(module)
@@ -260,14 +262,14 @@ def _why_unread(key: str, name: str, knobs: Mapping[str, Any], method: Method) -
     near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0.5)
     hint = f"; did you mean method.{near[0]}?" if near else ""
     return f"method.{key} is no knob of any method{hint}"
-  return f"method.{key}={knobs[key]}: {name} here does not read it; {_who_reads(key)}"
+  return f"method.{key}={knobs[key]}: {name} here does not read it; {who_reads(key)}"
 
 
 def _same(value: Any, default: Any) -> bool:
   return value == default or (value in ((), []) and default in ((), []))
 
 
-def _who_reads(key: str) -> str:
+def who_reads(key: str) -> str:
   """In words, what a knob is for."""
   shaping = [n for n, d in DIVERGENCES.items() if key in _keys(d.arguments)]
   if shaping:

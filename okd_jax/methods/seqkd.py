@@ -20,6 +20,7 @@ from okd_jax.methods.base import (
   Now,
   Params,
   TextKnobs,
+  check_idle,
   check_least,
   check_share,
   check_weight,
@@ -48,18 +49,14 @@ class Knobs(TextKnobs, DivergenceKnobs):
     check_share("method.seqkd_ratio", self.seqkd_ratio)
     check_weight("method.gold_weight", self.gold_weight)
     check_least("method.top_k", self.top_k, 0)
+    if never(self.seqkd_ratio):
+      above = "method.seqkd_ratio above 0"
+      check_idle(self, above, "divergence", "temperature", "top_k")
 
 
 def build(knobs: Knobs) -> Method:
   """`kd` on the teacher's answers, with r for its kd_ratio; `sft` where r is 0."""
-  plain = kd.Knobs(
-    divergence=knobs.divergence,
-    temperature=knobs.temperature,
-    shape=knobs.shape,
-    kd_ratio=knobs.seqkd_ratio,
-    top_k=knobs.top_k,
-  )
-  method, alone = kd.build(plain), never(knobs.seqkd_ratio)
+  method, alone = _on_any_text(knobs), never(knobs.seqkd_ratio)
   inner = sft.build(sft.Knobs()).loss if alone else method.loss
 
   def loss(
@@ -86,5 +83,23 @@ def build(knobs: Knobs) -> Method:
     "teacher", beforehand=("teacher",), gold=not never(knobs.gold_weight)
   )
   return dataclasses.replace(
-    method, loss=loss, sequences=sequences, knobs=numbers, takes_stored=False
+    method,
+    loss=loss,
+    sequences=sequences,
+    knobs=numbers,
+    takes_stored=False,
+    reads_teacher=not alone,
+  )
+
+
+def _on_any_text(knobs: Knobs) -> Method:
+  """`kd` with these knobs."""
+  return kd.build(
+    kd.Knobs(
+      divergence=knobs.divergence,
+      temperature=knobs.temperature,
+      shape=knobs.shape,
+      kd_ratio=knobs.seqkd_ratio,
+      top_k=knobs.top_k,
+    )
   )

@@ -7,7 +7,7 @@ Notable features:
     of every segment, and never enters the cache;
   the key-value cache is an argument and a result, written in place by XLA.
 
-Plain functions: the modules that own the parameters are in `transformer.py`.
+Plain functions: the modules that own the parameters are in `block.py`.
 """
 
 import functools

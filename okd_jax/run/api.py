@@ -21,7 +21,7 @@ from okd_jax.models import Model
 from okd_jax.run import distill as whole
 from okd_jax.run.distill import Result
 from okd_jax.runtime import files
-from okd_jax.runtime.workdir import Workdir
+from okd_jax.runtime.workdir import Workdir, barrier, writes
 
 Named = str | os.PathLike | Model
 Rows = Iterable[Mapping[str, Any]]  # a list of dicts or a `datasets.Dataset`
@@ -104,6 +104,15 @@ def _model(model: Named, place: Path, name: str) -> str:
   if model.params is None:
     raise UserError(f"{name}: the model was loaded without its parameters")
   folder = place / _GIVEN / name
+  if writes():
+    _keep_model(model, folder, place)
+  barrier(f"{name} given")
+  return str(folder)
+
+
+def _keep_model(model: Model, folder: Path, place: Path) -> None:
+  """Writes the model's folder, or finds that it is there already."""
+  name = folder.name
   fresh = folder.with_name(f".{name}.new") if folder.exists() else folder
   dtype = jax.tree.leaves(model.params)[0].dtype
   models.save(fresh, model.params, model.config, model.tokenizer, dtype=dtype)
@@ -119,7 +128,6 @@ def _model(model: Named, place: Path, name: str) -> str:
     else:  # of a call that never became a run
       files.remove_folder(folder)
       fresh.rename(folder)
-  return str(folder)
 
 
 def _data(data: Any, place: Path, name: str) -> str:
@@ -147,5 +155,7 @@ def _data(data: Any, place: Path, name: str) -> str:
       f"{place} holds a run with other {name} data than what is given here; name "
       "another workdir"
     )
-  files.write_text(path, text)
+  barrier(f"{name} data read")  # before it is written
+  Workdir(place).write_text(path, text)
+  barrier(f"{name} data given")
   return str(path)

@@ -146,14 +146,17 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
     if adapter := own.cast.adapter:
       frozen = own.cast.frozen
       export_teachers(own, state.params, frozen, workdir.module(adapter.folder))
-  report.write(workdir.path)
+  report.write(workdir)
+  barrier("workdir finished")  # the next stage reads it
 
 
 def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
   """Writes what a resumed run must find again."""
   if own.settings.data.tokenizer:
     workdir.keep_folder("tokenizer", own.data.tokenizer.save_pretrained)
-  workdir.report.unlink(missing_ok=True)  # of the run as it was, if it is longer now
+  workdir.remove(workdir.report)  # of the run as it was, if it is longer now
+  if file := part.config.method.file:
+    workdir.write_text(workdir.method, Path(file).read_text(encoding="utf8"))
   workdir.write_json(workdir.config, part.config.to_dict())
   if own.cast.choice:
     # Never without its config.json, so no run ever reads another one's.

@@ -1,7 +1,7 @@
 """A trained student as a Hugging Face folder, adapters as PEFT folders.
 
 A teacher whose own blocks learned is no PEFT adapter; it becomes a folder like the
-student's.
+student's. Every process of a run calls these functions; process 0 alone writes.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,8 @@ from okd_jax import models
 from okd_jax.config.schema import Settings
 from okd_jax.run.build import Run, Shapes
 from okd_jax.run.outline import teacher_paths
+from okd_jax.runtime.sharding import gathered
+from okd_jax.runtime.workdir import writes
 
 # Kinds of records that data.template puts into words; others are taken as they are.
 _TEMPLATED = ("instruction", "messages")
@@ -28,15 +30,17 @@ def export_student(
 
   template: what its prompts were written with, '' for none; None is what the run says.
   """
-  models.save(
-    folder,
-    params["student"],
-    run.outline.student,
-    run.outline.tokenizer,
-    dtype=run.job.settings.export.dtype,
-    card=_card(run.job.settings),
-    template=_template(run) if template is None else template,
-  )
+  tree = gathered(params["student"])
+  if writes():
+    models.save(
+      folder,
+      tree,
+      run.outline.student,
+      run.outline.tokenizer,
+      dtype=run.job.settings.export.dtype,
+      card=_card(run.job.settings),
+      template=_template(run) if template is None else template,
+    )
 
 
 def export_teachers(
@@ -53,14 +57,18 @@ def export_teachers(
   for name, decoder in run.cast.adapted.items():
     place = folder if alone else folder / name
     adapter, tree = decoder.adapter, params["adapter"][name]
-    if adapter.folder == "adapter":
+    peft = adapter.folder == "adapter"
+    tree = gathered(tree if peft else adapter.merge(frozen[name], tree))
+    if not writes():
+      continue
+    if peft:
       base = _base_model(paths.get(name, ""))
       models.save_adapter(place, tree, adapter, decoder.config, base)
       continue
     blocks = ", ".join(map(str, adapter.blocks))
     models.save(
       place,
-      adapter.merge(frozen[name], tree),
+      tree,
       decoder.config,
       run.outline.tokenizer,
       dtype=run.job.settings.export.dtype,

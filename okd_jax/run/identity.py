@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from okd_jax.config import read
@@ -25,7 +26,8 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
     config: the resolved configuration that is asked for.
 
   Raises:
-    UserError: if the folder holds a run with another configuration.
+    UserError: if the folder holds a run with another configuration, or if its method's
+      file is another now.
   """
   if not workdir.config.exists():
     return ""
@@ -47,7 +49,18 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
       f"{workdir.path} holds a run with another configuration "
       f"({'; '.join(different[:5])}); name another workdir, or the same values to go on"
     )
+  _check_method_file(wanted["method"]["file"], workdir)
   return "".join(grown)
+
+
+def _check_method_file(file: str, workdir: Workdir) -> None:
+  """Refuses a method.file whose text is not the one that the run began with."""
+  if file and workdir.method.exists():
+    if Path(file).read_bytes() != workdir.method.read_bytes():
+      raise UserError(
+        f"method.file={file} has changed since the run in {workdir.path} began; name "
+        f"another workdir, or put back {workdir.method}, which is the file as it was"
+      )
 
 
 def tell_growth(settings: Settings, method: Method) -> None:

@@ -125,7 +125,7 @@ def train(
   place = _start(run, checkpoints, batches)
   writer = _writer(run, workdir, -1 if fresh else place.step, config)
   try:
-    evaluations = Evaluations(run, writer, batches, metrics.read(workdir.path))
+    evaluations = Evaluations(run, writer, batches, writer.kept)
     _begin(evaluations, checkpoints, batches, place)
     stop.check()
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)

@@ -1,4 +1,7 @@
-"""Figures on their way out: metrics.jsonl always, TensorBoard and W&B as extras."""
+"""Figures on their way out: metrics.jsonl always, TensorBoard and W&B as extras.
+
+Every process of a run has a `Writer`; that of process 0 alone writes.
+"""
 
 import hashlib
 import importlib
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from okd_jax.errors import UserError
+from okd_jax.runtime.files import write_text
+from okd_jax.runtime.workdir import barrier, writes
 
 
 class Writer:
@@ -21,23 +26,27 @@ class Writer:
   starts anew gives -1. Close it: the extras lose their last rows otherwise.
 
   config: the run's, for W&B to show beside the curves.
+
+  Attributes:
+    kept: the rows that stay, of the run's earlier parts.
   """
 
   def __init__(
     self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping
   ):
-    self._sinks = []
+    self.kept = [
+      row for row in read(workdir) if row["step"] <= step and row["kind"] != "export"
+    ]
+    self._sinks, self._file = [], None
+    barrier("metrics read")  # before the first of them is written
+    if not writes():
+      return
     if tensorboard:
       self._sinks.append(_TensorBoard(workdir))
     if wandb:
       self._sinks.append(_Wandb(workdir, wandb, config))
     path = workdir / "metrics.jsonl"
-    kept = [
-      row for row in read(workdir) if row["step"] <= step and row["kind"] != "export"
-    ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in self.kept))
     self._file = open(path, "a", encoding="utf8")
 
   def write(
@@ -47,6 +56,8 @@ class Writer:
 
     name: who was measured, where there are several of this kind.
     """
+    if self._file is None:
+      return
     row = {figure: _number(value) for figure, value in values.items()}
     head = {"step": step, "kind": kind} | ({"name": name} if name else {})
     self._file.write(json.dumps(head | row) + "\n")
@@ -57,7 +68,8 @@ class Writer:
       sink.write(step, shown)
 
   def close(self) -> None:
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
     for sink in self._sinks:
       sink.close()
 

@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import Array, PyTree
@@ -95,6 +96,17 @@ def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
   return jax.tree.map(
     lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
   )
+
+
+def gathered(tree: PyTree[Array]) -> PyTree[Array | np.ndarray]:
+  """The tree with every array whole in this process; all processes must call it."""
+
+  def whole(leaf: Array) -> Array | np.ndarray:
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+      return leaf
+    return multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.tree.map(whole, tree)
 
 
 def whole_rows(batch_size: int, mesh: Mesh) -> int:

@@ -2,7 +2,7 @@
 
 Notable features:
   a text, a JSON file or a folder is there whole or not at all, and process 0 alone
-    writes it;
+    writes it and removes it;
   what was made from something has a sidecar that says so, NAME.made_from.json beside
     a file and made_from.json in a folder; it is refused where that differs;
   a file that grows by lines is called NAME.partial until it is whole, and a killed
@@ -48,6 +48,11 @@ class Workdir:
     return self.path / "report.html"
 
   @property
+  def method(self) -> Path:
+    """A copy of method.file, as it was when the run began."""
+    return self.path / "method.py"
+
+  @property
   def blocks(self) -> Path:
     """Which of the teacher's blocks learn."""
     return self.path / "blocks.json"
@@ -91,6 +96,11 @@ class Workdir:
     if writes():
       files.write_json(self._at(where), value)
 
+  def remove(self, where: str | Path) -> None:
+    """Removes a file, if it is there."""
+    if writes():
+      self._at(where).unlink(missing_ok=True)
+
   def keep_folder(self, where: str | Path, save: Callable[[Path], Any]) -> None:
     """What `save(folder)` puts into an empty folder, unless it is there already."""
     path = self._at(where)
@@ -119,8 +129,8 @@ def barrier(name: str) -> None:
 def claim(path: Path, about: Mapping[str, Any], what: str = "output") -> None:
   """Writes down what `path` is made from; what is there must be made from the same.
 
-  Every process calls it, before any of them writes what is claimed. A sidecar with
-  nothing beside it is of nothing, and replaced.
+  Every process calls it, before any of them writes what is claimed. A sidecar is
+  replaced where the file is missing, or the folder empty.
 
   path: a file, or a folder that is there; all processes share it.
   about: JSON, the same in all processes.

@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from configs.default import get_config
 from okd_jax.analysis import plots, report
 from okd_jax.evaluation import figures
+from okd_jax.runtime.workdir import Workdir
 
 TEACHER = {"loss": 2.0, "perplexity": 7.389, "rougeL": 24.0, "exact_match": 3.0}
 START = {
@@ -80,8 +81,15 @@ def run(folder, rows, **changes):
   return folder
 
 
+def test_another_process_writes_no_report(tmp_path, monkeypatch, no_charts):
+  folder = run(tmp_path, whole_run())
+  monkeypatch.setattr("jax.process_index", lambda: 1)
+  report.write(Workdir(folder))
+  assert not (folder / "report.html").exists()
+
+
 def page(folder) -> str:
-  report.write(folder)
+  report.write(Workdir(folder))
   return (folder / "report.html").read_text(encoding="utf8")
 
 

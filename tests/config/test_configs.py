@@ -296,6 +296,10 @@ def test_help_tells_every_key():
         key = f"{section}.{name}"
     assert f"--config.{key}=" in shown, key
   assert "--config.teachers.NAME=" in shown
+  assert (
+    "  Text that is sampled for training." in shown
+  )  # of several keys, at the margin
+  assert "method.sampled_share=\n      of the steps; gkd 0.5\n" in shown
   assert "def " not in shown and "ConfigDict" not in shown
 
 

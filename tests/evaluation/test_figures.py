@@ -65,7 +65,7 @@ def logged_by_step(name, **knobs):
 @pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"ensemble"}))
 def test_what_a_method_logs_is_declared(name, module):
   module = "" if name == "sft" else module
-  knobs = only_read(name, module, anchor_weight=0.5, gold_weight=0.5)
+  knobs = only_read(name, module, anchor_weight=0.5, gold_weight=0.5, seqkd_ratio=0.5)
   names = logged_by_loss(name, module=module, **knobs)
   assert names and not undeclared(names)
 

@@ -18,7 +18,9 @@ from okd_jax.methods.base.divergences import DIVERGENCES, shape_knobs
 NOT_KNOBS = {"name", "file", "end", "cross_tokenizer"}
 SECTION = default.get_config().method.to_dict()
 # How a knob comes into its own, where its method's defaults leave it aside.
-ROUTES = [(name, {}, "") for name in methods.METHODS]
+# A seqkd without a ratio has no divergence for a knob to be of.
+RATIO = {"seqkd": {"seqkd_ratio": 0.5}}
+ROUTES = [(name, RATIO.get(name, {}), "") for name in methods.METHODS]
 ROUTES += [("kd", {"divergence": name}, "") for name in DIVERGENCES]
 ROUTES += [("kd", {}, "lora"), ("kd", {"cross_tokenizer": "uld"}, "")]
 # Floats that are fixed for a run: of the text that is sampled, of a learning rate.
@@ -130,6 +132,34 @@ def test_a_knob_that_is_not_read_is_refused(name, knobs, adapter, message):
   assert methods.unread(name, KNOBS | knobs, adapter) == [message.partition("=")[0]]
 
 
+@pytest.mark.parametrize(
+  "name, knobs, needed",
+  [
+    ("gkd", {"replay_capacity": 10}, "method.replay=True"),
+    ("fdistill", {"exact_mixture": True}, "method.divergence=jensen_shannon"),
+    ("ensemble", {"gate_per": "example"}, "method.weighting=gated"),
+    ("ensemble", {"gate_lr": 1.0}, "method.weighting=gated or reinforced"),
+    (
+      "ensemble",
+      {"weighting": "gated", "reward": "gold_and_teachers"},
+      "method.weighting=reinforced",
+    ),
+    ("seqkd", {"temperature": 2.0}, "method.seqkd_ratio above 0"),
+    ("seqkd", {"divergence": "reverse_kl"}, "method.seqkd_ratio above 0"),
+    ("seqkd", {"top_k": 5}, "method.seqkd_ratio above 0"),
+  ],
+)
+def test_a_knob_without_an_effect_is_refused(name, knobs, needed):
+  assert refusal(name, knobs, "").endswith(f"has no effect here: it needs {needed}")
+
+
+def test_no_module_learns_where_nobody_reads_the_teacher():
+  """With a ratio of 0 the teacher writes text before training, and that is all."""
+  message = "adapter.kind=lora: seqkd here has no teacher in its loss"
+  assert refusal("seqkd", {}, "lora") == message
+  assert methods.build("seqkd", {"seqkd_ratio": 0.5}, "lora").adapts
+
+
 def test_with_an_adapter_its_knobs_are_read():
   """A knob of okd on kd."""
   given = {"anchor_weight": 0.3, "teacher_kl_weight": 0.5}
@@ -230,7 +260,7 @@ def test_every_key_has_a_reader():
   read = {key for name in methods.METHODS for key in methods.used_knobs(name)}
   assert read == {*SECTION} - NOT_KNOBS
   for key in read:
-    assert registry._who_reads(key)
+    assert registry.who_reads(key)
 
 
 def test_shared_knobs_have_one_default():

@@ -46,6 +46,19 @@ def test_another_run_is_refused(changes, tmp_path):
   assert workdir.report.exists()
 
 
+def test_another_method_file_is_refused(tmp_path):
+  """Its path is kept whole, but what stands in it may change."""
+  file = tmp_path / "mine.py"
+  file.write_text("# one way\n")
+  changes = {"method.file": str(file)}
+  workdir = left(tmp_path / "run", **changes)
+  workdir.write_text(workdir.method, "# one way\n")
+  assert growth(config(**changes).to_dict(), workdir) == ""
+  file.write_text("# another way\n")
+  with pytest.raises(UserError, match="mine.py has changed since the run"):
+    growth(config(**changes).to_dict(), workdir)
+
+
 @pytest.mark.parametrize(
   "changes",
   [{"train.log_every": 7}, {"train.tensorboard": True}, {"checkpoint.keep": 9}],

@@ -39,6 +39,19 @@ def test_rows_and_what_a_resumed_run_drops(tmp_path):
   ]
 
 
+def test_another_process_reads_and_writes_nothing(tmp_path, monkeypatch):
+  writer = open_writer(tmp_path)
+  writer.write(1, "train", {"loss": 0.5})
+  writer.close()
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+  monkeypatch.setattr("jax.process_index", lambda: 1)
+  writer = open_writer(tmp_path, 1, tensorboard=True, wandb="project")
+  writer.write(2, "train", {"loss": 0.25})
+  writer.close()
+  assert writer.kept == [{"step": 1, "kind": "train", "loss": 0.5}]
+  assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
 def test_not_finite_is_null(tmp_path):
   writer = open_writer(tmp_path)
   writer.write(1, "train", {"loss": float("inf"), "lr": 0.0})

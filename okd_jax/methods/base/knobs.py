@@ -89,7 +89,23 @@ def check_least(key: str, value: float, least: float) -> None:
     raise UserError(f"{key}={value} must be at least {least}")
 
 
-def show(key: str, knob: Knob) -> str:
+def check_idle(knobs: Any, needed: str, *names: str) -> None:
+  """Raises a UserError if a knob was set that has no effect.
+
+  Args:
+    knobs: a dataclass of knobs.
+    needed: the settings that these knobs are read with, in words.
+    names: of the fields that must have their defaults.
+  """
+  defaults = {field.name: field.default for field in dataclasses.fields(knobs)}
+  for name in names:
+    value = getattr(knobs, name)
+    if value != defaults[name]:
+      shown = show(f"method.{name}", value)
+      raise UserError(f"{shown} has no effect here: it needs {needed}")
+
+
+def show(key: str, knob: Any) -> str:
   """'key=value', of a moving knob with both ends."""
   if isinstance(knob, Linear):
     return f"{key}={knob.start} moving to {knob.end}"

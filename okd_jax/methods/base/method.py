@@ -43,6 +43,7 @@ class Method:
     plain sum, and sums over micro-batches add up.
   knobs: every number in the loss, by its configuration key.
   taught: whether it needs a teacher.
+  reads_teacher: whether its loss does, too, and not only the text that comes first.
   several: whether it takes several teachers.
   adapts: whether its teachers carry adapters, which train with the student.
   adapter: their kind where adapter.kind leaves it open.
@@ -60,6 +61,7 @@ class Method:
   loss: Callable[[Models, Params, Params, Batch, Array, Now], Loss]
   knobs: Mapping[str, Knob] = dataclasses.field(default_factory=dict)
   taught: bool = True
+  reads_teacher: bool = True
   several: bool = False
   adapts: bool = False
   adapter: str = "lora"

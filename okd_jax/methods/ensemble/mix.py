@@ -29,6 +29,7 @@ from okd_jax.methods.base import (
   Params,
   Sequences,
   check_choice,
+  check_idle,
   check_positive,
   check_share,
   check_weight,
@@ -86,6 +87,12 @@ class Knobs(DivergenceKnobs):
     check_positive("method.gate_lr", self.gate_lr)
     check_choice("method.gate_per", self.gate_per, gate.PER)
     check_choice("method.reward", self.reward, policy.REWARDS)
+    if self.weighting != "gated":
+      check_idle(self, "method.weighting=gated", "gate_per")
+    if self.weighting != "reinforced":
+      check_idle(self, "method.weighting=reinforced", "reward")
+    if self.weighting == "mean":
+      check_idle(self, "method.weighting=gated or reinforced", "gate_lr")
 
   def numbers(self) -> dict[str, Knob]:
     """The numbers in the loss, by key."""
