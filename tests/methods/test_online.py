@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from trial import KNOBS, VOCAB, LogitTrial, make_batch, make_logits, weighted
+from trial import KNOBS, VOCAB, LogitTrial, make_batch, make_logits, only_read, weighted
 
 from okd_jax import methods
 from okd_jax.errors import UserError
@@ -74,11 +74,12 @@ def test_kd_on_gold_with_a_module_is_okd(knobs, kd, okd):
 def test_each_loss_moves_its_own_side(name):
   """METHODS 2.3; guards F2: the method's loss for the student, L_t for the module."""
   (student, teacher, base), batch = make_logits(), make_batch()
-  wrapped = LogitTrial(name, module="lora", anchor_weight=0.3)
+  own = only_read(name, "lora", seqkd_ratio=0.5)
+  wrapped = LogitTrial(name, module="lora", anchor_weight=0.3, **own)
   method = wrapped.method
   assert method.adapts and method.updates == (("student", "adapter"),)
   assert method.sequences.gold == (method.sequences.source != "gold")
-  plain, okd = LogitTrial(name), LogitTrial("okd", anchor_weight=0.3)
+  plain, okd = LogitTrial(name, **own), LogitTrial("okd", anchor_weight=0.3)
   okd.method = dataclasses.replace(okd.method, weights=method.weights)
 
   @jax.jit
@@ -221,5 +222,5 @@ def test_a_teacher_that_learns_anyway_is_left_alone(name):
 
 
 def test_without_a_teacher_there_is_nothing_to_adapt():
-  with pytest.raises(UserError, match="adapter.kind=lora: sft has no teacher that"):
+  with pytest.raises(UserError, match="adapter.kind=lora: sft here has no teacher in"):
     methods.build("sft", KNOBS, "lora")
