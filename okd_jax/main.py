@@ -12,37 +12,16 @@ the 7th step from here on, to be opened at ui.perfetto.dev or in TensorBoard; th
 results stay as they are.
 """
 
-import signal
 import sys
 from pathlib import Path
 
 from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.run import distill
-from okd_jax.run.loop import Stop, Stopped
+from okd_jax.run.stop import Stopped, Terminated
 from okd_jax.runtime import cli
 
-TERMINATED = 128 + signal.SIGTERM
 _FILE = "--config.method.file="
-
-
-class Terminated(Stop):
-  """True once SIGTERM has come; a second one ends the process at once."""
-
-  def __enter__(self):
-    self._came = False
-    self._before = signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def _note(self, *_: object) -> None:
-    self._came = True
-    signal.signal(signal.SIGTERM, self._before)
-
-  def __bool__(self) -> bool:
-    return self._came
-
-  def __exit__(self, *_: object) -> None:
-    signal.signal(signal.SIGTERM, self._before)
 
 
 def main(arguments: list[str]) -> None:
@@ -64,7 +43,7 @@ def main(arguments: list[str]) -> None:
       *_, result = distill.run(config, Path(args.workdir), stop, args.profile)
     except Stopped:
       print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-      sys.exit(TERMINATED)
+      sys.exit(Terminated.STATUS)
   print(result, flush=True)
 
 

@@ -16,7 +16,7 @@ def render(**parts: Any) -> str:
     facts, {what: words}; exported, whether there is a student; folders, which of
     adapter and teacher there are; config, the run's.
   """
-  return _TEMPLATE.render(style=plots.css() + _STYLE, **parts)
+  return _TEMPLATE.render(style=plots.css() + STYLE, **parts)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -25,7 +25,7 @@ def _number(value: float | None, digits: int) -> str:
   return f"{value:,.{digits}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
-_STYLE = """
+STYLE = """
 body {
   margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.5rem 4rem;
   background: var(--page); color: var(--ink);
@@ -173,13 +173,14 @@ becomes a Hugging Face folder by</p>
 </html>"""
 
 
-def _template() -> jinja2.Template:
+def template(page: str) -> jinja2.Template:
+  """A page with this package's filters; an undefined name is an error."""
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
   )
   environment.filters["number"] = _number
   environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
-  return environment.from_string(_PAGE)
+  return environment.from_string(page)
 
 
-_TEMPLATE = _template()
+_TEMPLATE = template(_PAGE)

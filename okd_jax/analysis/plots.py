@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from matplotlib import style, ticker
@@ -32,7 +33,7 @@ _COLOURS = {
   "soft": ("#f5f6f7", "#1f2226"),
   "page": ("#ffffff", "#16181b"),
 }
-_LIGHT = {name: light for name, (light, _) in _COLOURS.items()}
+LIGHT = {name: light for name, (light, _) in _COLOURS.items()}
 _MAX_POINTS = 2000
 _NICE = (1, 2, 5, 10)  # times a power of ten: the distances of ticks
 
@@ -40,19 +41,19 @@ _STYLE = {
   "svg.hashsalt": "okd_jax",  # the same run gives the same bytes
   "svg.fonttype": "none",  # text stays text, in the page's own font
   "font.size": 9,
-  "axes.edgecolor": _LIGHT["grid"],
-  "axes.labelcolor": _LIGHT["ink"],
+  "axes.edgecolor": LIGHT["grid"],
+  "axes.labelcolor": LIGHT["ink"],
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.grid": True,
   "axes.axisbelow": True,
   "axes.xmargin": 0.02,
-  "grid.color": _LIGHT["grid"],
+  "grid.color": LIGHT["grid"],
   "grid.linewidth": 0.6,
-  "xtick.color": _LIGHT["grid"],
-  "ytick.color": _LIGHT["grid"],
-  "xtick.labelcolor": _LIGHT["ink"],
-  "ytick.labelcolor": _LIGHT["ink"],
+  "xtick.color": LIGHT["grid"],
+  "ytick.color": LIGHT["grid"],
+  "xtick.labelcolor": LIGHT["ink"],
+  "ytick.labelcolor": LIGHT["ink"],
   "lines.solid_capstyle": "round",
 }
 
@@ -129,7 +130,7 @@ class Chart:
   small: bool = False
 
   def svg(self) -> str:
-    return _inline(_draw(self), self.title)
+    return _draw(self)
 
 
 def css() -> str:
@@ -228,9 +229,27 @@ def _finite(line: Line) -> int:
   return sum(map(math.isfinite, line.values))
 
 
+def styled() -> AbstractContextManager:
+  """While charts are made: the user's own matplotlibrc must not change the report."""
+  return style.context(["default", _STYLE])
+
+
+def drawn(figure: Figure, title: str) -> str:
+  """A figure as inline SVG, without marks at its ticks; to be called while `styled`."""
+  for axes in figure.axes:
+    axes.tick_params(length=0)
+  return _inline(_svg(figure), title)
+
+
+def _svg(figure: Figure) -> str:
+  buffer = io.StringIO()
+  metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+  figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
+  return buffer.getvalue()
+
+
 def _draw(chart: Chart) -> str:
-  # The user's own matplotlibrc must not change the report: start from the defaults.
-  with style.context(["default", _STYLE]):
+  with styled():
     size = (3.5, 2.3) if chart.small else (5.4, 2.9)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
@@ -243,11 +262,7 @@ def _draw(chart: Chart) -> str:
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5, min_n_ticks=4, steps=_NICE))
     for axis in (axes.xaxis, axes.yaxis):
       axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.tick_params(length=0)
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-  return buffer.getvalue()
+    return drawn(figure, chart.title)
 
 
 def _plot(axes: Axes, line: Line) -> None:
@@ -262,7 +277,7 @@ def _plot(axes: Axes, line: Line) -> None:
   if _finite(line) == 1:  # no line goes through a single point
     look = {"marker": "o", "markersize": 3.5}
   # Not clipped: half of a point that lies on an axis would be.
-  axes.plot(line.steps, line.values, color=_LIGHT[line.colour], clip_on=False, **look)
+  axes.plot(line.steps, line.values, color=LIGHT[line.colour], clip_on=False, **look)
 
 
 def _inline(svg: str, title: str) -> str:
@@ -277,6 +292,6 @@ def _inline(svg: str, title: str) -> str:
   # Ids are those of the whole page.
   prefix = re.sub(r"\W", "", title)
   svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-  for name, colour in _LIGHT.items():
+  for name, colour in LIGHT.items():
     svg = svg.replace(colour, f"var(--{name})")
   return svg.replace("<svg", f'<svg role="img" aria-label="{title} by step"', 1)

@@ -41,7 +41,17 @@ def read(arguments: list[str]) -> ConfigDict:
   given = _given(arguments)
   if not given.get("config"):
     raise UserError("--config=RECIPE is needed (see --help)")
-  config = load_recipe(given.pop("config"))
+  return parsed(load_recipe(given.pop("config")), arguments)
+
+
+def parsed(config: ConfigDict, arguments: list[str]) -> ConfigDict:
+  """The configuration with --config.key=value … of the arguments, in place.
+
+  Raises:
+    UserError: as `read` does.
+  """
+  given = _given(arguments)
+  given.pop("config", None)
   changes = {name.removeprefix("config."): text for name, text in given.items()}
   return _finished(config, changes, _parsed)
 
@@ -52,7 +62,16 @@ def from_keys(changes: Mapping[str, Any], recipe: str = "default") -> ConfigDict
   Raises:
     UserError: as `read` does.
   """
-  return _finished(load_recipe(recipe), changes, _assigned)
+  return changed(load_recipe(recipe), changes)
+
+
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+  """The configuration with some keys set, 'train.steps' for one; changes it in place.
+
+  Raises:
+    UserError: as `read` does.
+  """
+  return _finished(config, changes, _assigned)
 
 
 def load_recipe(spec: str) -> ConfigDict:
@@ -63,11 +82,21 @@ def load_recipe(spec: str) -> ConfigDict:
   Raises:
     UserError: if there is no such recipe or variant, or it fails.
   """
+  return run_recipe(spec)[0]
+
+
+def run_recipe(spec: str) -> tuple[ConfigDict, dict[str, Any]]:
+  """What a recipe's get_config returns, and all names that the recipe defines.
+
+  Raises:
+    UserError: as `load_recipe` does.
+  """
   name, _, variant = spec.partition(":")
   path = _recipe_path(name)
   with _neighbours(path.parent):
     try:
-      get_config = runpy.run_path(str(path))["get_config"]
+      names = runpy.run_path(str(path))
+      get_config = names["get_config"]
       takes_variant = bool(inspect.signature(get_config).parameters)
       if variant and not takes_variant:
         raise UserError("it has no variants")
@@ -76,7 +105,7 @@ def load_recipe(spec: str) -> ConfigDict:
       reason = str(error).strip().splitlines() or [type(error).__name__]
       raise UserError(f"{spec}: {reason[-1]}") from error
   config.lock()
-  return config
+  return config, names
 
 
 def defaults() -> ConfigDict:

@@ -204,6 +204,7 @@ _ABOUT_STEPS = (
   Figure("tokens", "tokens", "in the step's rows", digits=0),
   Figure("trained_tokens", "trained tokens", "those that the loss counts", digits=0),
   Figure("tokens_per_s", "tokens/s", "since the row before", 0, larger_is_better=True),
+  Figure("step_s", "s a step", "since the row before, sampling and all", digits=4),
   Figure("sampled", "sampled", "share of steps on sampled text"),
   Figure("sampled_length", "sampled length", "tokens of an answer", digits=1),
   Figure("sampled_ended", "sampled and ended", "share of answers that came to an end"),

@@ -18,7 +18,8 @@ from okd_jax.run.build import Run, build
 from okd_jax.run.export import export_student, export_teachers
 from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
-from okd_jax.run.loop import Stop, train
+from okd_jax.run.loop import train
+from okd_jax.run.stop import Stop
 from okd_jax.runtime.workdir import Workdir, barrier
 from okd_jax.teachers import saliency, trunk
 

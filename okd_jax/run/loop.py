@@ -17,28 +17,13 @@ from okd_jax.run.evaluator import Evaluator
 from okd_jax.run.progress import Progress
 from okd_jax.run.state import TrainState
 from okd_jax.run.step import compile_step
+from okd_jax.run.stop import Stop
 from okd_jax.run.trace import Trace
 from okd_jax.runtime import metrics
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import trunk
 
 _log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-  """The run was asked to stop and has saved everything; the same call goes on."""
-
-
-class Stop:
-  """Whether the run is to stop: here never; a command's is true after a signal."""
-
-  def __bool__(self) -> bool:
-    return False
-
-  def check(self) -> None:
-    """Raises Stopped if so; to be called when all is saved."""
-    if self:
-      raise Stopped
 
 
 class Place(NamedTuple):

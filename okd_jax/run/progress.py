@@ -29,7 +29,7 @@ class Progress:
     rates = jax.vmap(run.plan.learning_rate)(np.arange(run.plan.steps))
     self._rates = jax.device_get(rates)
     self._tokens, self._since, self._total = 0.0, time.monotonic(), 0.0
-    self._first, self._begin = step, time.monotonic()
+    self._first, self._last, self._begin = step, step, time.monotonic()
     self._sampled: dict[str, list[float]] = {}
     self._bar = tqdm(
       total=run.plan.steps,
@@ -74,10 +74,12 @@ class Progress:
       step % self._every == 0 or step == self._run.plan.steps or step == self._first + 1
     ):
       now = time.monotonic()
-      values["tokens_per_s"] = self._tokens / (now - self._since)
-      values |= self._about_sampling(now - self._since)
+      elapsed = now - self._since
+      values["tokens_per_s"] = self._tokens / elapsed
+      values["step_s"] = elapsed / (step - self._last)
+      values |= self._about_sampling(elapsed)
       values["lr"] = float(str(self._rates[step - 1]))  # 0.0005, not 0.00050000002
-      self._tokens, self._since, self._sampled = 0.0, now, {}
+      self._tokens, self._since, self._sampled, self._last = 0.0, now, {}, step
       self._writer.write(step, "train", values)
       self._show(step, values)
 

@@ -262,7 +262,7 @@ def test_what_is_refused_elsewhere(tmp_path):
       own(*blocks).check(TEACHER)
   with pytest.raises(UserError, match="saliency is not finite"):
     saliency.choose([1.0, float("nan")], 0.5)
-  with pytest.raises(UserError, match="adapter.kind=blocks: sft has no teacher"):
+  with pytest.raises(UserError, match="adapter.kind=blocks: sft here has no teacher"):
     methods.build("sft", KNOBS, "blocks")
   with pytest.raises(UserError, match="no PEFT adapter"):
     models.save_adapter(tmp_path / "a", {}, own(0), TEACHER, "base")

@@ -1,0 +1,151 @@
+"""A study's table: means, intervals, equal time, and what it says of differences."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from okd_jax.analysis import comparison, study_report
+from okd_jax.config import read, study
+
+
+def result(loss, kl, step_s=0.1, steps=100, **more):
+  curve = [
+    {"step": s, "loss": 4 + (loss - 4) * s / steps, "forward_kl": kl}
+    for s in range(0, steps + 1, 50)
+  ]
+  return {
+    "final": {"loss": loss, "forward_kl": kl},
+    "start": {"loss": 4.0},
+    "teacher": {"loss": 3.0},
+    "curve": curve,
+    "steps": steps,
+    "step_s": step_s,
+    "tokens": 1000,
+    "peak": {"peak_bytes": 2e6, "of": "process"},
+    "machine": {"device": "cpu", "devices": 1, "jax": "0"},
+    "analysis": None,
+    "sets": {"qa": {"rougeL": 10 * loss}},
+  } | more
+
+
+@pytest.fixture(scope="module")
+def plan():
+  config = read.defaults()
+  config.data.eval = "rows.jsonl"
+  arms = {name: {"method.name": name} for name in ("kd", "okd", "sft")}
+  return study.Study(
+    name="toy",
+    about="A toy.",
+    config=config,
+    arms=arms,
+    seeds=3,
+    sets={"qa": "q.jsonl"},
+  )
+
+
+@pytest.fixture(scope="module")
+def found(plan):
+  kd, okd, sft = (3.5, 3.6, 3.4), (3.2, 3.31, 3.1), (3.6, 3.5, 3.41)
+  results = {}
+  for name, losses, seconds in (("kd", kd, 0.1), ("okd", okd, 0.2), ("sft", sft, 0.05)):
+    for seed, loss in enumerate(losses):
+      results[f"{name}:{seed}"] = result(loss, loss / 10, seconds)
+  return comparison.compare(plan, results)
+
+
+def test_means_and_deviations(found):
+  row = found.rows["okd"]["loss"]
+  assert row.mean == pytest.approx(np.mean([3.2, 3.31, 3.1]))
+  assert row.std == pytest.approx(np.std([3.2, 3.31, 3.1], ddof=1))
+  assert found.rows["start"]["loss"] == (4.0, None)
+  assert found.rows["okd"]["rougeL/qa"].mean == pytest.approx(32.033, abs=1e-3)
+  assert found.rows["okd"]["relative_time"].mean == pytest.approx(1.0)
+  assert found.rows["kd"]["relative_time"].mean == pytest.approx(0.5)
+
+
+def test_differences_are_paired(found):
+  """The interval is that of the differences, as scipy has it."""
+  pairs = np.array([3.2 - 3.5, 3.31 - 3.6, 3.1 - 3.4])
+  got = found.differences["okd"]["loss"]
+  low, high = stats.ttest_1samp(pairs, 0).confidence_interval()
+  assert got.mean == pytest.approx(pairs.mean())
+  assert (got.low, got.high) == pytest.approx((low, high))
+  assert got.differs and not found.differences["sft"]["loss"].differs
+  assert "kd" not in found.differences
+
+
+def test_no_difference_is_said(found):
+  rows = {row[0]: row[1:] for row in comparison.verdicts(found)}
+  columns = rows[""]
+  at = columns.index("loss")
+  assert rows["okd"][at].endswith("] better") and rows["sft"][at].endswith(
+    "no difference"
+  )
+  at = columns.index("ROUGE-L qa")  # of which more is better
+  assert rows["okd"][at].endswith("] worse")
+
+
+def test_equal_time_is_the_baselines_end(found):
+  """okd is half way by then, sft has long ended."""
+  losses = [found.runs[arm][0]["loss_at_time"] for arm in ("kd", "okd", "sft")]
+  assert losses == pytest.approx([3.5, 4 - 0.8 / 2, 3.6])
+
+
+def test_a_run_of_another_arm_cannot_move_a_row(plan, found):
+  """What is missing stays missing, in its own column and row."""
+  results = {
+    f"{arm}:{seed}": result(
+      3.0,
+      0.3,
+      peak=None if (arm, seed) == ("okd", 1) else {"peak_bytes": 1e6 * (seed + 1)},
+    )
+    for arm in plan.arms
+    for seed in range(3)
+  }
+  table = list(
+    csv.DictReader(io.StringIO(comparison.csv_text(comparison.compare(plan, results))))
+  )
+  peaks = {(row["arm"], row["seed"]): row["peak_mb"] for row in table}
+  assert peaks["okd", "1"] == "" and peaks["okd", "2"] == "3.0" and len(table) == 9
+
+
+def test_one_seed_has_no_intervals(plan):
+  one = study.select(plan, "okd", 1)
+  assert (one.baseline, one.unit, one.seeds) == ("okd", "okd", 1)
+  found = comparison.compare(one, {"okd:0": result(3.0, 0.3)})
+  assert "±" not in comparison.text(found) and "Differences" not in comparison.markdown(
+    found
+  )
+  assert math.isclose(found.rows["okd"]["loss"].mean, 3.0)
+
+
+def test_the_files_are_written(plan, found, tmp_path):
+  study_report.write(plan, found, tmp_path)
+  first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+  assert set(first) == {"report.html", "table.md", "table.csv", "study.json"}
+  study_report.write(plan, found, tmp_path)
+  assert first == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+  page = first["report.html"].decode()
+  for words in (
+    "Study toy",
+    "A toy.",
+    "no difference",
+    "runs/okd/0/report.html",
+    "<svg",
+  ):
+    assert words in page
+
+
+def test_arms_are_checked(plan):
+  from okd_jax.errors import UserError
+
+  with pytest.raises(UserError, match="--arms: 'gkd' is none of kd; okd; sft"):
+    study.select(plan, "kd; gkd", 0)
+  with pytest.raises(UserError, match="baseline 'nobody' is none of"):
+    study.dataclasses.replace(plan, baseline="nobody")
+  with pytest.raises(UserError, match="cannot name a folder"):
+    study.dataclasses.replace(plan, arms={"kd": {}, "okd": {}, "a/b": {}})
