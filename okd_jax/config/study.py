@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from okd_jax.config import read
+from okd_jax.config.schema import settings
 from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation.held_out import Options
@@ -61,9 +62,14 @@ class Study:
         raise UserError(f"study {self.name}: {role} {arm!r} is none of {known}")
     if bad := [arm for arm in self.arms if {*"/:\\"} & {*arm} or arm.startswith(".")]:
       raise UserError(f"study {self.name}: arm {bad[0]!r} cannot name a folder")
-    if not self.config.data.eval:
+    if not self.held_out:
       raise UserError(f"study {self.name}: data.eval must name its held-out rows")
     Options(**self.protocol)
+
+  @property
+  def held_out(self) -> str:
+    """Where the rows come from that every run is judged on."""
+    return settings(self.config).data.eval_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,7 +222,7 @@ def _beside_teacher(study: Study, job: Job) -> dict[str, Any]:
     result.student,
     models.load(path),
     result.adapter,
-    load_records(source_list(config.data.eval)),
+    load_records(source_list(study.held_out)),
     options,
   )
   return {"analysis": found}
