@@ -236,11 +236,3 @@ def use(config: ConfigDict, name: str, **knobs) -> None:
   if config.method.name != name:
     config.method.update(get_config().method.to_dict())
   config.method.update({"name": name, **knobs})
-
-
-def sweep_point(text: str, values) -> tuple[str, ConfigDict]:
-  """(value, configuration) of 'VALUE' or 'VALUE@RECIPE'; the recipe is quickstart."""
-  value, _, name = text.partition("@")
-  if value not in values:
-    raise ValueError(f"{text}: the values are {', '.join(values)}")
-  return value, recipe(name or "quickstart")

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from okd_jax.config import read
-from okd_jax.config.schema import settings
+from okd_jax.config.schema import DataSettings
 from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation.held_out import Options
@@ -69,7 +69,7 @@ class Study:
   @property
   def held_out(self) -> str:
     """Where the rows come from that every run is judged on."""
-    return settings(self.config).data.eval_source
+    return DataSettings(**self.config.data).eval_source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,10 @@ from commands import QUICK, call
 from ml_collections import ConfigDict
 
 from configs import default, gpt2, llama, smollm2
+from configs.studies import scarce
 from okd_jax import models
 from okd_jax.config import read
+from okd_jax.config import study as studies
 from okd_jax.config.stages import stages
 from okd_jax.data import load_records, make_tokenizer
 from okd_jax.errors import UserError
@@ -32,15 +34,23 @@ TWO_STEPS = [change for change in QUICK if "train.steps" not in change] + [
   "--config.data.holdout=4",
 ]
 
+VARIANTS = {
+  "gpt2": gpt2.VARIANTS,
+  "llama": llama.TEACHERS,
+  "studies/gpt2": gpt2.VARIANTS,
+  "studies/llama2": llama.TEACHERS,
+  "studies/scarce": scarce.TEACHERS,
+}
+
 
 def every_config():
   """NAME or NAME:VARIANT of all that --config knows by name."""
   for path in sorted((ROOT / "configs").rglob("*.py")):
     name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
     recipe = runpy.run_path(str(path))
-    variants = {"gpt2": gpt2.VARIANTS, "llama": llama.TEACHERS}.get(name, [""])
-    if name.startswith("studies/"):
-      variants = [*recipe["VALUES"], f"{recipe['VALUES'][0]}@gpt2.base"]
+    variants = [""]
+    if name in VARIANTS:
+      variants = VARIANTS[name]
     elif "recipe" in inspect.signature(recipe["get_config"]).parameters:
       variants = ["", "gpt2.medium"]
     for variant in variants:
@@ -62,6 +72,13 @@ def test_configuration_names_only_known_keys(spec, tmp_path):
     merged = ConfigDict(known.to_dict()).lock()
     merged.update(stage.config)
     assert json.dumps(merged.to_dict())
+
+
+@pytest.mark.parametrize("spec", [spec for spec in EVERY if "studies/" in spec])
+def test_every_run_of_a_study_has_a_method_that_reads_its_knobs(spec, tmp_path):
+  study = studies.load(spec, [])
+  for job in studies.jobs(study, tmp_path):
+    assert check(job.config).settings.data.eval_source == study.held_out
 
 
 def test_every_key_has_a_comment():
