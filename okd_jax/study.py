@@ -12,7 +12,7 @@ command goes on after it was stopped or killed; what is finished is not run agai
 import sys
 from pathlib import Path
 
-from okd_jax.analysis import comparison, study_report
+from okd_jax.analysis import comparison, study_report, tables
 from okd_jax.config import study as studies
 from okd_jax.errors import UserError
 from okd_jax.run import study as runs
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
   results = {job.name: runs.measured(job) for job in jobs if job.arm}
   found = comparison.compare(study, results)
   study_report.write(study, found, Path(flags.workdir))
-  print(comparison.text(found))
+  print(tables.text(found))
   print(f"\nreport  {Path(flags.workdir) / 'report.html'}")
 
 

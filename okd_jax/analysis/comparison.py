@@ -1,8 +1,6 @@
 """A study's results as one table: means over seeds, and differences seed by seed."""
 
-import csv
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,14 +17,16 @@ class Column(NamedTuple):
   """A figure of the table.
 
   name: in CSV and JSON; title: for people; larger: whether more is better, None where
-  there is no better; digits: after the point.
+  there is no better; digits: after the point; meaning: in a few words; table: which of
+  TABLES it stands in.
   """
 
   name: str
   title: str
   larger: bool | None
-  digits: int = 3
-  meaning: str = ""
+  digits: int
+  meaning: str
+  table: str = "quality"
 
 
 class Spread(NamedTuple):
@@ -49,6 +49,8 @@ class Difference(NamedTuple):
     return self.low > 0 or self.high < 0
 
 
+# One table of all would be wider than a page.
+TABLES = {"quality": "At equal steps", "cost": "At equal time, and what it costs"}
 COLUMNS = (
   Column("loss", "loss", False, 3, "held-out cross-entropy, nats per token"),
   Column("forward_kl", "KL(T‖S)", False, 3, "from the frozen teacher, nats per token"),
@@ -70,12 +72,19 @@ COLUMNS = (
     "nearer to 0 is better",
   ),
   Column("drift", "drift", None, 3, "KL from the frozen to the adapted teacher"),
-  Column("loss_at_time", "loss, equal time", False, 3, "when the baseline had ended"),
-  Column("kl_at_time", "KL(T‖S), equal time", False, 3, "likewise"),
-  Column("ms_a_step", "ms a step", False, 1, "compiling and evaluating left out"),
-  Column("relative_time", "time", False, 2, "a step's, over that of the unit"),
-  Column("peak_mb", "peak MB", False, 0, "of the device, on CPU of the process"),
-  Column("tokens", "tokens", None, 0, "in all training rows"),
+  Column(
+    "loss_at_time",
+    "loss, equal time",
+    False,
+    3,
+    "after the seconds that the baseline trained",
+    "cost",
+  ),
+  Column("kl_at_time", "KL(T‖S), equal time", False, 3, "likewise", "cost"),
+  Column("ms_a_step", "ms a step", False, 1, "without compiling or evaluating", "cost"),
+  Column("relative_time", "time", False, 2, "a step's, relative to the unit's", "cost"),
+  Column("peak_mb", "peak MB", False, 0, "of the device; on CPU, the process", "cost"),
+  Column("tokens", "tokens", None, 0, "in all training rows", "cost"),
 )
 
 
@@ -290,94 +299,3 @@ def _excess(runs: Sequence[Result]) -> dict[str, list[float]]:
     "mean": [statistics.fmean(step) for step in steps],
     "std": [statistics.stdev(step) if several else 0.0 for step in steps],
   }
-
-
-def _cell(spread: Spread | None, digits: int) -> str:
-  if spread is None:
-    return "–"
-  mean = f"{spread.mean:,.{digits}f}"
-  if spread.std is None or not spread.std:
-    return mean
-  return f"{mean} ± {spread.std:,.{digits}f}"
-
-
-def cells(found: Comparison) -> list[list[str]]:
-  """The table as text, titles first."""
-  head = ["", *(column.title for column in found.columns)]
-  body = [
-    [arm, *(_cell(row.get(c.name), c.digits) for c in found.columns)]
-    for arm, row in found.rows.items()
-  ]
-  return [head, *body]
-
-
-def verdicts(found: Comparison) -> list[list[str]]:
-  """The differences from the baseline as text, titles first."""
-  columns = [c for c in found.columns if any(c.name in d for d in _all(found))]
-  head = ["", *(column.title for column in columns)]
-  body = [
-    [arm, *(_verdict(own.get(c.name), c) for c in columns)]
-    for arm, own in found.differences.items()
-  ]
-  return [head, *body]
-
-
-def _all(found: Comparison) -> list[Mapping[str, Difference]]:
-  return list(found.differences.values())
-
-
-def _verdict(value: Difference | None, column: Column) -> str:
-  """'-0.061 [-0.070, -0.052] better', or that there is no difference."""
-  if value is None:
-    return "–"
-  d = column.digits
-  text = f"{value.mean:+,.{d}f} [{value.low:+,.{d}f}, {value.high:+,.{d}f}]"
-  if not value.differs:
-    return f"{text} no difference"
-  return f"{text} {'better' if (value.mean > 0) == column.larger else 'worse'}"
-
-
-def text(found: Comparison) -> str:
-  """Both tables, for a terminal."""
-  tables = [cells(found), *([verdicts(found)] if found.seeds > 1 else [])]
-  return "\n\n".join(map(_aligned, tables))
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-  lines = []
-  for name, *row in table:
-    cells = (c.rjust(w) for c, w in zip(row, widths[1:], strict=True))
-    lines.append("  ".join([name.ljust(widths[0]), *cells]))
-  return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def markdown(found: Comparison) -> str:
-  """Both tables, and what the columns mean."""
-  about = "\n".join(f"- **{c.title}**: {c.meaning}" for c in found.columns)
-  parts = [f"Means ± standard deviation over {found.seeds} seeds."]
-  parts.append(_pipes(cells(found)))
-  if found.seeds > 1:
-    parts.append(
-      f"Differences from {found.baseline}, seed by seed: means and 95 % intervals "
-      "(Student's t):"
-    )
-    parts.append(_pipes(verdicts(found)))
-  return "\n\n".join([*parts, about]) + "\n"
-
-
-def _pipes(table: Sequence[Sequence[str]]) -> str:
-  rows = ["| " + " | ".join(row) + " |" for row in table]
-  line = "| --- |" + " ---: |" * (len(table[0]) - 1)
-  return "\n".join([rows[0], line, *rows[1:]])
-
-
-def csv_text(found: Comparison) -> str:
-  """One row a run: its arm, its seed and every figure."""
-  buffer = io.StringIO()
-  writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerow(["arm", "seed", *(column.name for column in found.columns)])
-  for arm, runs in found.runs.items():
-    for seed, run in enumerate(runs):
-      writer.writerow([arm, seed, *(run.get(c.name, "") for c in found.columns)])
-  return buffer.getvalue()

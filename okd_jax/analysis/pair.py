@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
@@ -102,6 +101,7 @@ def analyse(
   _check_tokenizers(student, teacher)
   sides = _sides(student, teacher, adapter, jnp.dtype(options.dtype))
   examples = _examples(student, teacher, records, options)
+  _check_places(options.positions, examples)
   check_vocabulary({n: s.decoder.config.vocab_size for n, s in sides.items()}, examples)
   shown = functools.partial(tqdm, desc="tokens", leave=False, disable=None)
   values, mask = at_positions(
@@ -113,7 +113,7 @@ def analyse(
     found["exposure_bias"] = _exposure_bias(sides, prompts, student, options)
   places = options.positions or agreement.chosen_positions(values["teacher/unc"], mask)
   found["top_tokens"] = [
-    _top_tokens(sides, examples, mask, place, student.tokenizer) for place in places
+    _top_tokens(sides, examples, place, student.tokenizer) for place in places
   ]
   return found
 
@@ -168,6 +168,21 @@ def _examples(
   return examples
 
 
+def _check_places(
+  places: Sequence[tuple[int, int]], examples: Sequence[Example]
+) -> None:
+  """Each must stand before a token of a response."""
+  for row, position in places:
+    known = 0 <= row < len(examples)
+    if known:
+      example = examples[row]
+      known = max(example.prompt_length - 1, 0) <= position < len(example.tokens) - 1
+    if not known:
+      raise UserError(
+        f"--positions: row {row} has no response token that follows position {position}"
+      )
+
+
 def _exposure_bias(
   sides: Mapping[str, Side],
   prompts: Sequence[Example],
@@ -193,16 +208,11 @@ def _exposure_bias(
 def _top_tokens(
   sides: Mapping[str, Side],
   examples: Sequence[Example],
-  mask: np.ndarray,
   place: tuple[int, int],
   tokenizer: Any,
 ) -> dict[str, Any]:
   """What every model says at one place (Figures 10 to 12)."""
   row, position = place
-  if not (0 <= row < len(mask) and 0 <= position < mask.shape[1] and mask[place]):
-    raise UserError(
-      f"--positions: row {row} has no response token that follows position {position}"
-    )
   values, _ = at_positions(sides, [examples[row]], _probabilities)
   said = {name: value[0, position] for name, value in values.items()}
   tokens = examples[row].tokens

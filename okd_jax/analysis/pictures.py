@@ -92,7 +92,7 @@ def _by_difficulty(found: Found) -> Figure:
         values,
         width * 0.94,
         color=LIGHT[_COLOUR[name]],
-        label=f"{_TITLES[name]}",
+        label=f"against the {_TITLES[name]}",
       )
       axes.bar_label(bars, fmt="{:.3g}", fontsize=7, padding=1, color=LIGHT["ink"])
     axes.set_xticks(range(len(GROUPS)), GROUPS)
@@ -100,9 +100,8 @@ def _by_difficulty(found: Found) -> Figure:
     axes.set_ylabel(unit)
     axes.grid(visible=False, axis="x")
   if len(names) > 1:
-    figure.legend(
-      *left.get_legend_handles_labels(), loc="outside lower center", ncols=2
-    )
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
   return figure
 
 

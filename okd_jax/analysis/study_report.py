@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from okd_jax.analysis import comparison, page
+from okd_jax.analysis import comparison, page, tables
 from okd_jax.analysis.agreement import GROUPS
 from okd_jax.analysis.comparison import Comparison, Spread
 from okd_jax.analysis.plots import LIGHT, css, drawn, styled
@@ -29,16 +29,19 @@ class Picture:
 def write(study: Study, found: Comparison, folder: Path) -> None:
   """Writes the four files; the same results give the same bytes."""
   workdir = Workdir(folder)
-  workdir.write_text("table.md", comparison.markdown(found))
-  workdir.write_text("table.csv", comparison.csv_text(found))
+  workdir.write_text("table.md", tables.markdown(found))
+  workdir.write_text("table.csv", tables.csv_text(found))
   workdir.write_json("study.json", _plain(study, found))
   text = page.template(_PAGE).render(
     style=css() + page.STYLE,
     title=f"Study {study.name}",
     about=study.about,
     found=found,
-    cells=comparison.cells(found),
-    verdicts=comparison.verdicts(found),
+    tables=[
+      (title, tables.cells(found, table), tables.verdicts(found, table))
+      for table, title in comparison.TABLES.items()
+    ],
+    over_seeds=tables.over_seeds(found),
     pictures=pictures(found),
     arms=study.arms,
     machine=found.machine,
@@ -230,7 +233,7 @@ _PAGE = """<!doctype html>
 <h1>{{ title }}</h1>
 <pre class="about">{{ about }}</pre>
 {% macro table(rows) %}
-<div class="scroll"><table class="summary wide">
+<div class="scroll"><table class="wide">
 <thead><tr>
 {% for cell in rows[0] %}<th scope="col">{{ cell }}</th>{% endfor %}
 </tr></thead>
@@ -245,16 +248,18 @@ _PAGE = """<!doctype html>
 </tbody></table></div>
 {% endmacro %}
 
-<h2>Every arm</h2>
-<p>Means ± standard deviation over {{ found.seeds }} seeds.</p>
+<p>{{ over_seeds }} The unit of time is {{ found.unit }}.</p>
+{% for title, cells, verdicts in tables %}
+<h2>{{ title }}</h2>
 {{ table(cells) }}
-
 {% if found.seeds > 1 %}
-<h2>Differences from {{ found.baseline }}</h2>
+<h3>Differences from {{ found.baseline }}</h3>
 <p>Seed by seed: the mean and its 95 % interval by Student's t. An interval that holds 0
 shows no difference.</p>
 {{ table(verdicts) }}
 {% endif %}
+{% endfor %}
+<h2>What the columns mean</h2>
 <dl>
 {% for column in found.columns %}
 <dt>{{ column.title }}</dt><dd>{{ column.meaning }}</dd>

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from okd_jax.analysis import comparison, study_report
+from okd_jax.analysis import comparison, study_report, tables
 from okd_jax.config import read, study
 
 
@@ -79,7 +79,7 @@ def test_differences_are_paired(found):
 
 
 def test_no_difference_is_said(found):
-  rows = {row[0]: row[1:] for row in comparison.verdicts(found)}
+  rows = {row[0]: row[1:] for row in tables.verdicts(found, "quality")}
   columns = rows[""]
   at = columns.index("loss")
   assert rows["okd"][at].endswith("] better") and rows["sft"][at].endswith(
@@ -107,7 +107,7 @@ def test_a_run_of_another_arm_cannot_move_a_row(plan, found):
     for seed in range(3)
   }
   table = list(
-    csv.DictReader(io.StringIO(comparison.csv_text(comparison.compare(plan, results))))
+    csv.DictReader(io.StringIO(tables.csv_text(comparison.compare(plan, results))))
   )
   peaks = {(row["arm"], row["seed"]): row["peak_mb"] for row in table}
   assert peaks["okd", "1"] == "" and peaks["okd", "2"] == "3.0" and len(table) == 9
@@ -117,9 +117,7 @@ def test_one_seed_has_no_intervals(plan):
   one = study.select(plan, "okd", 1)
   assert (one.baseline, one.unit, one.seeds) == ("okd", "okd", 1)
   found = comparison.compare(one, {"okd:0": result(3.0, 0.3)})
-  assert "±" not in comparison.text(found) and "Differences" not in comparison.markdown(
-    found
-  )
+  assert "±" not in tables.text(found) and "Differences" not in tables.markdown(found)
   assert math.isclose(found.rows["okd"]["loss"].mean, 3.0)
 
 
@@ -138,14 +136,3 @@ def test_the_files_are_written(plan, found, tmp_path):
     "<svg",
   ):
     assert words in page
-
-
-def test_arms_are_checked(plan):
-  from okd_jax.errors import UserError
-
-  with pytest.raises(UserError, match="--arms: 'gkd' is none of kd; okd; sft"):
-    study.select(plan, "kd; gkd", 0)
-  with pytest.raises(UserError, match="baseline 'nobody' is none of"):
-    study.dataclasses.replace(plan, baseline="nobody")
-  with pytest.raises(UserError, match="cannot name a folder"):
-    study.dataclasses.replace(plan, arms={"kd": {}, "okd": {}, "a/b": {}})
