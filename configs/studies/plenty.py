@@ -10,7 +10,7 @@ teacher to mend. RESULTS.md has what came out.
 
 from configs.studies import scarce
 
-_NAMES = ("sft", "kd", "rkd", "gkd", "minillm", "okd", "okd, mode-seeking")
+_NAMES = ("sft", "kd", "rkd", "gkd", "okd", "okd, mode-seeking")
 ARMS = {name: scarce.ARMS[name] for name in _NAMES}
 
 

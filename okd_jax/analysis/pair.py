@@ -101,7 +101,6 @@ def analyse(
   _check_tokenizers(student, teacher)
   sides = _sides(student, teacher, adapter, jnp.dtype(options.dtype))
   examples = _examples(student, teacher, records, options)
-  _check_places(options.positions, examples)
   check_vocabulary({n: s.decoder.config.vocab_size for n, s in sides.items()}, examples)
   shown = functools.partial(tqdm, desc="tokens", leave=False, disable=None)
   values, mask = at_positions(
@@ -165,6 +164,7 @@ def _examples(
     overlong_prompt="truncate",
     overlong_row="truncate",
   )
+  _check_places(options.positions, examples)
   return examples
 
 
