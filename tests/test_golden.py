@@ -33,6 +33,7 @@ def test_the_file_has_every_variant():
   assert all(len(run["loss"]) == 20 and run["exported"] for run in kept.values())
 
 
+@pytest.mark.slow
 def test_the_projects_own_method():
   compare(["okd"])
 

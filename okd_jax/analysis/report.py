@@ -212,6 +212,6 @@ def _caveats(history: History, end: Figures, config: Mapping) -> Iterator[str]:
   source = "" if config["data"]["eval"] else " that were held out of the training data"
   yield (
     f"This is one run with one seed (train.seed={config['train']['seed']}), judged on "
-    f"rows{source}: small differences may be chance, and runs over several seeds "
-    "tell more."
+    f"rows{source}: small differences may be chance. python -m okd_jax.study compares "
+    "methods over several seeds."
   )

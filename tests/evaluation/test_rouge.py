@@ -67,6 +67,30 @@ def test_means_over_rows():
   }
 
 
+@pytest.mark.parametrize(
+  "prediction, references, want",
+  [
+    # LCS 'the quick fox' of 4 and 4 words: P 3/4, R 3/4.
+    ("the quick red fox", ["the quick brown fox"], 75.0),
+    # The second: LCS 'a b' of 2 and 3 words, P 1, R 2/3, F 4/5; the first: F 1/3.
+    ("a b", ["a x y z", "a b c"], 80.0),
+    # LCS 'one two' of 5 and 2 words: P 2/5, R 1, F 4/7.
+    ("one thing or two things", ["one two"], 57.1429),
+    ("", ["some words"], 0.0),
+    ("some words", ["", "other"], 0.0),
+    ("", [""], 0.0),  # no words, no overlap; exact match is 1
+    # Only ASCII letters and digits make words: 'caf' is 1 of 2, P = R = 1/2.
+    ("café noir", ["café bleu"], 50.0),
+    # 'na', 've' of 3 and 3: an umlaut splits a word, P = R = 2/3.
+    ("naïve one", ["naïve two"], 66.6667),
+    ("北京", ["北京"], 0.0),  # nothing that rouge_score takes for a word
+  ],
+)
+def test_by_hand_to_four_decimals(prediction, references, want):
+  """F = 2 P R / (P + R) of the longest common subsequence of words."""
+  assert round(score([prediction], [references])["rougeL"], 4) == want
+
+
 def test_mistakes():
   with pytest.raises(UserError, match="1 predictions do not match 2 rows"):
     score(["a"], [["a"], ["b"]])

@@ -33,7 +33,14 @@ from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import saliency
 
 EVERY = (0, 1, 2)
-some = pytest.mark.parametrize("blocks", [(1,), (0, 2), EVERY])
+some = pytest.mark.parametrize(
+  "blocks",
+  [
+    (0, 2),
+    pytest.param((1,), marks=pytest.mark.slow),
+    pytest.param(EVERY, marks=pytest.mark.slow),
+  ],
+)
 
 
 def own(*blocks):

@@ -8,13 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import small
 from commands import ROOT, call, command, environment
 from ml_collections import ConfigDict
 
+from okd_jax import models
 from okd_jax.analysis.plots import History
 from okd_jax.config.study import Job, Study
+from okd_jax.data import load_records, make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.run import study as runs
 from okd_jax.run.stop import Stop, Stopped
@@ -113,20 +116,18 @@ def test_a_run_is_trained_and_measured(tmp_path, monkeypatch):
   """In this process: what measured.json has, of a teacher that is a folder."""
   monkeypatch.chdir(ROOT)
   teacher = tmp_path / "teacher"
-  call(
-    "main",
-    "--config=configs/debug.py",
-    f"--workdir={teacher}",
-    "--config.method.name=sft",
-    "--config.train.steps=2",
-    "--config.eval.generate=False",
-    "--config.eval.limit=4",
-    "--config.data.max_length=48",
-    "--config.data.max_prompt_length=40",
-    "--config.data.overlong_prompt=truncate",
+  tokenizer = make_tokenizer("bytes", load_records("embedded:eval"))
+  shape = models.preset(
+    "llama",
+    vocab_size=len(tokenizer),
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    eos_ids=(tokenizer.eos_token_id,),
   )
+  models.save(teacher, models.init(shape, jax.random.key(0)), shape, tokenizer)
   changes = {
-    "teacher.path": str(teacher / "student"),
+    "teacher.path": str(teacher),
     "teacher.model.hidden_size": 0,
     "student.model.hidden_size": 0,
     "student.layers": 1,
