@@ -44,6 +44,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .summary thead th { font-size: .9rem; }
 .summary tbody :last-child > * { border-bottom: 0; font-weight: 600; }
 .summary tbody th { font-weight: 400; }
+.wide tbody tr:last-child > * { font-weight: 400; }
+.wide :is(th, td) { padding: .42rem .45rem; font-size: .84rem; }
+.wide thead th { white-space: normal; vertical-align: bottom; }
+.about { white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dl, figcaption, pre { font-size: .88rem; }
 dd { margin: 0; }
@@ -67,6 +71,16 @@ details details, details table { margin: .2rem 0 .2rem 1.1rem; }
 details table { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 details td { padding: 0 .9rem 0 0; vertical-align: top; }
 @media screen and (max-width: 46rem) { .charts > * { grid-column: span 6 !important; } }
+@media screen and (max-width: 46rem) {
+  .wide thead { display: none; }
+  .wide :is(table, tbody, tr, th, td) { display: block; }
+  .wide tbody th { border: 0; padding-bottom: 0; font-weight: 600; }
+  .wide tbody td {
+    display: flex; justify-content: space-between; gap: 1rem;
+    padding: .1rem 0; border: 0; white-space: normal;
+  }
+  .wide tbody td::before { content: attr(data-title); text-align: left; }
+}
 @media print { html { font-size: 11px; } body { padding: 0; } }
 """
 

@@ -233,7 +233,7 @@ _PAGE = """<!doctype html>
 <h1>{{ title }}</h1>
 <pre class="about">{{ about }}</pre>
 {% macro table(rows) %}
-<div class="scroll"><table class="wide">
+<div class="scroll"><table class="summary wide">
 <thead><tr>
 {% for cell in rows[0] %}<th scope="col">{{ cell }}</th>{% endfor %}
 </tr></thead>
