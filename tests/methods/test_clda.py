@@ -226,7 +226,9 @@ def test_a_resumed_run_keeps_its_choice(run, tmp_path):
     build(config, workdir)
 
 
-@pytest.mark.parametrize("name", ["skd", "minillm"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("skd", marks=pytest.mark.slow), "minillm"]
+)
 def test_such_a_teacher_writes(run, name):
   """Mixtures and interleaving, from a cache: the adapted teacher, once it differs."""
   knobs = {"sampled_share": 1.0, "max_new_tokens": 6}

@@ -69,7 +69,9 @@ def test_loss_equals_the_formula():
   np.testing.assert_allclose(both.sum(), 1)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+  "side", [pytest.param("right", marks=pytest.mark.slow), "left"]
+)
 def test_padding_makes_no_difference(side):
   """Guards B2: of a pair of unequal rows the longer one's rest stays unmixed."""
   setup, batch = Setup("mixkd"), make_batch()

@@ -128,7 +128,7 @@ def test_sequential_update_shows_the_student_the_moved_module():
   "adapter",
   [
     pytest.param(Lora(rank=4), marks=pytest.mark.slow),
-    Lora(rank=4, layers=1),
+    pytest.param(Lora(rank=4, layers=1), marks=pytest.mark.slow),
     pytest.param(Prefix(length=3, layers=2), marks=pytest.mark.slow),
     Prompt(length=3),
   ],

@@ -30,7 +30,7 @@ def grads_and_loss(setup, batch):
   return jax.tree.map(jnp.subtract, state.params, new.params), metrics
 
 
-@pytest.mark.parametrize("microbatches", [2, 8])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_microbatches_make_no_difference(microbatches):
   """Guards C1: a mean of means (TRL#4719, verl#7200, swift#10165, NeMo#4172)."""
   batch = make_batch()
