@@ -1,36 +1,44 @@
 """How good is a student? Loss, distance to its teacher, and answers scored by ROUGE-L.
 
 python -m okd_jax.evaluate --model=M --data=F.jsonl [--teacher=T]
+python -m okd_jax.evaluate --model=M --sets NAME=F.jsonl … --protocol --answers=DIR
 """
 
+import dataclasses
 from pathlib import Path
 
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
 from okd_jax.evaluation.figures import table
-from okd_jax.evaluation.held_out import Options, evaluate
+from okd_jax.evaluation.held_out import Options
+from okd_jax.evaluation.sets import beside_greedy, evaluate_sets, read_sets
 from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_json
-from okd_jax.runtime.metrics import finite_or_null
 
 
 def main(arguments: list[str]) -> None:
   """Evaluates as the arguments say; a UserError for whatever is wrong with them."""
-  args = vars(_parser().parse_args(arguments))
-  path, teacher, data, output = (
-    args.pop(name) for name in ("model", "teacher", "data", "output")
-  )
+  parser = _parser()
+  args = vars(parser.parse_args(arguments))
+  names = ("model", "teacher", "data", "sets", "output", "template")
+  path, teacher, data, sets, output, template = (args.pop(name) for name in names)
+  options = Options(**args, template=template or "default")
+  if sets and options.predictions:
+    parser.error("--predictions is for --data; --answers keeps those of all sets")
+  named = read_sets(sets) if sets else {"": data}
+  records = {name: load_records(source_list(x)) for name, x in named.items()}
+  if not template:
+    options = dataclasses.replace(options, template=template_of(path) or "default")
   cli.use_compilation_cache()
-  model = load(path, dtype=args["dtype"])
-  beside = load(teacher, dtype=args["dtype"]) if teacher else None
-  if args["template"] is None:
-    args["template"] = template_of(path) or "default"
-  options, records = Options(**args), load_records(source_list(data))
-  results = evaluate(model, records, options, beside, name=path)
-  print(table({Path(path).name or path: results}))
-  if output:
-    write_json(output, finite_or_null(results))
+  model = load(path, dtype=options.dtype)
+  beside = load(teacher, dtype=options.dtype) if teacher else None
+  found = {}
+  for name, results in evaluate_sets(model, records, options, beside, path):
+    found[name or Path(path).name or path] = results
+    if output:  # after every set, so that none is lost
+      write_json(output, found if sets else results)
+  print(table(beside_greedy(found)))
 
 
 def _parser() -> cli.Parser:
@@ -41,19 +49,12 @@ def _parser() -> cli.Parser:
   )
   add = parser.add_argument
   add("--model", required=True, help="HF folder, hub id, .gguf file or run's workdir")
-  add("--data", required=True, help="jsonl(.gz), .txt or dataset id; several by commas")
+  data = parser.add_mutually_exclusive_group(required=True).add_argument
+  data("--data", help="jsonl(.gz), .txt or dataset id; several by commas")
+  several = "in the place of --data: named sets, each with its own scores"
+  data("--sets", nargs="+", metavar="NAME=F", action="extend", help=several)
   add("--teacher", default="", help="a model to compare with token by token")
-  add("--temperature", type=float, default=0.0, help="of the answers; 0 is greedy")
-  add(
-    "--seeds",
-    type=lambda text: [int(seed) for seed in text.split(",")],
-    default="10,20,30,40,50",
-    help="sample the answers once a seed; greedy answers need one only",
-  )
-  new = "of an answer, 0: none; by default 256 or fewer"
-  add("--max_new_tokens", type=int, help=new)
   add("--limit", type=int, default=0, help="first so many rows; 0 is all")
-  add("--predictions", default="", help="write the first seed's answers to this jsonl")
   add("--output", default="", help="write the results to this JSON file")
   add("--template", help="as data.template; by default the run's own, or 'default'")
   add("--max_length", type=int, help="tokens of a row; by default 1024 or what fits")
@@ -61,6 +62,7 @@ def _parser() -> cli.Parser:
   add("--max_prompt_length", type=int, help=prompt)
   add("--batch_size", type=int, default=8, help="rows at once")
   cli.add_dtype(parser)
+  cli.add_answers(parser)
   return parser
 
 

@@ -146,10 +146,15 @@ def compare(study: Study, results: Mapping[str, Result]) -> Comparison:
 
 
 def _sets(study: Study) -> list[Column]:
-  return [
-    Column(f"rougeL/{name}", f"ROUGE-L {name}", True, 1, "five draws, temperature 1")
-    for name in study.sets
-  ]
+  found = []
+  for name in study.sets:
+    title = f"ROUGE-L {name}"
+    drawn = "of answers drawn at temperature 1, mean over the draws"
+    found.append(Column(f"rougeL/{name}", title, True, 1, drawn))
+    found.append(
+      Column(f"rougeL_greedy/{name}", f"{title}, greedy", True, 1, "of greedy answers")
+    )
+  return found
 
 
 def _fixed(row: Mapping[str, float]) -> dict[str, Spread]:
@@ -177,6 +182,7 @@ def _figures(run: Result, budget: float | None, unit: float | None) -> dict[str,
   found["tokens"] = run["tokens"]
   for name, scores in run["sets"].items():
     found[f"rougeL/{name}"] = scores.get("rougeL")
+    found[f"rougeL_greedy/{name}"] = scores.get("rougeL_greedy")
   return {k: v for k, v in found.items() if v is not None and math.isfinite(v)}
 
 

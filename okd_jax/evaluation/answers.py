@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jaxtyping import Int
 
 from okd_jax.data import Example, stop_ids
 from okd_jax.models import Decoder
@@ -28,11 +30,11 @@ def answer(
   completions = generate(
     decoder_source(decoder),
     variables,
-    [example.tokens[: example.prompt_length] for example in examples],
+    prompts_of(examples),
     jax.random.key(seed),
     max_new_tokens=max_new_tokens,
     sampling=Sampling(temperature=temperature),
-    eos_ids=sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)}),
+    eos_ids=ends(decoder, tokenizer, template),
     batch_size=batch_size,
     sharding=sharding,
   )
@@ -40,6 +42,15 @@ def answer(
     tokenizer.decode(completion.tokens, skip_special_tokens=True)
     for completion in completions
   ]
+
+
+def prompts_of(examples: Sequence[Example]) -> list[Int[np.ndarray, " _"]]:
+  return [example.tokens[: example.prompt_length] for example in examples]
+
+
+def ends(decoder: Decoder, tokenizer, template: str) -> list[int]:
+  """The tokens that end an answer, for the model or for its tokenizer."""
+  return sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)})
 
 
 def answerable(examples: Sequence[Example]) -> list[Example]:

@@ -334,7 +334,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
   }
   cells = [["", *shown.values()]]
   for name, row in rows.items():
-    cells.append([name, *(_cell(row.get(column)) for column in shown)])
+    cells.append([name, *(_cell(row, column) for column in shown)])
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = [
     "  ".join(
@@ -346,9 +346,10 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
   return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _cell(value: float | None) -> str:
-  """Of a terminal: four significant digits or so, whatever the column."""
+def _cell(row: Mapping[str, float], name: str) -> str:
+  """Of a terminal: four significant digits or so, and the deviation if there is one."""
+  value, std = row.get(name), row.get(f"{name}_std")
   if value is None or not math.isfinite(value):
     return "–"
   digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-  return f"{value:.{digits}f}"
+  return f"{value:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")

@@ -1,8 +1,10 @@
 """A finished model on held-out rows: what `okd_jax.evaluate` reports."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from okd_jax.data import (
 )
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.evaluation.answers import answer, answerable, mean_and_std
+from okd_jax.evaluation.answers import answerable, mean_and_std
+from okd_jax.evaluation.draws import Draw, Way, answers
 from okd_jax.evaluation.rouge import score
 from okd_jax.evaluation.tokens import (
   STUDENT,
@@ -44,26 +47,37 @@ class Options:
   template: as data.template.
   max_new_tokens: of an answer; 0 writes none.
   max_length, max_prompt_length: in tokens; longer prompts lose their start.
-  temperature: of the answers; 0 is greedy and needs one of the `seeds` alone.
+  protocol: as MiniLLM and OKD measure, at temperature 1 unless another is given, and
+    greedy answers too.
+  temperature: of the answers that are drawn, once a seed; 0 draws none, and the answers
+    are greedy. None is 1 under the protocol and 0 without it.
+  no_repeat_ngram: so many tokens in a row do not come twice in a prompt and its answer;
+    0 bans nothing.
   limit: first so many rows; 0 is all.
   dtype: of activations and matmuls.
-  predictions: jsonl file for the first seed's answers, '' for none.
+  answers: folder that keeps all answers, a file a draw, and goes on with them; '' for
+    none.
+  predictions: jsonl file for the first draw's answers, '' for none.
   """
 
   template: str = "default"
   max_new_tokens: int | None = None
   max_length: int | None = None
   max_prompt_length: int | None = None
-  temperature: float = 0.0
+  protocol: bool = False
+  temperature: float | None = None
+  no_repeat_ngram: int = 0
   seeds: Sequence[int] = (10, 20, 30, 40, 50)
   limit: int = 0
   batch_size: int = 8
   dtype: str = "float32"
+  answers: str = ""
   predictions: str = ""
 
   def __post_init__(self):
     for name, least in (
       ("temperature", 0),
+      ("no_repeat_ngram", 0),
       ("max_new_tokens", 0),
       ("limit", 0),
       ("batch_size", 1),
@@ -73,6 +87,19 @@ class Options:
       value = getattr(self, name)
       if value is not None and not value >= least:
         raise UserError(f"--{name}={value} must be at least {least}")
+    if self.protocol and self.temperature == 0:
+      raise UserError("--protocol draws answers; give --temperature above 0")
+    if not self.seeds or len({*self.seeds}) < len(self.seeds):
+      raise UserError(f"--seeds={self.seeds} must be one or more, all different")
+
+  @property
+  def draws(self) -> list[Draw]:
+    """The answers to give to each prompt."""
+    temperature = self.temperature
+    if temperature is None:
+      temperature = float(self.protocol)
+    greedy = [] if temperature and not self.protocol else [Draw(0.0, 0)]
+    return greedy + [Draw(temperature, seed) for seed in self.seeds if temperature]
 
 
 def evaluate(
@@ -169,26 +196,41 @@ def _width(examples: Sequence[Example]) -> int:
 def _text_results(
   model: Model, prompts: Sequence[Example], options: Options
 ) -> dict[str, Any]:
-  """Scores of the answers, and the first seed's written down where that is asked."""
-  seeds = options.seeds if options.temperature else options.seeds[:1]
-  decoder = Decoder(model.config, dtype=jnp.dtype(options.dtype))
-  scores, first = [], None
-  for seed in seeds:
-    texts = answer(
-      decoder,
-      {"params": model.params},
-      prompts,
-      model.tokenizer,
-      template=options.template,
-      max_new_tokens=options.max_new_tokens,
-      temperature=options.temperature,
-      seed=seed,
-      batch_size=options.batch_size,
-    )
-    scores.append(score(texts, [list(p.references) for p in prompts]))
-    first = first or texts
-    _log.info("seed %d: ROUGE-L %.2f", seed, scores[-1]["rougeL"])
+  """Scores of each draw, and means over seeds, or of the greedy answers alone."""
+  way = Way(
+    options.template,
+    options.max_new_tokens,
+    options.no_repeat_ngram,
+    options.batch_size,
+    options.dtype,
+  )
+  references = [list(p.references) for p in prompts]
+  texts, scores = {}, {}
+  with _folder(options) as folder:
+    for draw in options.draws:
+      label = Path(folder).name if options.answers else "answers"
+      texts[draw] = answers(model, prompts, draw, way, Path(folder), label)
+      scores[draw] = score(texts[draw], references)
+      _log.info("%s: ROUGE-L %.2f", draw.name, scores[draw]["rougeL"])
   if options.predictions:
-    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in first)
+    lines = (
+      json.dumps({"text": x}, ensure_ascii=False) for x in texts[options.draws[0]]
+    )
     write_text(Path(options.predictions), "".join(line + "\n" for line in lines))
-  return mean_and_std(scores) | {"seeds": list(seeds)}
+  drawn = [draw for draw in options.draws if draw.temperature]
+  found = mean_and_std([scores[draw] for draw in drawn or options.draws])
+  if drawn and drawn != options.draws:
+    greedy = scores[options.draws[0]]
+    found |= {f"{name}_greedy": greedy[name] for name in ("rougeL", "exact_match")}
+  each = {
+    draw.name: {k: v for k, v in own.items() if k != "n"}
+    for draw, own in scores.items()
+  }
+  seeds = [draw.seed for draw in drawn]
+  return found | {"prompts": len(prompts), "seeds": seeds, "draws": each}
+
+
+def _folder(options: Options) -> contextlib.AbstractContextManager[str]:
+  if options.answers:
+    return contextlib.nullcontext(options.answers)
+  return tempfile.TemporaryDirectory(prefix="okd_jax-answers-")

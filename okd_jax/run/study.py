@@ -19,17 +19,16 @@ from okd_jax.config.study import Job, Study
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
-from okd_jax.evaluation.held_out import Options, evaluate
+from okd_jax.evaluation.held_out import Options
+from okd_jax.evaluation.sets import evaluate_sets
 from okd_jax.run import distill
 from okd_jax.run.stop import Stop
 from okd_jax.runtime.files import read_json
-from okd_jax.runtime.metrics import finite_or_null
 from okd_jax.runtime.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
 MEASURED, _COST = "measured.json", "cost.json"
-_DRAWS = {"temperature": 1.0, "seeds": (10, 20, 30, 40, 50)}  # MiniLLM's protocol
 
 
 def done(job: Job) -> bool:
@@ -230,13 +229,13 @@ def _beside_teacher(study: Study, job: Job) -> dict[str, Any]:
 
 def _answers(study: Study, job: Job) -> dict[str, Any]:
   """The answers' scores on every set, as MiniLLM and OKD measure them."""
-  student, scores = None, {}
-  for name, data in study.sets.items():
-    student = student or models.load(job.workdir / "student")
-    keys = _DRAWS | {"template": job.config.data.template} | dict(study.protocol)
-    found = evaluate(student, load_records(source_list(data)), Options(**keys))
-    scores[name] = finite_or_null(found)
-  return {"sets": scores}
+  if not study.sets:
+    return {"sets": {}}
+  keys = {"protocol": True, "template": job.config.data.template}
+  options = Options(**keys | dict(study.protocol), answers=str(job.workdir / "answers"))
+  records = {name: load_records(source_list(x)) for name, x in study.sets.items()}
+  student = models.load(job.workdir / "student")
+  return {"sets": dict(evaluate_sets(student, records, options))}
 
 
 def machine() -> dict[str, Any]:

@@ -15,12 +15,11 @@ from okd_jax.errors import UserError
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-  """Shows defaults, but neither None nor an empty one."""
+  """Shows defaults, but neither None nor an empty one, nor that of a switch."""
 
   def _get_help_string(self, action: argparse.Action) -> str | None:
-    return (
-      action.help if action.default in (None, "") else super()._get_help_string(action)
-    )
+    shown = action.default not in (None, "") and action.default is not False
+    return super()._get_help_string(action) if shown else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +69,33 @@ def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
     default=0,
     help="of the sampling; the same seed gives the same text",
   )
+
+
+def add_answers(parser: argparse.ArgumentParser) -> None:
+  """The flags that say how a model answers held-out prompts."""
+  add = parser.add_argument_group("answers").add_argument
+  drawn = "MiniLLM's and OKD's: drawn with every seed at temperature 1, and greedy ones"
+  add("--protocol", action="store_true", help=drawn)
+  add("--temperature", type=float, help="0, the default without --protocol, is greedy")
+  seeds, some = "draw the answers once a seed", "10,20,30,40,50"
+  add("--seeds", type=_whole_numbers, default=some, metavar="S,S,…", help=seeds)
+  ban = "so many tokens in a row do not come twice in prompt and answer; 0: no ban"
+  add("--no_repeat_ngram", type=int, default=0, metavar="N", help=ban)
+  new = "of an answer, 0 for none; by default 256 or fewer"
+  add("--max_new_tokens", type=int, metavar="N", help=new)
+  keep = "folder that keeps all answers; stopped, the same command goes on with them"
+  add("--answers", default="", metavar="DIR", help=keep)
+  first = "write the first draw's answers to this jsonl"
+  add("--predictions", default="", metavar="P.jsonl", help=first)
+
+
+def _whole_numbers(text: str) -> list[int]:
+  try:
+    return [int(part) for part in text.split(",")]
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be whole numbers, by commas"
+    ) from None
 
 
 def number(

@@ -1,7 +1,6 @@
 """What a model of a run answers to every prompt before training, as token ids."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from okd_jax.errors import UserError
-from okd_jax.text.answers_job import BATCHES, Job, answer
+from okd_jax.text.answers_job import BATCHES, Job, answer, digest
 from okd_jax.text.rollout import Completion, Sampling, generate
 from okd_jax.text.source import Source
 
@@ -51,7 +50,7 @@ def answer_prompts(
   def ask(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[Completion]:
     return generate(source, given(), prompts, key, rows=rows, **settings)
 
-  asked = {"prompts": _digest(prompts), "max_new_tokens": max_new_tokens}
+  asked = {"prompts": digest(prompts), "max_new_tokens": max_new_tokens}
   asked |= {name: float(value) for name, value in sampling._asdict().items()}
   asked |= {"eos_ids": [int(i) for i in eos_ids], **about}
   label, piece = f"{path.stem} answers", BATCHES * batch_size
@@ -72,10 +71,3 @@ def _read(path: Path, count: int) -> list[Int[np.ndarray, " _"]]:
   if len(answers) != count:
     raise UserError(f"{path}: {len(answers)} answers to {count} prompts; delete it")
   return answers
-
-
-def _digest(prompts: Sequence[Int[np.ndarray, " _"]]) -> str:
-  found = hashlib.sha256()
-  for prompt in prompts:
-    found.update(json.dumps(prompt.tolist()).encode() + b"\n")
-  return found.hexdigest()[:16]

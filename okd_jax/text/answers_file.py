@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from okd_jax.data.format import answered_row, decode_response
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.runtime.workdir import writes
-from okd_jax.text.answers_job import BATCHES, Job, answer
+from okd_jax.text.answers_job import BATCHES, Job, answer, checksum
 from okd_jax.text.rollout import Completion, Sampling, generate
 from okd_jax.text.source import decoder_source
 
@@ -123,7 +122,7 @@ def _job(
     return _line(_answered(tokenizer, records[i], prompts[i], completion))
 
   about = asked.about() | {"data": _digest(records, prompts)}
-  about |= {"model": _checksum(variables), "dtype": jnp.dtype(decoder.dtype).name}
+  about |= {"model": checksum(variables), "dtype": jnp.dtype(decoder.dtype).name}
   piece, together = BATCHES * asked.batch_size, not _is_local(variables, sharding)
   return Job(path, prompts, ask, line, about, piece, together, label="sample")
 
@@ -161,23 +160,6 @@ def _digest(records: Sequence[Record], prompts: Sequence[Int[np.ndarray, " _"]])
     found.update(_line(answered_row(record, "")))
     found.update(prompt.astype("<i4").tobytes())
   return found.hexdigest()[:16]
-
-
-@jax.jit
-def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
-  bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-  whole = (jax.lax.bitcast_convert_type(x, bits[x.dtype.itemsize]) for x in leaves)
-  return [x.astype(jnp.uint32).sum(dtype=jnp.uint32) for x in whole]
-
-
-def _checksum(tree: Any) -> str:
-  """Eight digits that change with any parameter, but not with where they lie.
-
-  Bits are added as integers, so that the order of the addition does not matter.
-  """
-  leaves, structure = jax.tree.flatten(tree)
-  sums = [int(number) for number in jax.device_get(_sums(leaves))]
-  return f"{zlib.crc32(repr((structure, sums)).encode()):08x}"
 
 
 def _is_local(variables: Any, sharding: jax.sharding.Sharding | None) -> bool:

@@ -7,22 +7,26 @@ together and the first one writes.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 from tqdm import tqdm
 
 from okd_jax.errors import UserError
-from okd_jax.runtime import workdir
+from okd_jax.runtime import files, workdir
 from okd_jax.text.rollout import Completion
 
 BATCHES = 4  # batches that are generated, and then written, at once
@@ -41,6 +45,8 @@ class Job:
     with it the same arithmetic, to the last bit.
   together: whether it takes all processes to answer a row.
   label: what the progress says is going on.
+  order: in which the rows are answered, and stand in a file that is not whole yet; ()
+    is their own.
   """
 
   path: Path
@@ -51,15 +57,17 @@ class Job:
   piece: int
   together: bool
   label: str
+  order: Sequence[int] = ()
 
   def share(self, index: int, count: int) -> range:
-    """The rows of one of `count` processes: whole pieces, in order."""
+    """Where in the order the rows of one of `count` processes lie: whole pieces."""
     pieces = -(-len(self.prompts) // self.piece)
     first, last = (pieces * i // count for i in (index, index + 1))
     return range(first * self.piece, min(last * self.piece, len(self.prompts)))
 
-  def lines(self, rows: range) -> list[bytes]:
-    """The lines of the file that belong to these rows."""
+  def lines(self, places: range) -> list[bytes]:
+    """The lines of the rows at these places of the order."""
+    rows = [self.order[place] for place in places] if self.order else places
     completions = self.ask(prompts=[self.prompts[i] for i in rows], rows=rows)
     return [self.line(i, each) for i, each in zip(rows, completions, strict=True)]
 
@@ -133,14 +141,49 @@ def join(job: Job, count: int) -> None:
   parts = [workdir.part(job.path, index, count) for index in range(count)]
   if missing := [part for part in parts if not part.exists()]:
     raise UserError(f"{missing[0]} is missing; all processes must share the folder")
-  if count > 1:
-    with whole.open("wb") as file:
-      for part in parts:
-        with part.open("rb") as lines:
-          shutil.copyfileobj(lines, file)
-  os.replace(whole, job.path)
+  if job.order:
+    files.write_text(job.path, _in_row_order(parts, job.order))
+  else:
+    if count > 1:
+      with whole.open("wb") as file:
+        for part in parts:
+          with part.open("rb") as lines:
+            shutil.copyfileobj(lines, file)
+    os.replace(whole, job.path)
   for part in parts:
     part.unlink(missing_ok=True)
+
+
+def _in_row_order(parts: Sequence[Path], order: Sequence[int]) -> str:
+  """The lines, which lie in `order`, in the order of their rows."""
+  lines = [line for part in parts for line in part.read_bytes().splitlines(True)]
+  rows = dict(zip(order, lines, strict=True))
+  return b"".join(rows[i] for i in range(len(order))).decode()
+
+
+def digest(prompts: Sequence[Int[np.ndarray, " _"]]) -> str:
+  """Sixteen digits of a hash of the prompts' tokens, for a job's `about`."""
+  found = hashlib.sha256()
+  for prompt in prompts:
+    found.update(json.dumps(prompt.tolist()).encode() + b"\n")
+  return found.hexdigest()[:16]
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+  bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+  whole = (jax.lax.bitcast_convert_type(x, bits[x.dtype.itemsize]) for x in leaves)
+  return [x.astype(jnp.uint32).sum(dtype=jnp.uint32) for x in whole]
+
+
+def checksum(tree: PyTree) -> str:
+  """Eight digits that change with any parameter, but not with where they lie.
+
+  Bits are added as integers, so that the order of the addition does not matter.
+  """
+  leaves, structure = jax.tree.flatten(tree)
+  sums = [int(number) for number in jax.device_get(_sums(leaves))]
+  return f"{zlib.crc32(repr((structure, sums)).encode()):08x}"
 
 
 class _Progress(tqdm):

@@ -1,4 +1,7 @@
-"""Which tokens may be drawn: the likeliest, found without sorting a vocabulary."""
+"""Which tokens may be drawn: the likeliest, and those that repeat nothing.
+
+The likeliest are found without sorting a vocabulary.
+"""
 
 from collections.abc import Callable
 
@@ -21,6 +24,31 @@ def keep_top_p(
   """-inf but for the fewest tokens that hold `p` of each row's mass."""
   mass = jax.nn.softmax(logits, axis=-1)
   return _keep_fewest(logits, lambda kept: jnp.where(kept, mass, 0.0).sum(-1) >= p)
+
+
+def ban_repeats(
+  logits: Float[Array, "B V"],
+  tokens: Int[Array, "B L"],
+  start: Int[Array, " B"],
+  stop: Int[Array, ""],
+  n: int,
+) -> Float[Array, "B V"]:
+  """-inf for each token that would end n tokens in a row that have come before.
+
+  So does transformers' `no_repeat_ngram_size`, but for rows all of whose tokens would
+  be banned: there nothing is.
+
+  tokens: of which each row's own are those from its `start` up to `stop`.
+  """
+  end = jnp.arange(tokens.shape[1])[None]  # where a run of n tokens would end
+  same = (end < stop) & (end >= start[:, None] + n - 1)
+  for back in range(1, n):
+    newest = jax.lax.dynamic_slice_in_dim(tokens, stop - back, 1, axis=1)
+    same &= jnp.roll(tokens, back, axis=1) == newest
+  rows = jnp.arange(len(tokens))[:, None]
+  banned = jnp.zeros(logits.shape, bool).at[rows, tokens].max(same)
+  banned &= ~(banned | jnp.isneginf(logits)).all(-1, keepdims=True)
+  return jnp.where(banned, -jnp.inf, logits)
 
 
 def _keep_fewest(

@@ -13,7 +13,7 @@ Notable features:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from okd_jax.errors import UserError
-from okd_jax.text.filters import keep_top_k, keep_top_p
+from okd_jax.text.filters import ban_repeats, keep_top_k, keep_top_p
 from okd_jax.text.source import Source
 
 _SMALLEST_BUCKET = 32
@@ -61,10 +61,9 @@ class Rollout(NamedTuple):
   ended: Bool[Array, " B"]
 
 
-# (keys, what the source says, settings) -> (token of each row, its log-probability)
-Choose = Callable[
-  [Key[Array, " B"], PyTree, Settings], tuple[Int[Array, " B"], Float[Array, " B"]]
-]
+_Picked = tuple[Int[Array, " B"], Float[Array, " B"]]  # tokens, log-probabilities
+# (keys, what the source says, settings) -> what is chosen
+Choose = Callable[[Key[Array, " B"], PyTree, Settings], _Picked]
 
 
 class Completion(NamedTuple):
@@ -85,8 +84,15 @@ def draw(
     lambda: jax.vmap(jax.random.categorical)(keys, warp(logits, sampling)),
     lambda: logits.argmax(-1),
   )
+  return token, _logprob(logits, token)
+
+
+def _logprob(
+  logits: Float[Array, "B V"], token: Int[Array, " B"]
+) -> Float[Array, " B"]:
+  logits = logits.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-  return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
@@ -104,7 +110,10 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]
   )
 
 
-@functools.partial(jax.jit, static_argnames=("source", "max_new_tokens", "choose"))
+_STATIC = ("source", "max_new_tokens", "choose", "no_repeat_ngram")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def sample(
   source: Source,
   variables: PyTree,
@@ -118,6 +127,7 @@ def sample(
   *,
   max_new_tokens: int,
   choose: Choose = draw,
+  no_repeat_ngram: int = 0,
 ) -> Rollout:
   """Continues left-padded prompts until every row has ended or is full.
 
@@ -125,6 +135,7 @@ def sample(
   rows: each row's own number; its token t is drawn with
     `fold_in(fold_in(key, row), t)`.
   choose: `(keys, logits, sampling) -> (token [B], logprob [B])`.
+  no_repeat_ngram: `n` of `ban_repeats`, of sources that say logits; 0 bans nothing.
 
   Nothing is donated: the cache is made, written in place and dropped in here.
   """
@@ -136,11 +147,10 @@ def sample(
     done=lengths == 0,
     out=_nothing(len(tokens), max_new_tokens),
   )
+  pick = _picking(choose, sampling, tokens, lengths, no_repeat_ngram)
   loop = jax.lax.while_loop(
     lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
-    lambda loop: _advance(
-      loop, source, variables, lengths, keys, sampling, eos_ids, choose
-    ),
+    lambda loop: _advance(loop, source, variables, lengths, keys, eos_ids, pick),
     loop,
   )
   return _everywhere(_mask(loop.out, pad_id))
@@ -159,6 +169,7 @@ def generate(
   batch_size: int = 32,
   rows: Sequence[int] | Int[np.ndarray, " N"] | None = None,
   choose: Choose = draw,
+  no_repeat_ngram: int = 0,
   sharding: jax.sharding.Sharding | None = None,
 ) -> list[Completion]:
   """Continues every prompt; the results are in the prompts' order.
@@ -166,24 +177,24 @@ def generate(
   variables: what `source.apply` reads, sharded or not.
   rows: what sets a prompt's draws apart from another's under the same key; by
     default its index. Give the global index where the prompts are a part of a whole.
+  no_repeat_ngram: as in `sample`.
   sharding: of a batch's leading axis, where the batch is to be spread over devices.
 
   Raises:
     UserError: a prompt is empty or too long for the model, or a setting is unusable.
   """
   prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-  _check(prompts, max_new_tokens, batch_size, source.max_length, sampling)
+  limits = {"max_new_tokens": max_new_tokens, "no_repeat_ngram": no_repeat_ngram}
+  _check(prompts, limits, batch_size, source.max_length, sampling)
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
   settings = (key, _traced(sampling), eos_ids, np.int32(pad_id))
-  limits = {"max_new_tokens": max_new_tokens, "choose": choose}
   completions = {}
   for chosen, size in _plan(prompts, batch_size, sharding):
     some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
     inputs = _batch(some, rows[chosen], size, room, sharding)
-    out = sample(source, variables, *inputs, *settings, **limits)
-    # Rows that only filled the batch come last and are dropped here.
-    completions.update(zip(chosen, _rows(out), strict=False))
+    out = sample(source, variables, *inputs, *settings, choose=choose, **limits)
+    completions.update(zip(chosen, _rows(out), strict=False))  # no rows that only fill
   return [completions[i] for i in range(len(prompts))]
 
 
@@ -218,6 +229,27 @@ def _read_prompts(
   return state
 
 
+def _picking(
+  choose: Choose,
+  sampling: Settings,
+  tokens: Int[Array, "B L"],
+  lengths: Int[Array, " B"],
+  no_repeat_ngram: int,
+) -> Callable[[_Loop, Key[Array, " B"], PyTree], _Picked]:
+  """`(loop, keys, what the source says) -> what is chosen`, the ban kept."""
+
+  def pick(loop: _Loop, keys: Key[Array, " B"], said: PyTree) -> _Picked:
+    if not no_repeat_ngram:
+      return choose(keys, said, sampling)
+    before = jnp.concatenate([tokens, loop.out.tokens], axis=1)
+    first, stop = tokens.shape[1] - lengths, tokens.shape[1] + loop.step
+    allowed = ban_repeats(said, before, first, stop, no_repeat_ngram)
+    token, _ = choose(keys, allowed, sampling)
+    return token, _logprob(said, token)
+
+  return pick
+
+
 def _nothing(batch: int, max_new_tokens: int) -> Rollout:
   return Rollout(
     tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -233,9 +265,8 @@ def _advance(
   variables: PyTree,
   lengths: Int[Array, " B"],
   keys: Key[Array, " B"],
-  sampling: Settings,
   eos_ids: Int[Array, " E"],
-  choose: Choose,
+  pick: Callable[[_Loop, Key[Array, " B"], PyTree], _Picked],
 ) -> _Loop:
   """Reads the newest token, chooses the next one and writes it down."""
   positions = jnp.maximum(lengths - 1 + loop.step, 0)[:, None]
@@ -243,7 +274,7 @@ def _advance(
     variables, loop.token[:, None], jnp.ones_like(positions), positions, loop.state
   )
   token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.step)
-  token, logprob = choose(token_keys, logits, sampling)
+  token, logprob = pick(loop, token_keys, logits)
   ended = ~loop.done & (token[:, None] == eos_ids[None]).any(-1)
   out = Rollout(
     tokens=loop.out.tokens.at[:, loop.step].set(token),
@@ -331,16 +362,21 @@ def _power_of_two(n: int | np.integer) -> int:
 
 def _check(
   prompts: Sequence[Int[np.ndarray, "..."]],
-  max_new_tokens: int,
+  limits: Mapping[str, int],
   batch_size: int,
   max_length: int,
   sampling: Settings,
 ) -> None:
   """Raises a UserError that lists everything wrong with the request."""
+  max_new_tokens = limits["max_new_tokens"]
   problems = [
-    f"{name}={value} must be at least 1"
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size))
-    if value < 1
+    f"{name}={value} must be at least {least}"
+    for name, value, least in (
+      ("max_new_tokens", max_new_tokens, 1),
+      ("batch_size", batch_size, 1),
+      ("no_repeat_ngram", limits["no_repeat_ngram"], 0),
+    )
+    if value < least
   ]
   if isinstance(sampling, Sampling):
     problems += _sampling_problems(sampling)

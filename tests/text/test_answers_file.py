@@ -1,5 +1,6 @@
 """Responses as data: order, ends, resuming to the byte, and shares of processes."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -199,6 +200,33 @@ def test_processes_share_the_rows(tmp_path, whole, monkeypatch, count):
   answers_job.join(job, count)
   assert job.path.read_bytes() == whole[0]
   assert [p.name for p in tmp_path.iterdir()] == ["o.jsonl"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_order_gives_the_same_file(tmp_path, whole, monkeypatch, count):
+  """The longest prompts first: lines lie in the rows' own order, with their draws."""
+  jobs = []
+  with monkeypatch.context() as patch:
+    patch.setattr(answers_file, "answer", lambda job: jobs.append(job) or False)
+    write_samples = answers_file.write_samples
+    decoder, variables, tokenizer = random_model()
+    path = tmp_path / "o.jsonl"
+    options = {"max_new_tokens": 12, "batch_size": 2}
+    write_samples(decoder, variables, PROMPTS, tokenizer, path, **options)
+  order = sorted(range(21), key=lambda i: -len(jobs[0].prompts[i]))
+  asked = []
+
+  def ask(prompts, rows):
+    asked.extend(rows)
+    return jobs[0].ask(prompts=prompts, rows=rows)
+
+  job = dataclasses.replace(jobs[0], order=order, ask=ask)
+  for index in range(count):
+    answers_job.write_part(job, index, count, shown=False)
+  answers_job.join(job, count)
+  assert asked == order != list(range(21))
+  assert path.read_bytes() == whole[0]
+  assert [x.name for x in tmp_path.iterdir()] == ["o.jsonl"]
 
 
 _PROCESSES = """
