@@ -65,7 +65,7 @@ def with_method(run, method):
   "name",
   [
     "skd",
-    "minillm",
+    pytest.param("minillm", marks=pytest.mark.slow),
     pytest.param("gkd", marks=pytest.mark.slow),
     pytest.param("imitkd", marks=pytest.mark.slow),
   ],

@@ -19,7 +19,7 @@ from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import load as teachers
 
 
-@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("layers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_merged_weights_give_the_adapted_hidden_states(layers):
   """W + scale * down @ up, in the layers that carry a pair and nowhere else."""
   targets = ("query", "value", "up", "out")

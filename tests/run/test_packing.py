@@ -43,8 +43,8 @@ def packed(batch, length):
   "name, options",
   [
     ("sft", {}),
-    pytest.param("kd", {"top_k": 4}, marks=slow),
-    ("okd", {"anchor_weight": 0.3}),
+    ("kd", {"top_k": 4}),
+    pytest.param("okd", {"anchor_weight": 0.3}, marks=slow),
     pytest.param("okd", {"adapter": Prefix(length=3)}, marks=slow),
     pytest.param("okd", {"adapter": Prompt(length=3)}, marks=slow),
     pytest.param("clda", {"adapter": Blocks(blocks=(1,))}, marks=slow),
