@@ -53,6 +53,28 @@ def test_a_run_leaves_what_the_contract_says(finished):
   assert wanted | {"adapted_forward_kl"} <= set(rows(workdir, "eval")[-1])
 
 
+def test_a_run_says_what_it_is_made_of(finished):
+  workdir, _ = finished
+  about, answers, cost = (
+    json.loads((workdir / f"{name}.json").read_text())
+    for name in ("about", "sample_answers", "cost")
+  )
+  student = load_file(workdir / "student" / "model.safetensors")
+  assert about["models"]["student"]["parameters"] == sum(
+    x.size for x in student.values()
+  )
+  module = load_file(workdir / "adapter" / "adapter_model.safetensors")
+  teacher = about["models"]["teachers"]["teacher"]
+  assert teacher["module"] == sum(x.size for x in module.values())
+  assert about["data"]["eval"]["rows"] >= about["data"]["eval"]["prompts"] > 0
+  assert [part["step"] for part in about["parts"]] == [0]
+  assert list(answers["student"]) == ["0", "3", "6"] and set(answers["teachers"])
+  assert len(answers["rows"]) == len(answers["student"]["6"]) == 5
+  assert cost["peak_bytes"] > 1e7 and cost["seconds"] > 1
+  text = (workdir / "report.html").read_text()
+  assert "Sample answers" in text and about["data"]["train"]["digest"] in text
+
+
 def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
   """Guards H3: killed without warning after the first checkpoint, then resumed."""
   whole, _ = finished
@@ -76,6 +98,8 @@ def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
   assert same_folder(whole / "student", workdir / "student")
   assert same_folder(whole / "adapter", workdir / "adapter")
   assert losses(whole) == losses(workdir)
+  for name in ("about.json", "sample_answers.json"):
+    assert (whole / name).read_bytes() == (workdir / name).read_bytes()
 
 
 @pytest.mark.slow

@@ -11,10 +11,11 @@ from okd_jax.analysis import plots
 def render(**parts: Any) -> str:
   """The HTML.
 
-  parts: title; columns, the figures of the table by name (`evaluation.figures`); rows,
-    {who was measured: {name: value}}; findings, sentences; charts (`plots.charts`);
-    facts, {what: words}; exported, whether there is a student; folders, which of
-    adapter and teacher there are; config, the run's.
+  parts: title; sizes, sentences about the models; columns, the figures of the table by
+    name (`evaluation.figures`); rows, {who was measured: {name: value}}; answers, a few
+    (`facts.Answers`); findings, sentences; charts (`plots.charts`); facts, {what:
+    words}; stages, {name: link to its report}; exported, whether there is a student;
+    folders, which of adapter and teacher there are; config, the run's.
   """
   return _TEMPLATE.render(style=plots.css() + STYLE, **parts)
 
@@ -31,9 +32,11 @@ body {
   background: var(--page); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
 }
-h1, h2, b, dt, th, summary { color: var(--strong); font-weight: 600; }
+h1, h2, h3, b, dt, th, summary { color: var(--strong); font-weight: 600; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; break-after: avoid; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; break-after: avoid; }
+h3 + p { margin-top: 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 .summary :is(th, td) {
@@ -44,9 +47,22 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .summary thead th { font-size: .9rem; }
 .summary tbody :last-child > * { border-bottom: 0; font-weight: 600; }
 .summary tbody th { font-weight: 400; }
+.lead { max-width: 54rem; }
+.sample { margin: 0 0 1.6rem; break-inside: avoid; }
+.sample > p { margin: 0 0 .5rem; }
+.said {
+  display: grid; gap: .8rem 1.8rem;
+  grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr));
+}
+.said p { margin: .1rem 0 0; max-height: 14rem; overflow-y: auto; }
+.said, .sample > p { font-size: .88rem; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; }
+.none { opacity: .65; font-style: italic; }
 .wide tbody tr:last-child > * { font-weight: 400; }
 .wide :is(th, td) { padding: .42rem .45rem; font-size: .84rem; }
-.wide thead th { white-space: normal; vertical-align: bottom; }
+.wide :is(thead th, td) { white-space: normal; }
+.wide thead th { vertical-align: bottom; }
+.wide tbody :is(th, td) { vertical-align: top; }
 .about { white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dl, figcaption, pre { font-size: .88rem; }
@@ -72,15 +88,18 @@ details table { font: .84rem/1.5 ui-monospace, monospace; overflow-wrap: anywher
 details td { padding: 0 .9rem 0 0; vertical-align: top; }
 @media screen and (max-width: 46rem) { .charts > * { grid-column: span 6 !important; } }
 @media screen and (max-width: 46rem) {
-  .wide thead { display: none; }
-  .wide :is(table, tbody, tr, th, td) { display: block; }
-  .wide tbody th { border: 0; padding-bottom: 0; font-weight: 600; }
-  .wide tbody td {
+  .summary thead { display: none; }
+  .summary, .summary :is(tbody, tr, th, td) { display: block; }
+  .summary tbody th { border: 0; padding-bottom: 0; font-weight: 600; }
+  .summary tbody td {
     display: flex; justify-content: space-between; gap: 1rem;
-    padding: .1rem 0; border: 0; white-space: normal;
+    padding: .1rem 0; border: 0; white-space: normal; font-weight: 400;
   }
-  .wide tbody td::before { content: attr(data-title); text-align: left; }
+  .summary tbody td::before { content: attr(data-title); text-align: left; }
+  .summary .absent { display: none; }
+  dl { grid-template-columns: 1fr; } dd { margin: 0 0 .4rem; }
 }
+@media print { .said p { max-height: none; } }
 @media print { html { font-size: 11px; } body { padding: 0; } }
 """
 
@@ -94,6 +113,9 @@ _PAGE = """<!doctype html>
 </head>
 <body>
 <h1>{{ title }}</h1>
+{% if sizes %}
+<p class="lead">{{ sizes | join(" ") }}</p>
+{% endif %}
 
 <h2>Summary</h2>
 <div class="scroll"><table class="summary">
@@ -106,7 +128,11 @@ _PAGE = """<!doctype html>
 {% for name, row in rows.items() %}
 <tr><th scope="row">{{ name }}</th>
 {% for metric, column in columns.items() %}
-<td>{{ row.get(metric) | number(column.digits) }}</td>
+<td data-title="{{ column.title }}"
+{% if metric not in row %}
+class="absent"
+{% endif %}
+>{{ row.get(metric) | number(column.digits) }}</td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -117,6 +143,21 @@ _PAGE = """<!doctype html>
 <dt>{{ column.title }}</dt><dd>{{ column.meaning }}</dd>
 {% endfor %}
 </dl>
+
+{% if answers %}
+<h2>Sample answers</h2>
+{% for sample in answers %}
+<section class="sample">
+<p class="text"><b>{{ sample.prompt }}</b></p>
+<div class="said">
+{% for who, text in sample.said %}
+<div><b>{{ who }}</b>
+<p class="text">{% if text %}{{ text }}{% else %}<span class="none">empty</span>{%
+endif %}</p></div>
+{% endfor %}
+</div></section>
+{% endfor %}
+{% endif %}
 
 <h2>How to read this, and what falls short</h2>
 <ul>
@@ -145,6 +186,11 @@ _PAGE = """<!doctype html>
 {% for name, fact in facts.items() %}
 <dt>{{ name }}</dt><dd>{{ fact }}</dd>
 {% endfor %}
+{% if stages %}
+<dt>stages</dt>
+<dd>{% for name, link in stages.items() %}{% if not loop.first %}, {% endif %}
+<a href="{{ link }}">{{ name }}</a>{% endfor %}</dd>
+{% endif %}
 </dl>
 
 <h2>Using the student</h2>

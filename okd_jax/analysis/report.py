@@ -1,15 +1,13 @@
 """A run in one static page: what it reached, what falls short, how to use it."""
 
-import datetime
-import json
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
-from okd_jax.analysis import page, plots
+from okd_jax.analysis import facts, page, plots
 from okd_jax.analysis.plots import Figures, History, read_history
 from okd_jax.evaluation.figures import columns
+from okd_jax.runtime.files import read_json
 from okd_jax.runtime.workdir import Workdir
 
 # An adapted teacher that learns from data moves about 0.1 nats; one that follows the
@@ -23,23 +21,44 @@ def summary_rows(workdir: Path) -> dict[str, Figures]:
 
 
 def write(workdir: Workdir) -> None:
-  """Writes report.html from config.json and metrics.jsonl; same inputs, same bytes."""
-  config = json.loads(workdir.config.read_text(encoding="utf8"))
-  history = read_history(workdir.path)
+  """Writes report.html from what the run has left; same inputs, same bytes.
+
+  Raises:
+    UserError: if a file of the run is damaged.
+  """
+  config, history = read_json(workdir.config), read_history(workdir.path)
+  about, cost, answers = (
+    read_json(path) if path.exists() else {}
+    for path in (workdir.about, workdir.cost, workdir.sample_answers)
+  )
   rows = _summary(history)
   present = set().union(*rows.values())
   text = page.render(
     title=_title(config),
+    sizes=facts.sizes(about),
     columns={name: c for name, c in columns().items() if name in present},
     rows=rows,
+    answers=facts.sample_answers(answers, history),
     findings=list(_findings(history, config)),
     charts=plots.charts(history),
-    facts=_facts(history, config),
+    facts=facts.facts(history, config, about, cost),
+    stages=_stages(workdir.path),
     exported=history.exported is not None,
     folders=[name for name in ("adapter", "teacher") if workdir.module(name).is_dir()],
     config=config,
   )
   workdir.write_text(workdir.report, text + "\n")
+
+
+def _stages(folder: Path) -> dict[str, str]:
+  """Reports that this one's links lead to: of its stages, and of whose stage it is."""
+  found = {
+    path.parent.name: path.relative_to(folder).as_posix()
+    for path in sorted(folder.glob("stages/*/report.html"))
+  }
+  if folder.absolute().parent.name == "stages":
+    found["the run that this is a stage of"] = "../../report.html"
+  return found
 
 
 def _summary(history: History) -> dict[str, Figures]:
@@ -81,31 +100,6 @@ def _name(section: Mapping) -> str:
   if path or not model["hidden_size"]:
     return PurePath(path).name
   return f"{model['family']} {model['num_layers']} × {model['hidden_size']}"
-
-
-def _facts(history: History, config: Mapping) -> dict[str, str]:
-  """What ran, in words."""
-  steps, train = max(history.train, default=0), config["train"]
-  goal = f" of {train['steps']:,}" if train["steps"] else ""
-  facts = {"steps": f"{steps:,}{goal}, {train['batch_size']:,} rows a step"}
-  if history.exported is not None:
-    facts["student"] = f"exported as of step {history.exported:,}"
-  tokens = [row["tokens"] for row in history.train.values() if "tokens" in row]
-  if not tokens:
-    return facts
-  each = statistics.fmean(tokens)
-  total = float(f"{steps * each:.3g}")
-  facts["tokens trained on"] = f"≈ {total:,.0f}, on average {each:,.0f} a step"
-  rates = [row.get("tokens_per_s", 0) for row in history.train.values()]
-  # The first row's time is mostly compilation.
-  rates = [rate for rate in rates[1:] or rates if rate > 0]
-  if rates:
-    # Over equal numbers of tokens, the harmonic mean is all tokens over all time.
-    rate = statistics.harmonic_mean(rates)
-    facts["speed"] = f"{rate:,.0f} tokens/s on average"
-    time = datetime.timedelta(seconds=round(total / rate))
-    facts["time"] = f"≈ {time} (h:m:s), compiling and evaluating left out"
-  return facts
 
 
 def _findings(history: History, config: Mapping) -> Iterator[str]:

@@ -241,7 +241,8 @@ _PAGE = """<!doctype html>
 {% for row in rows[1:] %}
 <tr><th scope="row">{{ row[0] }}</th>
 {% for cell in row[1:] %}
-<td data-title="{{ rows[0][loop.index] }}">{{ cell }}</td>
+<td data-title="{{ rows[0][loop.index] }}">{{
+cell | replace("no difference", "no\u00a0difference") }}</td>
 {% endfor %}
 </tr>
 {% endfor %}

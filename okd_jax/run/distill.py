@@ -20,6 +20,7 @@ from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
+from okd_jax.runtime import machine
 from okd_jax.runtime.workdir import Workdir, barrier
 from okd_jax.teachers import saliency, trunk
 
@@ -131,6 +132,7 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   _begin(part, own, workdir)
   best = figures.score_by(own.settings.eval.best)
   with (
+    machine.counted(workdir),
     jax.set_mesh(own.mesh),
     checkpoint.opened(
       workdir.checkpoints, own.settings.checkpoint.keep, best

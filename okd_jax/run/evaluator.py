@@ -16,13 +16,13 @@ from okd_jax.evaluation.tokens import (
   ADAPTED,
   STUDENT,
   TEACHER,
+  Who,
   compile_token_step,
   evaluate_tokens,
   perplexity,
   stored_metrics,
   token_metrics,
 )
-from okd_jax.models import Decoder
 from okd_jax.run.build import Run
 from okd_jax.run.data import Reading
 from okd_jax.runtime import sharding
@@ -30,10 +30,14 @@ from okd_jax.teachers.store import Store
 
 
 class Evaluator:
-  """Everything measured during training, on the held-out rows; compiled once."""
+  """Everything measured during training, on the held-out rows; compiled once.
+
+  said: everybody's newest answers, by the place that their row came from.
+  """
 
   def __init__(self, run: Run):
     self._run, self._cast = run, run.cast
+    self.said: dict[Who, dict[str, str]] = {}
     self._beside = {(STUDENT, ""): run.cast.student}  # who can be compared with it
     if not run.data.other:  # else there is no vocabulary to compare in
       self._beside |= {(TEACHER, n): d for n, d in run.cast.teachers.items()}
@@ -55,7 +59,7 @@ class Evaluator:
     variables = {who: self._variables(*who, params) for who in self._beside}
     scores = self._tokens(self._step, variables, self._run.data, self._stored)
     own = variables[STUDENT, ""]
-    return scores | self._text(self._cast.student, own, self._run.data)
+    return scores | self._text((STUDENT, ""), own, self._run.data)
 
   def teachers(self) -> dict[str, dict[str, float]]:
     """The frozen teachers' own figures, by name; they never change.
@@ -77,7 +81,7 @@ class Evaluator:
       tokens = self._tokens(step, {who: variables}, reading)
       if other:
         tokens = {"own_token_loss": tokens["loss"]}
-      found[name] = tokens | self._text(decoder, variables, reading)
+      found[name] = tokens | self._text((TEACHER, name), variables, reading)
     return found
 
   def _variables(
@@ -121,15 +125,16 @@ class Evaluator:
     )
 
   def _text(
-    self, decoder: Decoder, variables: Mapping[str, PyTree], reading: Reading
+    self, who: Who, variables: Mapping[str, PyTree], reading: Reading
   ) -> dict[str, float]:
     settings = self._run.settings
     limit = settings.eval.generate_limit or None
     prompts = answerable(reading.eval)[:limit]
     if not settings.eval.generate or not prompts:
       return {}
+    kind, name = who
     texts = answer(
-      decoder,
+      self._cast.student if kind == STUDENT else self._cast.teachers[name],
       variables,
       prompts,
       reading.tokenizer,
@@ -140,6 +145,7 @@ class Evaluator:
       batch_size=self._batch_size(),
       sharding=sharding.batch_sharding(self._run.mesh),
     )
+    self.said[who] = {p.where: x for p, x in zip(prompts, texts, strict=True)}
     scores = score(texts, [list(p.references) for p in prompts])
     return {name: scores[name] for name in ("rougeL", "exact_match")}
 

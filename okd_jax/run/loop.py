@@ -1,7 +1,7 @@
 """The loop: dispatch step n, read the metrics of n-1, checkpoint, evaluate."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.evaluation import figures
-from okd_jax.run import beforehand
+from okd_jax.evaluation.tokens import STUDENT, TEACHER
+from okd_jax.run import about, beforehand
 from okd_jax.run.batches import Batches
 from okd_jax.run.build import Run
 from okd_jax.run.checkpoint import Checkpoints
@@ -43,14 +44,15 @@ class Evaluations:
   def __init__(
     self,
     run: Run,
+    workdir: Workdir,
     writer: metrics.Writer,
     batches: Batches,
-    rows: Sequence[Mapping[str, Any]],
   ):
     self._settings, self._steps = run.settings.eval, run.plan.steps
     self._evaluator = Evaluator(run)
     self._writer, self._batches = writer, batches
-    self.scores = {row["step"]: row for row in rows if row["kind"] == "eval"}
+    self._samples = about.Samples(run, workdir)
+    self.scores = {row["step"]: row for row in writer.kept if row["kind"] == "eval"}
 
   def begin(self, step: int, params: Mapping[str, PyTree]) -> bool:
     """Scores the teachers, at step 0, and the student where that is still missing."""
@@ -58,6 +60,7 @@ class Evaluations:
       found = self._evaluator.teachers()
       for name, scores in found.items():
         self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
+        self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
     due = self.due(step)
     if due:
       self(step, params)
@@ -70,6 +73,7 @@ class Evaluations:
 
   def __call__(self, step: int, params: Mapping[str, PyTree]) -> dict[str, float]:
     scores = self._evaluator(params)
+    self._samples.student(step, self._evaluator.said.get((STUDENT, ""), {}))
     self._writer.write(step, "eval", scores)
     self.scores[step] = scores
     self._batches.observe(scores["loss"])
@@ -104,13 +108,13 @@ def train(
     UserError: for a loss that is not finite.
     Stopped: if `stop` came true.
   """
-  fresh = not checkpoints.steps()
   kept = kept and _whole(run, kept)
   batches = Batches(run, beforehand.answers(run, workdir), kept)
   place = _start(run, checkpoints, batches)
-  writer = _writer(run, workdir, -1 if fresh else place.step, config)
+  about.write(run, workdir, place.step)
+  writer = _writer(run, workdir, place.step if checkpoints.steps() else -1, config)
   try:
-    evaluations = Evaluations(run, writer, batches, writer.kept)
+    evaluations = Evaluations(run, workdir, writer, batches)
     _begin(evaluations, checkpoints, batches, place)
     stop.check()
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)

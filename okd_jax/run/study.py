@@ -1,15 +1,12 @@
 """The runs of a study: each is trained and measured, one process after the other."""
 
 import logging
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
 from okd_jax import models
@@ -24,11 +21,12 @@ from okd_jax.evaluation.sets import evaluate_sets
 from okd_jax.run import distill
 from okd_jax.run.stop import Stop
 from okd_jax.runtime.files import read_json
+from okd_jax.runtime.machine import machine, versions
 from okd_jax.runtime.workdir import Workdir
 
 _log = logging.getLogger(__name__)
 
-MEASURED, _COST = "measured.json", "cost.json"
+MEASURED = "measured.json"
 
 
 def done(job: Job) -> bool:
@@ -53,12 +51,9 @@ def run(study: Study, job: Job, stop: Stop) -> None:
     UserError: for whatever is wrong with the configuration, a model or the data.
     Stopped: if `stop` came true, everything being saved.
   """
-  fresh = not Workdir(job.workdir).report.exists()
   distill.run(job.config, job.workdir, stop)
   if not job.arm:
     return
-  if fresh:
-    Workdir(job.workdir).write_json(_COST, _peak())
   stop.check()
   found = _training(job) | _beside_teacher(study, job) | _answers(study, job)
   Workdir(job.workdir).write_json(MEASURED, found)
@@ -152,23 +147,12 @@ def _failure(job: Job, status: int, *, alone: bool) -> str:
 # What is measured
 
 
-def _peak() -> dict[str, Any]:
-  """The most memory that training took: of a device, or on CPU of the process."""
-  used = [(device.memory_stats() or {}) for device in jax.local_devices()]
-  peaks = [stats["peak_bytes_in_use"] for stats in used if "peak_bytes_in_use" in stats]
-  if peaks:
-    return {"peak_bytes": max(peaks), "of": "device"}
-  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  unit = 1 if sys.platform == "darwin" else 1024
-  return {"peak_bytes": kilobytes * unit, "of": "process"}
-
-
 def _training(job: Job) -> dict[str, Any]:
   """From metrics.jsonl: the last scores, the curve of all, and what a step cost."""
   history = read_history(job.workdir)
   seconds = seconds_a_step(history)
   final = dict(history.evals[history.final])
-  cost = job.workdir / _COST
+  cost = Workdir(job.workdir).cost
   tokens = [row["tokens"] for row in history.train.values() if "tokens" in row]
   return {
     "final": final,
@@ -179,7 +163,7 @@ def _training(job: Job) -> dict[str, Any]:
     "step_s": seconds,
     "tokens": round(statistics.fmean(tokens) * max(history.train)) if tokens else None,
     "peak": read_json(cost) if cost.exists() else None,
-    "machine": machine(),
+    "machine": machine() | {"jax": versions()["jax"]},
   }
 
 
@@ -236,13 +220,3 @@ def _answers(study: Study, job: Job) -> dict[str, Any]:
   records = {name: load_records(source_list(x)) for name, x in study.sets.items()}
   student = models.load(job.workdir / "student")
   return {"sets": dict(evaluate_sets(student, records, options))}
-
-
-def machine() -> dict[str, Any]:
-  """What the times were taken on."""
-  device = jax.devices()[0]
-  return {
-    "device": device.device_kind,
-    "devices": jax.device_count(),
-    "jax": jax.__version__,
-  }

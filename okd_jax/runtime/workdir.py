@@ -48,6 +48,20 @@ class Workdir:
     return self.path / "report.html"
 
   @property
+  def about(self) -> Path:
+    """The models' sizes, the data, and where the run ran."""
+    return self.path / "about.json"
+
+  @property
+  def sample_answers(self) -> Path:
+    """What the models say to a few held-out prompts."""
+    return self.path / "sample_answers.json"
+
+  @property
+  def cost(self) -> Path:
+    return self.path / "cost.json"
+
+  @property
   def method(self) -> Path:
     """A copy of method.file, as it was when the run began."""
     return self.path / "method.py"

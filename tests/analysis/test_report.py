@@ -1,84 +1,19 @@
 """The closing table and the report: what they say, and that they stay whole."""
 
-import html.parser
 import json
 import math
 import re
 
 import pytest
 from matplotlib import rc_context
+from reporting import END, START, TEACHER, Page, page, run, whole_run
 
-from configs.default import get_config
 from okd_jax.analysis import plots, report
 from okd_jax.evaluation import figures
 from okd_jax.runtime.workdir import Workdir
 
-TEACHER = {"loss": 2.0, "perplexity": 7.389, "rougeL": 24.0, "exact_match": 3.0}
-START = {
-  "loss": 4.0,
-  "perplexity": 54.598,
-  "forward_kl": 2.0,
-  "reverse_kl": 3.0,
-  "top1_agreement": 20.0,
-  "teacher_loss": 2.0,
-  "adapted_forward_kl": 2.0,
-  "adapted_loss": 2.0,
-  "adapted_drift": 0.0,
-  "rougeL": 5.0,
-  "exact_match": 0.0,
-}
-END = START | {
-  "loss": 2.5,
-  "perplexity": 12.182,
-  "forward_kl": 0.5,
-  "reverse_kl": 0.75,
-  "top1_agreement": 61.25,
-  "adapted_forward_kl": 0.4,
-  "adapted_loss": 1.9,
-  "adapted_drift": 0.1,
-  "rougeL": 18.0,
-  "exact_match": 1.5,
-}
 TOKEN_FIGURES = ("loss", "perplexity")
 STUDENT = [name for name in END if name in figures.columns()]
-
-
-def train_row(step, **changes):
-  values = {
-    "loss": 4.0 / step,
-    "student_nll": 3.0 / step,
-    "divergence": 1.0 / step,
-    "module_loss": 2.0,
-    "student_grad_norm": 1.0,
-    "tokens": 100,
-    "tokens_per_s": 50.0,
-    "lr": 1e-3 / step,
-  }
-  return {"step": step, "kind": "train"} | values | changes
-
-
-def whole_run():
-  return [
-    {"step": 0, "kind": "teacher"} | TEACHER,
-    {"step": 0, "kind": "eval"} | START,
-    *(train_row(step) for step in range(1, 21)),
-    {"step": 20, "kind": "eval"} | END,
-    {"step": 20, "kind": "export", "exported_step": 20},
-  ]
-
-
-def run(folder, rows, **changes):
-  """A run's folder as the training loop leaves it, with keys of its config changed."""
-  folder.mkdir(exist_ok=True)
-  config = get_config()
-  config.teacher.path = "models/large"
-  config.student.path = "someone/small"
-  config.train.steps = 20
-  config.update_from_flattened_dict(changes)
-  (folder / "config.json").write_text(json.dumps(config.to_dict()))
-  lines = [json.dumps(row) + "\n" for row in rows]
-  (folder / "metrics.jsonl").write_text("".join(lines))
-  return folder
 
 
 def test_another_process_writes_no_report(tmp_path, monkeypatch, no_charts):
@@ -86,11 +21,6 @@ def test_another_process_writes_no_report(tmp_path, monkeypatch, no_charts):
   monkeypatch.setattr("jax.process_index", lambda: 1)
   report.write(Workdir(folder))
   assert not (folder / "report.html").exists()
-
-
-def page(folder) -> str:
-  report.write(Workdir(folder))
-  return (folder / "report.html").read_text(encoding="utf8")
 
 
 @pytest.fixture(scope="module")
@@ -102,39 +32,6 @@ def whole_page(tmp_path_factory):
 def no_charts(monkeypatch):
   """For tests of words alone, which need not wait for curves."""
   monkeypatch.setattr(plots, "charts", lambda history: [])
-
-
-class Page(html.parser.HTMLParser):
-  """What a browser would see: the elements, and the text of some of them."""
-
-  VOID = ("meta", "br", "link", "img")
-
-  def __init__(self, text: str):
-    super().__init__()
-    self.elements, self.open, self.cells, self.items = [], [], [], []
-    self.feed(text)
-    self.close()
-
-  def handle_starttag(self, tag, attributes):
-    self.elements.append((tag, dict(attributes)))
-    if tag not in self.VOID:
-      self.open.append(tag)
-    if tag == "tr":
-      self.cells.append([])
-    if tag == "li":
-      self.items.append("")
-
-  def handle_startendtag(self, tag, attributes):
-    self.elements.append((tag, dict(attributes)))
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag  # every element is closed where it should be
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] in ("td", "th"):
-      self.cells[-1].append(data)
-    if self.open and self.open[-1] == "li":
-      self.items[-1] += data
 
 
 def test_summary_rows_of_a_whole_run(tmp_path):

@@ -1,0 +1,116 @@
+"""What a run is made of and what its models say, for its report.
+
+about.json has the models' sizes, the data and where the run ran; sample_answers.json
+what they say to a few held-out prompts.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from okd_jax.data import Example
+from okd_jax.evaluation.answers import answerable, prompts_of
+from okd_jax.models import ModelConfig
+from okd_jax.run.build import Run
+from okd_jax.runtime import machine
+from okd_jax.runtime.files import read_json
+from okd_jax.runtime.workdir import Workdir
+
+_SAMPLES = 5  # prompts whose answers are kept
+
+
+def write(run: Run, workdir: Workdir, step: int) -> None:
+  """Writes sizes, data and, of this part of the run that begins at `step`, where.
+
+  A part like the one before it is none of its own.
+  """
+  part = {"machine": machine.machine(), "versions": machine.versions()}
+  kept = read_json(workdir.about)["parts"] if workdir.about.exists() else []
+  parts = [old for old in kept if old["step"] < step]
+  if not parts or {**parts[-1], "step": 0} != {**part, "step": 0}:
+    parts.append({"step": step} | part)
+  found = {"models": _models(run), "data": _data(run), "parts": parts}
+  workdir.write_json(workdir.about, found)
+
+
+def _models(run: Run) -> dict[str, Any]:
+  """The student, the teachers and, of those that carry one, the module."""
+  params = run.plan.abstract.params
+  found = {"student": _size(run.cast.student.config, params["student"])}
+  found["teachers"] = {
+    name: _size(decoder.config, run.cast.frozen[name])
+    | ({"module": count(params["adapter"][name])} if name in run.cast.adapted else {})
+    for name, decoder in run.cast.teachers.items()
+  }
+  return found
+
+
+def _size(config: ModelConfig, params: PyTree) -> dict[str, Any]:
+  shape = {"layers": config.num_layers, "width": config.hidden_size}
+  return {"family": config.family, "parameters": count(params)} | shape
+
+
+def count(params: PyTree) -> int:
+  """How many numbers a tree has."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _data(run: Run) -> dict[str, Any]:
+  data, settings = run.data, run.settings
+  prompts = answerable(data.eval)[: settings.eval.generate_limit or None]
+  judged = len(prompts) if settings.eval.generate else 0
+  return {
+    "train": {"rows": len(data.train), "digest": _digest(data.train)},
+    "eval": {"rows": len(data.eval), "digest": _digest(data.eval), "prompts": judged},
+  }
+
+
+def _digest(examples: Sequence[Example]) -> str:
+  """Sixteen digits of a hash of all tokens, and of which of them are the prompt."""
+  found = hashlib.sha256()
+  for example in examples:
+    head = np.array([len(example.tokens), example.prompt_length], "<i8")
+    found.update(head.tobytes() + example.tokens.astype("<i4").tobytes())
+  return found.hexdigest()[:16]
+
+
+class Samples:
+  """What the models say to the first held-out prompts, kept in a file.
+
+  Raises:
+    UserError: if what a run of before has kept is damaged.
+  """
+
+  def __init__(self, run: Run, workdir: Workdir):
+    self._path, self._workdir = workdir.sample_answers, workdir
+    examples = answerable(run.data.eval)[:_SAMPLES]
+    self._where = [example.where for example in examples]
+    prompts = prompts_of(examples)
+    texts = [run.data.tokenizer.decode(x, skip_special_tokens=True) for x in prompts]
+    rows = [
+      {"prompt": text, "references": list(example.references)}
+      for text, example in zip(texts, examples, strict=True)
+    ]
+    kept = read_json(self._path) if self._path.exists() else {}
+    if kept.get("rows") != rows:
+      kept = {"rows": rows, "teachers": {}, "student": {}}
+    self._kept = kept
+
+  def teacher(self, name: str, answers: Mapping[str, str]) -> None:
+    """Keeps a teacher's answers, by the place that their row came from."""
+    self._write(self._kept["teachers"], name, answers)
+
+  def student(self, step: int, answers: Mapping[str, str]) -> None:
+    """Keeps the student's answers after so many steps."""
+    self._write(self._kept["student"], str(step), answers)
+
+  def _write(
+    self, into: dict[str, list[str | None]], key: str, answers: Mapping[str, str]
+  ) -> None:
+    if answers:
+      into[key] = [answers.get(where) for where in self._where]
+      self._workdir.write_json(self._path, self._kept)

@@ -1,0 +1,68 @@
+"""What a run runs on, with which packages, and what it costs."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from okd_jax.runtime.files import read_json
+from okd_jax.runtime.workdir import Workdir
+
+_PACKAGES = ("okd_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+def machine() -> dict[str, Any]:
+  """The devices, and what of the host this process may use."""
+  device = jax.devices()[0]
+  own = getattr(os, "sched_getaffinity", None)  # not on macOS
+  return {
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "processes": jax.process_count(),
+    "cpus": len(own(0)) if own else os.cpu_count(),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Python's and the packages', those that are installed."""
+  found = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+def peak() -> dict[str, Any]:
+  """The most memory so far: of a device, or on CPU of the process."""
+  used = [(device.memory_stats() or {}) for device in jax.local_devices()]
+  peaks = [stats["peak_bytes_in_use"] for stats in used if "peak_bytes_in_use" in stats]
+  if peaks:
+    return {"peak_bytes": max(peaks), "of": "device"}
+  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  unit = 1 if sys.platform == "darwin" else 1024
+  return {"peak_bytes": kilobytes * unit, "of": "process"}
+
+
+@contextlib.contextmanager
+def counted(workdir: Workdir) -> Iterator[None]:
+  """Adds what the block costs to the run's cost.json, however the block ends.
+
+  `seconds` are all that passed, over the run's parts; of `peak_bytes` the most stays.
+  What a killed process took is not in it.
+  """
+  began = time.monotonic()
+  try:
+    yield
+  finally:
+    before = read_json(workdir.cost) if workdir.cost.exists() else {}
+    found = peak()
+    found["peak_bytes"] = max(found["peak_bytes"], before.get("peak_bytes", 0))
+    seconds = before.get("seconds", 0.0) + time.monotonic() - began
+    workdir.write_json(workdir.cost, found | {"seconds": round(seconds, 1)})
