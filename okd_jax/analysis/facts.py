@@ -26,8 +26,8 @@ def sizes(about: Mapping[str, Any]) -> list[str]:
     times = teacher["parameters"] / student["parameters"]
     text = f"{who} has {_model(teacher)}, {times:.3g} times as many"
     if learns := teacher.get("module"):
-      share = learns / teacher["parameters"]
-      text += f"; beside it learns a module of {_short(learns)} ({share:.2g} of these)"
+      share = 100 * learns / teacher["parameters"]
+      text += f"; beside it learns a module of {_short(learns)}, {share:.2g} % of that"
     found.append(f"{text}.")
   return found
 
@@ -141,7 +141,7 @@ def _speed(history: History) -> dict[str, str]:
     rate = statistics.harmonic_mean(rates)
     time = datetime.timedelta(seconds=round(total / rate))
     found["speed"] = f"{rate:,.0f} tokens/s on average"
-    found["time"] = f"≈ {time} (h:m:s), compiling and evaluating left out"
+    found["training time"] = f"≈ {time} (h:m:s), compiling and evaluating left out"
   return found
 
 

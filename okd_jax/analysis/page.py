@@ -37,6 +37,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .7rem; break-after: avoid; }
 h3 { font-size: 1rem; margin: 1.6rem 0 .3rem; break-after: avoid; }
 h3 + p { margin-top: 0; }
+a { color: var(--student); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 .summary :is(th, td) {
@@ -49,7 +50,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .summary tbody th { font-weight: 400; }
 .lead { max-width: 54rem; }
 .sample { margin: 0 0 1.6rem; break-inside: avoid; }
-.sample > p { margin: 0 0 .5rem; }
+.sample > p { margin: 0 0 .6rem; padding: .5rem .8rem; background: var(--soft); }
 .said {
   display: grid; gap: .8rem 1.8rem;
   grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr));
@@ -146,9 +147,10 @@ class="absent"
 
 {% if answers %}
 <h2>Sample answers</h2>
+<p>To the first held-out prompts, whatever they are.</p>
 {% for sample in answers %}
 <section class="sample">
-<p class="text"><b>{{ sample.prompt }}</b></p>
+<p class="text">{{ sample.prompt }}</p>
 <div class="said">
 {% for who, text in sample.said %}
 <div><b>{{ who }}</b>

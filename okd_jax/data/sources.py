@@ -69,6 +69,18 @@ class Record:
     """Whether its prompt is a conversation."""
     return self.kind in _CONVERSATIONS
 
+  @property
+  def asked(self) -> str:
+    """The prompt for people to read, without a template.
+
+    >>> Record("instruction", "f:1", prompt="Add.", input="1, 2").asked
+    'Add.\\n\\n1, 2'
+    >>> Record("messages", "f:2", messages=({"role": "user", "content": "Hi"},)).asked
+    'user: Hi'
+    """
+    turns = [f"{turn['role']}: {turn['content']}" for turn in self.messages]
+    return "\n\n".join(text for text in (self.prompt, self.input, *turns) if text)
+
 
 def load_records(spec: Spec) -> list[Record]:
   """Reads every record of one source or of several, in the order given.

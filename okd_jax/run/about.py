@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from okd_jax.data import Example
-from okd_jax.evaluation.answers import answerable, prompts_of
+from okd_jax.evaluation.answers import answerable
 from okd_jax.models import ModelConfig
 from okd_jax.run.build import Run
 from okd_jax.runtime import machine
@@ -89,11 +89,9 @@ class Samples:
     self._path, self._workdir = workdir.sample_answers, workdir
     examples = answerable(run.data.eval)[:_SAMPLES]
     self._where = [example.where for example in examples]
-    prompts = prompts_of(examples)
-    texts = [run.data.tokenizer.decode(x, skip_special_tokens=True) for x in prompts]
     rows = [
-      {"prompt": text, "references": list(example.references)}
-      for text, example in zip(texts, examples, strict=True)
+      {"prompt": example.record.asked, "references": list(example.references)}
+      for example in examples
     ]
     kept = read_json(self._path) if self._path.exists() else {}
     if kept.get("rows") != rows:

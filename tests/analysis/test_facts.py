@@ -25,7 +25,7 @@ def test_sizes_in_sentences():
   assert facts.sizes(ABOUT) == [
     "The student has 40 million parameters (gpt2, 4 layers × 256).",
     "Its teacher has 160 million parameters (gpt2, 12 layers × 768), 4 times as many; "
-    "beside it learns a module of 1.6 million (0.01 of these).",
+    "beside it learns a module of 1.6 million, 1 % of that.",
   ]
   teacher = ABOUT["models"]["teachers"]["teacher"]
   two = {"old": teacher, "new": {k: v for k, v in teacher.items() if k != "module"}}

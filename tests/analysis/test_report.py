@@ -331,7 +331,7 @@ def test_what_ran(tmp_path, no_charts):
   assert facts["student"] == "exported as of step 20"
   assert facts["tokens trained on"] == "≈ 2,000, on average 100 a step"
   assert facts["speed"] == "48 tokens/s on average"  # 19 rows: 18 / 50 + 1 / 25
-  assert facts["time"].startswith("≈ 0:00:42")
+  assert facts["training time"].startswith("≈ 0:00:42")
 
 
 def test_online_module_is_mentioned_where_it_was_exported(tmp_path, no_charts):
