@@ -40,14 +40,14 @@ def command(module, *arguments):
   return [sys.executable, "-m", f"okd_jax.{module}", *map(str, arguments)]
 
 
-def call(module, *arguments, devices=1, compiles=False, status=0):
+def call(module, *arguments, devices=1, compiles=False, status=0, timeout=300):
   done = subprocess.run(
     command(module, *arguments),
     cwd=ROOT,
     env=environment(devices, compiles),
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=timeout,
   )
   assert done.returncode == status, done.stderr[-3000:]
   return done

@@ -194,7 +194,7 @@ def test_the_tiny_study_killed_and_resumed(tmp_path):
 
   assert interrupted(checkpoint("stages/start"), signal.SIGKILL) == -signal.SIGKILL
   assert interrupted(checkpoint("runs/kd/0"), signal.SIGTERM) == 143
-  done = call("study", *arguments)
+  done = call("study", *arguments, timeout=1800)
   assert "no difference" in done.stdout or "better" in done.stdout
   study = json.loads((folder / "study.json").read_text())
   assert set(study["runs"]) == {"kd", "okd"} and len(study["runs"]["kd"]) == 2
