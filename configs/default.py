@@ -128,6 +128,11 @@ def get_config() -> ConfigDict:
   config.adapter.layers = 0  # 0: all layers, k: the top k
   config.adapter.teachers = ()  # of several teachers, those that carry it; (): all
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
+  # Cheaper: one row in 1 / rows teaches the module, the others teach the student alone;
+  # it learns in every k-th step; and until that share of the steps is done.
+  config.adapter.rows = 1.0
+  config.adapter.every = 1
+  config.adapter.until = 1.0
 
   config.data = ConfigDict()
   config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas

@@ -47,6 +47,7 @@ class Setup:
     end=None,
     steps=20,
     module="",
+    one_row_in=1,
     **knobs,
   ):
     self.method = methods.build(name, knobs | {"end": end or {}}, module)
@@ -76,7 +77,7 @@ class Setup:
       self.optimizers[tree] = optax.adam(rate)
     teachers = dict.fromkeys(self.frozen, plain)
     self.models = methods.apply_functions(
-      self.student_decoder, teachers, adapted, chunk=5
+      self.student_decoder, teachers, adapted, chunk=5, one_row_in=one_row_in
     )
     self.state = init_state(self.params, self.optimizers, jax.random.key(3))
     self.train_step = functools.partial(
@@ -223,6 +224,19 @@ def _init(decoder, seed):
 def _first(decoder, seed):
   tokens = jnp.zeros((1, 1), jnp.int32)
   return jax.jit(decoder.init)(jax.random.key(seed), tokens)
+
+
+def grads_and_loss(setup, batch):
+  """The step's own gradients, seen through an optimizer that hands them back."""
+  optimizers = {name: optax.sgd(1.0) for name in setup.params}
+  state = setup.state.replace(
+    opt_state={n: t.init(setup.params[n]) for n, t in optimizers.items()}
+  )
+  keywords = setup.train_step.keywords | {"optimizers": optimizers}
+  new, metrics = jax.jit(functools.partial(train_step, **keywords))(
+    state, setup.frozen, batch
+  )
+  return jax.tree.map(jnp.subtract, state.params, new.params), metrics
 
 
 def make_batch(seed=0, rows=8, length=12):

@@ -135,9 +135,28 @@ class AdapterSettings(_Section):
   layers: int = 0
   teachers: Sequence[str] = ()
   lr_scale: float = 1.0
+  rows: float = 1.0
+  every: int = 1
+  until: float = 1.0
+
+  @property
+  def one_row_in(self) -> int:
+    """One row in so many teaches the module."""
+    return round(1 / self.rows)
+
+  def learns(self, step: int, steps: int) -> bool:
+    """Whether the module learns in the step after `step`, of so many."""
+    return step % self.every == 0 and step < self.until * steps
 
   def problems(self) -> Iterator[str]:
-    yield from _least(self, "adapter", lr_scale=0)
+    yield from _least(self, "adapter", lr_scale=0, every=1)
+    if not 0 < self.until <= 1:
+      yield f"adapter.until={self.until} must be above 0 and at most 1"
+    if not 0 < self.rows <= 1 or abs(1 / self.rows - self.one_row_in) > 1e-6:
+      yield (
+        f"adapter.rows={self.rows} must be one part of a whole: 1, 1/2, 1/4 = 0.25, "
+        "1/8 = 0.125 and so on"
+      )
     if not 0 < self.share <= 1:
       yield (
         f"adapter.share={self.share} must be above 0 and at most 1 (where nothing of "

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
+import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 ROW = ("tokens", "labels", "mask", "segment_ids")
 
@@ -20,6 +21,8 @@ class Batch:
     mask: where a label is trained on.
     segment_ids: 0 for padding, else the number of the text within its row.
     weights: of each position in a token mean, 0 where masked; set by the step.
+    module_weights: of each position in the mean over the rows that teach adapters,
+      where that is not every row; set by the step.
     gold: the data's own rows for the same prompts, where the rows are sampled.
     answers: rows with the answers that a model, 'teacher' or 'student', gave to the
       same prompts before training.
@@ -35,6 +38,7 @@ class Batch:
   mask: Bool[Array | np.ndarray, "B L"]
   segment_ids: Int[Array | np.ndarray, "B L"]
   weights: Float[Array, "B L"] | None = None
+  module_weights: Float[Array, "B L"] | None = None
   gold: "Batch | None" = None
   answers: Mapping[str, "Batch"] = flax.struct.field(default_factory=dict)
   other_tokens: "Batch | None" = None
@@ -52,3 +56,17 @@ class Batch:
   def rows(self) -> dict[str, Any]:
     """The four arrays of the rows themselves, by name."""
     return {name: getattr(self, name) for name in ROW}
+
+
+def first_rows(tree: PyTree, every: int) -> PyTree:
+  """Of arrays [B, …] the first of each `every` rows, on the devices they lie on."""
+  return jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:])[:, 0], tree)
+
+
+def other_rows(tree: PyTree, every: int) -> PyTree:
+  """The rows that `first_rows` leaves out, in order."""
+
+  def others(x: Shaped[Array, "B ..."]) -> Shaped[Array, "_ ..."]:
+    return x.reshape(-1, every, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:])
+
+  return jax.tree.map(others, tree)

@@ -14,15 +14,21 @@ Each loss moves its own parameters only; nothing is sampled. The paper's L_KL(a,
 is KL(b || a): its first argument is the one that is fitted. The anchor, weighed by
 gamma, is our addition: nothing else in L_t remembers the base teacher, so that at
 alpha = 1 every student is a fixed point and the adapted teacher collapses.
+
+Cheaper, and not the paper's either: L_t is the mean over some of the rows alone
+(`Models.one_row_in`). Which rows they are is chance, so its gradient is unbiased, and
+only they are read with what the teacher's backward pass needs.
 """
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from okd_jax.data.batch import Batch
+from okd_jax.data.batch import Batch, first_rows, other_rows
 from okd_jax.losses import Output, TokenLoss, cross_entropy, forward_kl
 from okd_jax.methods.base import (
   DivergenceKnobs,
@@ -53,6 +59,7 @@ UPDATES = {
   # PromptKD (Kim et al. 2024, arXiv 2402.12842). Costs two passes.
   "sequential": (("adapter",), ("student",)),
 }
+_STUDENTS = ("student_kl_weight", "gold_weight")  # numbers of the student's loss alone
 # Above this share of the student's pull the adapted teacher follows the student away
 # from what it knew (drift .15 at .5, .46 at .75, 2.95 at 1: BUILD_NOTES.md).
 _UNSAFE_ALPHA = 0.75
@@ -123,7 +130,7 @@ def build(knobs: Knobs) -> Method:
   """The sum of both losses; one gradient of it is both separate gradients."""
   student_distance, module_loss = knobs.distance(), build_module_loss(knobs)
 
-  def token_loss(
+  def student_loss(
     logits: Logits,
     labels: Int[Array, "B C"],
     *,
@@ -137,9 +144,8 @@ def build(knobs: Knobs) -> Method:
       (student_kl_weight, d),
       (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
     )
-    module, metrics = module_loss(logits, labels, **rest)
-    metrics |= {"divergence": d, "student_loss": loss}
-    return loss + module, metrics | diagnostics(logits, labels)
+    metrics = {"divergence": d, "student_loss": loss}
+    return loss, metrics | diagnostics(logits, labels)
 
   def loss(
     models: Models,
@@ -149,13 +155,26 @@ def build(knobs: Knobs) -> Method:
     key: Key[Array, ""] | None,
     now: Now,
   ) -> Loss:
-    outputs = {"student": models.student(params["student"], batch, key)}
-    if never(knobs.anchor_weight):
-      outputs["teacher"] = models.teacher(frozen, params["adapter"], batch)
-    else:
-      both = models.both(frozen, params["adapter"], batch)
-      outputs["teacher"], outputs["base"] = both
-    return token_sums(models, token_loss, outputs, batch, now)
+    student = models.student(params["student"], batch, key)
+    [name] = models.teachers
+
+    def taught(rows: Batch) -> dict[str, Output]:
+      return adapted_outputs(models, name, params, frozen, rows, knobs.anchor_weight)
+
+    def pulled(rows: Batch) -> dict[str, Output]:
+      held = stop_gradient(params["adapter"])
+      return {"teacher": models.teacher(frozen, held, rows)}
+
+    if models.one_row_in == 0:
+      outputs = {"student": student} | pulled(batch)
+      return token_sums(models, student_loss, outputs, batch, now)
+    if models.one_row_in == 1:
+      outputs = {"student": student} | taught(batch)
+      both = _with_module(student_loss, module_loss)
+      return token_sums(models, both, outputs, batch, now)
+    return _by_rows(
+      models, student_loss, module_loss, student, taught, pulled, batch, now
+    )
 
   numbers = {
     "student_kl_weight": knobs.student_kl_weight,
@@ -166,7 +185,56 @@ def build(knobs: Knobs) -> Method:
     numbers | knobs.module_numbers(),
     adapts=True,
     updates=UPDATES[knobs.update_order],
+    takes_rows=True,
   )
+
+
+def _with_module(student_loss: TokenLoss, module_loss: TokenLoss) -> TokenLoss:
+  """The sum of both; labels may be (labels, the module's weight of each position)."""
+
+  def token_loss(logits: Logits, labels: Any, **knobs: Any):
+    labels, weight = labels if isinstance(labels, tuple) else (labels, None)
+    loss, metrics = student_loss(logits, labels, **knobs)
+    mine = {k: v for k, v in knobs.items() if k not in _STUDENTS}
+    module, more = module_loss(logits, labels, **mine)
+    if weight is not None:
+      module, more = weight * module, {k: weight * v for k, v in more.items()}
+    return loss + module, more | metrics
+
+  return token_loss
+
+
+def _by_rows(
+  models: Models,
+  student_loss: TokenLoss,
+  module_loss: TokenLoss,
+  student: Output,
+  taught: Callable[[Batch], dict[str, Output]],
+  pulled: Callable[[Batch], dict[str, Output]],
+  batch: Batch,
+  now: Now,
+) -> Loss:
+  """The student's loss over all rows, the module's over the first of each group.
+
+  taught, pulled: the teacher's outputs, with and without a gradient for its module.
+  """
+  every = models.one_row_in
+  first, others = first_rows(batch, every), other_rows(batch, every)
+  # The module's mean is over its own rows: its weights, relative to the student's.
+  weight = first.module_weights / jnp.where(first.weights > 0, first.weights, 1.0)
+  own = student._replace(hidden=first_rows(student.hidden, every))
+  value, metrics = token_sums(
+    models,
+    _with_module(student_loss, module_loss),
+    {"student": own} | taught(first),
+    first,
+    now,
+    (first.labels, weight),
+  )
+  own = student._replace(hidden=other_rows(student.hidden, every))
+  outputs = {"student": own} | pulled(others)
+  more, theirs = token_sums(models, student_loss, outputs, others, now)
+  return value + more, metrics | {k: metrics[k] + theirs[k] for k in theirs}
 
 
 def build_module_loss(knobs: ModuleKnobs) -> TokenLoss:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 from jaxtyping import Array, Key, PyTree
 
-from okd_jax.data.batch import Batch
+from okd_jax.data.batch import Batch, first_rows
 from okd_jax.losses import Output
 from okd_jax.methods import okd
 from okd_jax.methods.base import (
@@ -31,10 +31,7 @@ _DROPOUT = 7  # folded into the step's key: the student's second pass, for the a
 
 
 def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
-  """`method`, whose teachers are frozen, with teachers that learn.
-
-  Those learn that have an adapter, a tree of params['adapter'].
-  """
+  """`method`, those of its teachers learning that have a tree of params['adapter']."""
   module_loss, own = okd.build_module_loss(knobs), knobs.module_numbers()
 
   def loss(
@@ -48,7 +45,9 @@ def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
     theirs = {name: now[name] for name in method.knobs}
     adapted = with_adapters(models, stop_gradient(params["adapter"]))
     value, metrics = method.loss(adapted, params, frozen, batch, key, theirs)
-    gold = batch if batch.gold is None else batch.gold
+    if not models.one_row_in:
+      return value, metrics
+    gold = _teaching(batch if batch.gold is None else batch.gold, models.one_row_in)
     student = jax.tree.map(stop_gradient, params["student"])
     again = models.student(student, gold, jax.random.fold_in(key, _DROPOUT))
     rest, anchor = {name: now[name] for name in own}, knobs.anchor_weight
@@ -69,7 +68,16 @@ def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
     updates=((*first, "adapter"), *others),
     sequences=_with_gold(method.sequences),
     takes_stored=False,
+    takes_rows=True,
   )
+
+
+def _teaching(rows: Batch, one_row_in: int) -> Batch:
+  """Those rows that teach the adapters, with the weights of a mean over them."""
+  if one_row_in == 1:
+    return rows
+  first = first_rows(rows, one_row_in)
+  return first.replace(weights=first.module_weights)
 
 
 def _with_gold(plan: Sequences) -> Sequences:

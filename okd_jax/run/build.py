@@ -59,7 +59,10 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   job = check(config)
   settings = job.settings
   mesh = sharding.make_mesh(**vars(settings.mesh))
-  sharding.check_batch(settings.train.batch_size, settings.train.microbatches, mesh)
+  group = settings.adapter.one_row_in
+  sharding.check_batch(
+    settings.train.batch_size, settings.train.microbatches, mesh, group
+  )
   sources = source_list(settings.data.train)
   records = functools.cache(lambda: load_records(sources))
   shape = outline(job, workdir, records)

@@ -24,6 +24,7 @@ def before(settings: Settings, method: Method) -> None:
     *_packing_problems(settings, method),
     *_token_problems(settings, method),
     *_length_problems(settings, method),
+    *_share_problems(settings, method),
   ]
   if settings.teacher.cache:
     problems += _stored_problems(settings, method)
@@ -58,6 +59,17 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
     yield "student.layers needs teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
+
+
+def _share_problems(settings: Settings, method: Method) -> Iterator[str]:
+  """What is wrong with adapters that learn from some rows, or in some steps, alone."""
+  adapter, name = settings.adapter, settings.method.name
+  set_to = {"rows": adapter.rows, "every": adapter.every, "until": adapter.until}
+  changed = [f"adapter.{key}={value}" for key, value in set_to.items() if value != 1]
+  if changed and not method.adapts:
+    yield f"{', '.join(changed)}: {name} here has no module that learns; adapter.kind"
+  elif changed and not method.takes_rows:
+    yield f"{', '.join(changed)}: {name}'s module learns from all rows in every step"
 
 
 def _several_problems(settings: Settings, method: Method) -> Iterator[str]:

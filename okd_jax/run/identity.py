@@ -69,6 +69,8 @@ def tell_growth(settings: Settings, method: Method) -> None:
   moving = [f"method.{k}" for k, v in method.knobs.items() if isinstance(v, Linear)]
   if settings.optim.schedule != "constant":
     moving.insert(0, f"optim.schedule={settings.optim.schedule}")
+  if settings.adapter.until < 1:
+    moving.append(f"adapter.until={settings.adapter.until}")
   if isinstance(text.share, Linear) or (text.replay and text.replay.adaptive):
     moving.append("the share of sampled text")
   if moving:

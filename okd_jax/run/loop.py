@@ -203,16 +203,17 @@ def _loop(
 ) -> tuple[TrainState, int]:
   """Trains to the last step, or to where patience ends: (state, step), all saved."""
   state, step, loader = place
-  train_step, frozen, pending = _compiled(run), run.cast.frozen, None
+  programs, frozen, pending = _Programs(run), run.cast.frozen, None
   while step < run.plan.steps and not evaluations.stalled():
     trace.begin(step + 1, state)
     rows = next(loader)
     batch, drawn = batches.batch(step, state.params, rows)
+    train_step, new = programs.at(step)
     state, values = train_step(state, frozen, batch)
     step += 1
     if pending:
       progress.read(*pending)
-    pending = (step, rows["row"], values, drawn)
+    pending = (step, rows["row"], values, drawn, new)
     stopping = bool(stop)
     due = evaluations.due(step) and not stopping
     if stopping or due or step % run.settings.checkpoint.every == 0:
@@ -232,7 +233,24 @@ def _loop(
   return state, step
 
 
-def _compiled(run: Run) -> Callable:
+class _Programs:
+  """The training step, and the one in which adapters are held; compiled when needed."""
+
+  def __init__(self, run: Run):
+    self._run, self._made = run, {}
+
+  def at(self, step: int) -> tuple[Callable, bool]:
+    """(the program for the step after `step`, whether it is new and compiles first)."""
+    run = self._run
+    learns = run.settings.adapter.learns(step, run.plan.steps)
+    learns = learns or not run.method.adapts
+    new = learns not in self._made
+    if new:
+      self._made[learns] = _compiled(run, learns)
+    return self._made[learns], new
+
+
+def _compiled(run: Run, learns: bool) -> Callable:
   plan = run.plan
   return compile_step(
     run.method,
@@ -242,4 +260,5 @@ def _compiled(run: Run) -> Callable:
     plan.steps,
     plan.abstract,
     run.mesh,
+    learns,
   )

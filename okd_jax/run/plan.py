@@ -48,8 +48,12 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
   learning_rate = optim.schedule(settings.optim, steps)
   optimizers = {"student": optim.build(settings.optim, learning_rate)}
   if cast.adapted:
-    scale = settings.adapter.lr_scale
-    optimizers["adapter"] = optim.build(settings.optim, learning_rate, scale)
+    adapter = settings.adapter
+
+    def at(update: int) -> float:  # an adapter's nth update is in step n * every
+      return learning_rate(update * adapter.every)
+
+    optimizers["adapter"] = optim.build(settings.optim, at, adapter.lr_scale)
   optimizers |= {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
   random = functools.partial(
     random_state, settings.train.seed, cast, optimizers, method.trees
@@ -61,6 +65,7 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     cast.adapted,
     settings.train.loss_chunk,
     stored.about["vocab_size"] if stored else None,
+    settings.adapter.one_row_in,
   )
   return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))
 

@@ -52,8 +52,11 @@ class Progress:
     rows: np.ndarray,
     values: Mapping[str, Float[Array, ""]],
     sampled: Mapping[str, float],
+    compiled: bool = False,
   ) -> None:
     """Waits for one step's metrics; `sampled` are the figures of its sampling.
+
+    compiled: whether the step waited for its program; it then has a row of its own.
 
     Raises:
       UserError: if the loss or a gradient is not finite, naming the batch's rows; the
@@ -70,9 +73,8 @@ class Progress:
     for name, value in sampled.items():
       self._sampled.setdefault(name, []).append(value)
     self._bar.update(1)
-    if (
-      step % self._every == 0 or step == self._run.plan.steps or step == self._first + 1
-    ):
+    alone = compiled or step == self._first + 1
+    if alone or step % self._every == 0 or step == self._run.plan.steps:
       now = time.monotonic()
       elapsed = now - self._since
       values["tokens_per_s"] = self._tokens / elapsed

@@ -1,5 +1,6 @@
 """The one jitted training step."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree, Shaped
 
 from okd_jax.data.batch import Batch
 from okd_jax.evaluation import figures
@@ -39,7 +40,7 @@ def train_step(
   have no gradient buffers. If a loss, gradient or update is not finite, the state comes
   back unchanged and the metric 'finite' is 0.
   """
-  batch = _weighted(batch, method.weights)
+  batch = _weighted(batch, method.weights, models.one_row_in)
   key = jax.random.fold_in(state.key, state.step)
   now = knobs_at(method.knobs, progress(state.step, steps))
 
@@ -50,7 +51,9 @@ def train_step(
   logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}
   for names in method.updates:
     moving = {name: params[name] for name in names}
-    total, metrics, grads = _accumulate(loss, moving, params, batch, key, microbatches)
+    total, metrics, grads = _accumulate(
+      loss, moving, params, batch, key, microbatches, models.one_row_in
+    )
     # Of passes in sequence, each figure is that of the one that moved its tree.
     for figure, value in (metrics | {"loss": total}).items():
       if figures.owner(figure) in names or figure not in logged:
@@ -106,15 +109,22 @@ def _if_finite(
 
 
 def _weighted(
-  batch: Batch, weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]]
+  batch: Batch,
+  weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]],
+  one_row_in: int,
 ) -> Batch:
   """The batch, and the batches beside it (such as gold), with their weights."""
 
   def own(rows: Batch | None) -> Batch | None:
-    return rows if rows is None else _weighted(rows, weights)
+    return rows if rows is None else _weighted(rows, weights, one_row_in)
 
+  module = None
+  if one_row_in > 1:
+    teaches = jnp.arange(len(batch.mask)) % one_row_in == 0
+    module = weights(batch.mask & teaches[:, None])
   return batch.replace(
     weights=weights(batch.mask),
+    module_weights=module,
     gold=own(batch.gold),
     answers={writer: own(rows) for writer, rows in batch.answers.items()},
     other_tokens=own(batch.other_tokens),
@@ -129,10 +139,12 @@ def _accumulate(
   batch: Batch,
   key: Key[Array, ""],
   microbatches: int,
+  one_row_in: int,
 ) -> tuple[Array, Metrics, dict[str, PyTree]]:
   """(loss, metrics, gradients) summed over micro-batches.
 
-  The weights were normalised over the whole batch, so plain sums are its means.
+  The weights were normalised over the whole batch, so plain sums are its means. Groups
+  of `one_row_in` rows stay together, so that in each part the same rows teach.
   """
 
   def value(moving: dict[str, PyTree], part: Batch, index: Any):
@@ -142,10 +154,14 @@ def _accumulate(
   if microbatches == 1:
     (total, metrics), grads = gradient(moving, batch, 0)
     return total, metrics, grads
-  # Row i goes to part i % microbatches: every device keeps a share of each part.
-  parts = jax.tree.map(
-    lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-  )
+  # Group i goes to part i % microbatches: every device keeps a share of each part.
+  group = max(one_row_in, 1)
+
+  def cut(x: Shaped[Array, "B ..."]) -> Shaped[Array, "N M ..."]:
+    rows = x.reshape(-1, microbatches, group, *x.shape[1:]).swapaxes(0, 1)
+    return rows.reshape(microbatches, -1, *x.shape[1:])
+
+  parts = jax.tree.map(cut, batch)
 
   def body(sums: PyTree, inputs: PyTree):
     new = gradient(moving, *inputs)
@@ -166,12 +182,18 @@ def compile_step(
   steps: int,
   state: TrainState,
   mesh: Mesh,
+  learns: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
   """`train_step` under jit: (state, frozen, batch) -> (state, metrics).
+
+  learns: False holds the adapters: nothing is differentiated by them.
 
   `state` may be abstract. Its buffers are donated: the new state takes their place.
   The frozen tree keeps the sharding it was loaded in.
   """
+  if not learns:
+    models = dataclasses.replace(models, one_row_in=0)
+    method = dataclasses.replace(method, updates=_without_adapters(method.updates))
   state_shardings = shardings(state, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
   step = functools.partial(
@@ -188,3 +210,10 @@ def compile_step(
     out_shardings=(state_shardings, replicated),
     donate_argnames="state",
   )
+
+
+def _without_adapters(
+  updates: tuple[tuple[str, ...], ...],
+) -> tuple[tuple[str, ...], ...]:
+  kept = (tuple(name for name in names if name != "adapter") for names in updates)
+  return tuple(names for names in kept if names)

@@ -115,12 +115,16 @@ def whole_rows(batch_size: int, mesh: Mesh) -> int:
   return -(-batch_size // ways) * ways
 
 
-def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
-  """Raises a UserError unless every micro-batch spreads evenly over the devices."""
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh, group: int = 1) -> None:
+  """Raises a UserError unless every micro-batch spreads evenly over the devices.
+
+  group: rows that must stay together.
+  """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if microbatches < 1 or batch_size % (microbatches * ways):
+  if microbatches < 1 or batch_size % (microbatches * ways * group):
+    groups = f" and of 1 / adapter.rows = {group}" if group > 1 else ""
     raise UserError(
       f"train.batch_size={batch_size} must be a multiple of train.microbatches="
       f"{microbatches} times the {ways} devices that rows are split over "
-      "(mesh.data x mesh.fsdp)"
+      f"(mesh.data x mesh.fsdp){groups}"
     )

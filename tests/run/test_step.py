@@ -5,29 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trial import SAMPLED, STUDENT, TEACHER, Setup, kept_by_layers, make_batch
+from trial import (
+  SAMPLED,
+  STUDENT,
+  TEACHER,
+  Setup,
+  grads_and_loss,
+  kept_by_layers,
+  make_batch,
+)
 
 from okd_jax import methods
 from okd_jax.methods.kd import NAMED
 from okd_jax.models import Decoder
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
-
-
-def grads_and_loss(setup, batch):
-  """The step's own gradients, seen through an optimizer that hands them back."""
-  import optax
-
-  setup.optimizers = {name: optax.sgd(1.0) for name in setup.params}
-  state = setup.state.replace(
-    opt_state={n: t.init(setup.params[n]) for n, t in setup.optimizers.items()}
-  )
-  step = setup.train_step.func
-  keywords = setup.train_step.keywords | {"optimizers": setup.optimizers}
-  new, metrics = jax.jit(lambda s, f, b: step(s, f, b, **keywords))(
-    state, setup.frozen, batch
-  )
-  return jax.tree.map(jnp.subtract, state.params, new.params), metrics
 
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(8, marks=pytest.mark.slow)])

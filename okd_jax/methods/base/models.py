@@ -38,12 +38,15 @@ class Models:
   teachers: by name; frozen parameters and adapters are trees by these names, too.
   chunk: positions of a row whose logits are in memory at once.
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
+  one_row_in: one row in so many teaches the adapters, the first of each group; 0: none
+    does, and the adapted teachers only teach.
   """
 
   student: Callable[..., Output]
   teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
   chunk: int = 64
   vocab_size: int | None = None
+  one_row_in: int = 1
 
   def teacher(
     self,
@@ -74,13 +77,14 @@ def apply_functions(
   adapted: Mapping[str, Decoder],
   chunk: int = 64,
   vocab_size: int | None = None,
+  one_row_in: int = 1,
 ) -> Models:
   """What the decoders of a run give a method.
 
   Args:
     teachers: the plain ones by name; none if the method has no use for any.
     adapted: those of them that carry an adapter.
-    chunk, vocab_size: see `Models`.
+    chunk, vocab_size, one_row_in: see `Models`.
   """
 
   def apply(
@@ -90,7 +94,7 @@ def apply_functions(
     return output(decoder, {"params": params}, batch, key, mix=mix)
 
   named = {name: _teacher(d, adapted.get(name)) for name, d in teachers.items()}
-  return Models(apply, named, chunk, vocab_size)
+  return Models(apply, named, chunk, vocab_size, one_row_in)
 
 
 def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:
