@@ -16,12 +16,14 @@ def step(
   *,
   adapted_layers: int = 0,
   module_size: int = 0,
+  taught: float = 1.0,
 ) -> dict[str, float]:
   """{part: operations} of one step on `tokens` tokens in rows of `length`.
 
   adapted_layers: how many of the teacher's top layers hold modules. The backward pass
     goes through these and the head, and takes no gradient of a frozen weight.
   module_size: parameters of all modules together.
+  taught: the share of all tokens that modules learn from, over the steps.
   """
   forward, backward = 1, 2
   parts = {"student": (forward + backward) * _layers(student, tokens, length)}
@@ -34,9 +36,9 @@ def step(
     attention = _attention(teacher, tokens, length) * adapted_layers
     # Of a product with a frozen weight one side, of attention's products both.
     backward_layers = share * _layers(teacher, tokens, length) + attention
-    parts["teacher backward"] = backward_layers
-    parts["modules"] = 3 * 2 * module_size * tokens
-    heads += _head(teacher, tokens)
+    parts["teacher backward"] = taught * backward_layers
+    parts["modules"] = (forward + backward * taught) * 2 * module_size * tokens
+    heads += taught * _head(teacher, tokens)
   return parts | {"heads": heads}
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from okd_jax import models
 from okd_jax.bench import flops, measure
 from okd_jax.bench.measure import at_least
+from okd_jax.config.read import defaults
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.methods.base.knobs import at_start
@@ -25,7 +26,7 @@ from okd_jax.run import checks
 from okd_jax.run.cast import Cast, shapes
 from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline
-from okd_jax.run.plan import make_plan
+from okd_jax.run.plan import Plan, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
@@ -37,9 +38,15 @@ _STEPS = 100  # of the run that the step would be one of
 
 
 class Trial(NamedTuple):
-  """A compiled step and all that it takes; `state` is donated by each call."""
+  """A compiled step and all that it takes; `state` is donated by each call.
+
+  held: the step in which adapters are held, None if they learn in each.
+  every: the adapters learn once in so many steps.
+  """
 
   program: jax.stages.Compiled
+  held: jax.stages.Compiled | None
+  every: int
   state: TrainState
   frozen: dict[str, PyTree]
   batch: Batch
@@ -48,21 +55,15 @@ class Trial(NamedTuple):
 
 
 def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-  """Seconds of a step, waited for, beside its floor: operations by matmul rate."""
+  """Seconds of a step, waited for, beside its floor: operations by matmul rate.
+
+  With --beside, in turns with the step of another method on the same models.
+  """
   trial, config = build(flags), flags.config
+  other = build(_beside(flags)) if flags.beside else None
   rates = [measure.matmul_rate(config.train.dtype)]
-  memory = measure.memory(trial.program)
-  state, frozen, batch = trial.state, trial.frozen, trial.batch
-  sizes = {"teacher": frozen, "student": state.params["student"]}
-  sizes |= {"module": state.params.get("adapter", {}), "optimizers": state.opt_state}
-  parts = {name: measure.nbytes(tree) for name, tree in sizes.items() if tree}
-  times = []
-  for i in range(flags.warmup + flags.repeats):
-    start = time.perf_counter()
-    state, _ = trial.program(state, frozen, batch)
-    jax.block_until_ready(state)
-    if i >= flags.warmup:
-      times.append(time.perf_counter() - start)
+  memory, sizes = measure.memory(trial.program), _sizes(trial)
+  times, *theirs = _in_turns([t for t in (trial, other) if t], flags)
   rates.append(measure.matmul_rate(config.train.dtype))
   total, rate = sum(trial.operations.values()), max(rates)
   tokens = config.train.batch_size * config.data.max_length
@@ -76,9 +77,71 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     "floor_ms": 1e3 * total / rate,
     "to_floor": ms["median"] * rate / total / 1e3,
     "compile_s": trial.compile_s,
-    "memory_bytes": parts | {k: v for k, v in memory.items() if k == "temporaries"},
+    "memory_bytes": sizes | {k: v for k, v in memory.items() if k == "temporaries"},
   }
+  if other:
+    results["beside"] = _ratios(trial, other, times, *theirs)
   return results, _rows(flags, results)
+
+
+def _in_turns(trials: list[Trial], flags: argparse.Namespace) -> list[list[float]]:
+  """Seconds of each trial's steps, one after the other in each round."""
+  rounds = []
+  for _ in range(flags.warmup + flags.repeats):
+    rounds.append([])
+    for i, each in enumerate(trials):
+      trials[i], seconds = _timed(each)
+      rounds[-1].append(seconds)
+  return [list(times) for times in zip(*rounds[flags.warmup :], strict=True)]
+
+
+def _timed(trial: Trial) -> tuple[Trial, float]:
+  """(the trial with its next state, seconds of a step, the mean where they differ)."""
+  programs = [(trial.program, 1)]
+  if trial.held:
+    programs.append((trial.held, trial.every - 1))
+  state, seconds = trial.state, 0.0
+  for program, count in programs:
+    start = time.perf_counter()
+    state, _ = program(state, trial.frozen, trial.batch)
+    jax.block_until_ready(state)
+    seconds += count * (time.perf_counter() - start)
+  return trial._replace(state=state), seconds / trial.every
+
+
+def _beside(flags: argparse.Namespace) -> argparse.Namespace:
+  """The flags with the other method, its knobs and adapters at their defaults."""
+  config, plain = flags.config.copy_and_resolve_references(), defaults()
+  for section in ("method", "adapter"):
+    config[section] = plain[section]
+  changes = {"method": flags.beside, "config": config}
+  return argparse.Namespace(**vars(flags) | changes)
+
+
+def _sizes(trial: Trial) -> dict[str, int]:
+  """Bytes of what lies in memory from step to step."""
+  params = trial.state.params
+  trees = {"teacher": trial.frozen, "student": params["student"]}
+  trees |= {"module": params.get("adapter", {}), "optimizers": trial.state.opt_state}
+  return {name: measure.nbytes(tree) for name, tree in trees.items() if tree}
+
+
+def _ratios(
+  trial: Trial, other: Trial, times: list[float], theirs: list[float]
+) -> dict[str, Any]:
+  """This step over the other one: seconds in pairs, arithmetic, and memory."""
+
+  def memory(each: Trial) -> int:
+    temporaries = measure.memory(each.program).get("temporaries", 0)
+    return temporaries + sum(_sizes(each).values())
+
+  pairs = [a / b for a, b in zip(times, theirs, strict=True)]
+  work = [sum(each.operations.values()) for each in (trial, other)]
+  return {
+    "time": measure.spread(pairs),
+    "operations": work[0] / work[1],
+    "memory": memory(trial) / memory(other),
+  }
 
 
 def build(flags: argparse.Namespace) -> Trial:
@@ -94,7 +157,8 @@ def build(flags: argparse.Namespace) -> Trial:
   if text.sampled or text.beforehand or job.method.several:
     raise UserError(f"--method={flags.method} is more than a step on given rows")
   mesh = sharding.make_mesh()
-  sharding.check_batch(train.batch_size, train.microbatches, mesh)
+  adapter = job.settings.adapter
+  sharding.check_batch(train.batch_size, train.microbatches, mesh, adapter.one_row_in)
   cast = _cast(job, student, teacher, mesh)
   length = job.settings.data.max_length
   checks.check_attention(train.attention, length, cast.decoders)
@@ -105,22 +169,28 @@ def build(flags: argparse.Namespace) -> Trial:
   if text.prepare:  # once, and not timed
     key, now = jax.random.key(2), at_start(job.method.knobs)
     batch = text.prepare(plan.models, state.params, cast.frozen, batch, key, now)
-  begun = time.perf_counter()
+  begun, takes = time.perf_counter(), (state, cast.frozen, batch)
+  program = _compiled(job, plan, mesh, *takes)
+  elapsed, every = time.perf_counter() - begun, adapter.every
+  held = _compiled(job, plan, mesh, *takes, learns=False) if every > 1 else None
+  return Trial(program, held, every, *takes, elapsed, _operations(job, cast, state))
+
+
+def _compiled(
+  job: Job, plan: Plan, mesh: Mesh, *takes: PyTree, learns: bool = True
+) -> jax.stages.Compiled:
   step = compile_step(
     job.method,
     plan.models,
     plan.optimizers,
-    train.microbatches,
+    job.settings.train.microbatches,
     plan.steps,
     plan.abstract,
     mesh,
+    learns,
   )
   with jax.set_mesh(mesh):
-    program = step.lower(state, cast.frozen, batch).compile()
-  elapsed = time.perf_counter() - begun
-  return Trial(
-    program, state, cast.frozen, batch, elapsed, _operations(job, cast, state)
-  )
+    return step.lower(*takes).compile()
 
 
 def _config(flags: argparse.Namespace) -> ConfigDict:
@@ -166,6 +236,7 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
     settings.data.max_length,
     adapted_layers=layers,
     module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
+    taught=settings.adapter.rows / settings.adapter.every,
   )
 
 
@@ -197,7 +268,7 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in results["operations"].items())
   total = sum(results["operations"].values())
   shapes = " to ".join("x".join(map(str, s)) for s in (flags.teacher, flags.student))
-  return {
+  rows = {
     "method": f"{flags.method}, {flags.family} {shapes}, vocabulary "
     f"{flags.vocab_size}, {config.train.dtype}",
     "shape": f"{config.train.batch_size} rows of {config.data.max_length} tokens",
@@ -210,6 +281,13 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
     "compile": f"{results['compile_s']:.1f} s",
     "memory": measure.mebibytes(memory),
   }
+  if beside := results.get("beside"):
+    ratio = beside["time"]
+    rows[f"over {flags.beside}"] = (
+      f"{ratio['median']:.2f} of its time ({ratio['min']:.2f} to {ratio['max']:.2f}; "
+      f"by arithmetic {beside['operations']:.2f}), {beside['memory']:.2f} of its memory"
+    )
+  return rows
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -226,6 +304,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   add("--student", type=shape_of, default="4x256", help="LAYERSxCHANNELS")
   add("--repeats", type=at_least(1), default=5, help="measured steps")
   add("--warmup", type=at_least(0), default=1, help="steps before these")
+  beside = "another method, at its defaults: steps in turns, and the ratio to its own"
+  add("--beside", default="", metavar="METHOD", help=beside)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
