@@ -12,9 +12,9 @@ from configs.studies import scarce
 
 SHARES = {
   "": {},
-  ", rows 1/4": {"adapter.rows": 0.25},
-  ", rows 1/8": {"adapter.rows": 0.125},
-  ", rows 1/16": {"adapter.rows": 0.0625},
+  ", rows .25": {"adapter.rows": 0.25},
+  ", rows .125": {"adapter.rows": 0.125},
+  ", rows .0625": {"adapter.rows": 0.0625},
   ", every 4": {"adapter.every": 4},
 }
 KINDS = ("okd", "okd, mode-seeking")

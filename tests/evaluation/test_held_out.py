@@ -173,6 +173,16 @@ def test_predictions_of_several_sets_are_refused(capsys):
   assert "--answers keeps those of all sets" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  "flag, words", [("output", "is a folder"), ("answers", "is a file")]
+)
+def test_places_that_cannot_be_are_told_first(flag, words, tmp_path, capsys):
+  place = tmp_path if flag == "output" else write(tmp_path / "file", {})
+  with pytest.raises(SystemExit) as left:
+    evaluate.main(["--model=M", "--data=F", f"--{flag}={place}"])
+  assert left.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_which_answers_are_drawn():
   def names(**options):
     return [(d.name, d.temperature) for d in Options(seeds=(1, 2), **options).draws]
