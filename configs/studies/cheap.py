@@ -1,4 +1,4 @@
-"""OKD at less than its price, over `scarce`: modules that learn from some rows or steps.
+"""OKD at less than its price, over `scarce`: the module learns from some rows or steps.
 
     python -m configs.studies.scarce                 # once: the data, seconds
     python -m okd_jax.study --config=configs/studies/cheap.py --workdir=runs/cheap
