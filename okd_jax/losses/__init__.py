@@ -1,7 +1,15 @@
 """Token-level losses. They know arrays only."""
 
 from okd_jax.losses import stored
-from okd_jax.losses.chunked import Output, TokenLoss, per_token, unembed, weighted_sums
+from okd_jax.losses.chunked import (
+  Output,
+  Part,
+  TokenLoss,
+  per_token,
+  sums_of_parts,
+  unembed,
+  weighted_sums,
+)
 from okd_jax.losses.cross_tokenizer import align, sorted_distance
 from okd_jax.losses.divergences import (
   adaptive_kl,
@@ -29,6 +37,7 @@ from okd_jax.losses.sparse import (
 __all__ = [
   "Mean",
   "Output",
+  "Part",
   "TokenLoss",
   "TopK",
   "adaptive_kl",
@@ -48,6 +57,7 @@ __all__ = [
   "skew_reverse_kl",
   "sorted_distance",
   "stored",
+  "sums_of_parts",
   "token_weights",
   "top1_agreement",
   "top_k",

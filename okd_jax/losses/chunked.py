@@ -9,7 +9,7 @@ pass serve the student and the online module (OKD) at the price of one.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,8 +121,55 @@ def weighted_sums(
   >>> print(f"{loss:.4f} {metrics['first']:.1f}")  # log 4; the second does not count
   1.3863 5.0
   """
-  chunk = chunk or fitting_chunk(outputs, len(weights))
-  return _sums(token_loss, chunk, dict(outputs), labels, weights, dict(knobs or {}))
+  return sums_of_parts([Part(token_loss, outputs, labels, weights)], chunk, knobs)
+
+
+class Part(NamedTuple):
+  """Some rows, and what their loss is: arguments of `weighted_sums`."""
+
+  token_loss: TokenLoss
+  outputs: Mapping[Name, Output]
+  labels: Labels
+  weights: Float[Array | np.ndarray, "B L"]
+
+
+def sums_of_parts(
+  parts: Sequence[Part], chunk: int, knobs: Mapping[str, Knob] | None = None
+) -> Sums:
+  """`weighted_sums` of several groups of rows, each with a loss of its own, added up.
+
+  A model has one head in all parts, that of the first part that has the model, and its
+  gradient is added up in one place.
+
+  Args:
+    parts: the groups; metrics that not all of them have are sums over those that do.
+    chunk, knobs: as in `weighted_sums`.
+
+  Returns:
+    (sum of the losses, {name: sum of the metric}).
+
+  Source: as `weighted_sums`.
+
+  >>> first = lambda logits, labels: (logits["student"][..., 0] * labels, {})
+  >>> head, one = jnp.array([[3.0]]), jnp.array([[1.0]])
+  >>> rows = {"student": Output(jnp.array([[[2.0]]]), head)}
+  >>> parts = [Part(first, rows, one, one), Part(first, rows, 2 * one, one)]
+  >>> print(sums_of_parts(parts, chunk=1)[0])
+  18.0
+  """
+  heads: dict[Name, Float[Array, "V D"]] = {}
+  for part in parts:
+    heads = {name: output.head for name, output in part.outputs.items()} | heads
+  sizes = [chunk or fitting_chunk(x.outputs, len(x.weights)) for x in parts]
+  return _sums(
+    tuple(part.token_loss for part in parts),
+    tuple(sizes),
+    tuple({n: o.hidden for n, o in part.outputs.items()} for part in parts),
+    heads,
+    tuple(part.labels for part in parts),
+    tuple(part.weights for part in parts),
+    dict(knobs or {}),
+  )
 
 
 def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
@@ -138,82 +185,145 @@ def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
   return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1
 
 
+_Heads = dict[Name, Float[Array, "V D"]]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(
+  token_losses: tuple[TokenLoss, ...],
+  sizes: tuple[int, ...],
+  hidden: tuple[Hidden, ...],
+  heads: _Heads,
+  labels: tuple[Labels, ...],
+  weights: tuple[Float[Array | np.ndarray, "B L"], ...],
+  knobs: dict[str, Knob],
+) -> Sums:
+  found = []
+  for token_loss, size, *rows in zip(
+    token_losses, sizes, hidden, labels, weights, strict=True
+  ):
+    found.append(_part_sums(token_loss, size, *rows, heads, knobs))
+  return _added(found)
+
+
+def _part_sums(
   token_loss: TokenLoss,
-  chunk: int,
-  outputs: dict[Name, Output],
+  size: int,
+  hidden: Hidden,
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
+  heads: _Heads,
   knobs: dict[str, Knob],
 ) -> Sums:
   token_loss = functools.partial(token_loss, **knobs)
-  chunks, used, _ = counting_first(_hidden(outputs), labels, weights, chunk)
+  chunks, used, _ = counting_first(hidden, labels, weights, size)
 
   def body(i: Int[Array, ""], sums: Sums) -> Sums:
     hidden, labels, weights = chunk_at(chunks, i)
-    logits = _logits(hidden, outputs)
-    new = _chunk_sums(token_loss, logits, labels, weights)
+    new = _chunk_sums(token_loss, _logits(hidden, heads), labels, weights)
     return jax.tree.map(jnp.add, sums, new)
 
-  return jax.lax.fori_loop(0, used, body, _zeros(token_loss, outputs, chunks))
+  return jax.lax.fori_loop(0, used, body, _zeros(token_loss, heads, chunks))
+
+
+def _added(sums: Sequence[Sums]) -> Sums:
+  """All parts' losses, and of each metric those of the parts that have it."""
+  loss, metrics = sums[0]
+  metrics = dict(metrics)
+  for more, others in sums[1:]:
+    loss = loss + more
+    for name, value in others.items():
+      metrics[name] = metrics[name] + value if name in metrics else value
+  return loss, metrics
 
 
 # What JAX hands to `_sums_fwd`: arrays in wrappers that say who is differentiated.
 _Primals = PyTree[Any]
+_Grads = tuple[tuple[dict[Name, Any], ...], dict[Name, Any]]  # of hidden states, heads
 
 
 def _sums_fwd(
-  token_loss: TokenLoss,
-  chunk: int,
-  outputs: dict[Name, Output],
+  token_losses: tuple[TokenLoss, ...],
+  sizes: tuple[int, ...],
+  hidden: _Primals,
+  heads: _Primals,
   labels: _Primals,
   weights: _Primals,
   knobs: _Primals,
-) -> tuple[Sums, dict[Name, Output]]:
+) -> tuple[Sums, _Grads]:
   """The sums, and the gradients of the loss for whoever is differentiated."""
-  trained = {  # (hidden states?, head?) that somebody differentiates, by model
-    name: (output.hidden.perturbed, output.head.perturbed)
-    for name, output in outputs.items()
-  }
-  outputs, labels, weights, knobs = jax.tree.map(
-    lambda leaf: leaf.value, (outputs, labels, weights, knobs), is_leaf=_is_primal
+  trained = [{n: x.perturbed for n, x in part.items()} for part in hidden]
+  learned = [name for name, head in heads.items() if head.perturbed]
+  hidden, heads, labels, weights, knobs = jax.tree.map(
+    lambda leaf: leaf.value, (hidden, heads, labels, weights, knobs), is_leaf=_is_primal
   )
-  token_loss = functools.partial(token_loss, **knobs)
-  fitted = [name for name in outputs if any(trained[name])]
-  chunks, used, order = counting_first(_hidden(outputs), labels, weights, chunk)
+  head_grads: _HeadGrads = {}
+  found, hidden_grads = [], []
+  for token_loss, size, names, *rows in zip(
+    token_losses, sizes, trained, hidden, labels, weights, strict=True
+  ):
+    token_loss = functools.partial(token_loss, **knobs)
+    own = [name for name, perturbed in names.items() if perturbed]
+    sums, head_grads, grads = _part_grads(
+      token_loss, size, *rows, heads, own, learned, head_grads
+    )
+    found.append(sums)
+    hidden_grads.append({name: grads.get(name) for name in names})
+  summed = {n: g.sum(0).T.astype(heads[n].dtype) for n, g in head_grads.items()}
+  return _added(found), (
+    tuple(hidden_grads),
+    {name: summed.get(name) for name in heads},
+  )
+
+
+def _part_grads(
+  token_loss: TokenLoss,
+  size: int,
+  hidden: Hidden,
+  labels: Labels,
+  weights: Float[Array | np.ndarray, "B L"],
+  heads: _Heads,
+  trained: list[Name],
+  learned: list[Name],
+  head_grads: _HeadGrads,
+) -> tuple[Sums, _HeadGrads, Hidden]:
+  """One part's sums, the heads' gradients with its own added, those of its states.
+
+  trained, learned: the models whose states, whose heads somebody differentiates.
+  """
+  fitted = [name for name in hidden if name in trained or name in learned]
+  chunks, used, order = counting_first(hidden, labels, weights, size)
   groups = len(order)  # Of each its own sum: none waits for others in the loop.
-  head_grads = {
-    name: per_shard(jnp.zeros((groups, *outputs[name].head.shape[::-1]), jnp.float32))
+  fresh = {
+    name: per_shard(jnp.zeros((groups, *heads[name].shape[::-1]), jnp.float32))
     for name in fitted
-    if trained[name][1]
+    if name in learned and name not in head_grads
   }
-  hidden_grads = {
-    name: jnp.zeros_like(chunks[0][name]) for name in fitted if trained[name][0]
-  }
+  grads = {name: jnp.zeros_like(chunks[0][name]) for name in trained}
 
   def body(
     i: Int[Array, ""], carry: tuple[Sums, _HeadGrads, _HiddenGrads]
   ) -> tuple[Sums, _HeadGrads, _HiddenGrads]:
     part = chunk_at(chunks, i)
-    new, grads = _chunk_grads(token_loss, outputs, part, fitted)
+    new, grads = _chunk_grads(token_loss, heads, part, fitted)
     sums = jax.tree.map(jnp.add, carry[0], new)
-    return sums, *_add_grads(i, carry[1:], grads, part[0], outputs)
+    return sums, *_add_grads(i, carry[1:], grads, part[0], heads)
 
-  init = (_zeros(token_loss, outputs, chunks), head_grads, hidden_grads)
-  sums, *grads = jax.lax.fori_loop(0, used, body, init)
-  return sums, _as_outputs(*grads, order, outputs)
+  init = (_zeros(token_loss, heads, chunks), head_grads | fresh, grads)
+  sums, head_grads, grads = jax.lax.fori_loop(0, used, body, init)
+  placed = {n: put_back(g, order, hidden[n].shape) for n, g in grads.items()}
+  return sums, head_grads, placed
 
 
 def _chunk_grads(
   token_loss: TokenLoss,
-  outputs: dict[Name, Output],
+  heads: _Heads,
   chunk: Chunk,
-  fitted: list[str],
+  fitted: list[Name],
 ) -> tuple[Sums, _Logits]:
   """A chunk's sums, and the gradient of its loss in the logits of those `fitted`."""
   hidden, labels, weights = chunk
-  logits = _logits(hidden, outputs)
+  logits = _logits(hidden, heads)
 
   def loss_of(fitted_logits: _Logits) -> Sums:
     return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
@@ -229,12 +339,12 @@ def _add_grads(
   sums: tuple[_HeadGrads, _HiddenGrads],
   grads: _Logits,
   hidden: Hidden,
-  outputs: dict[Name, Output],
+  heads: _Heads,
 ) -> tuple[_HeadGrads, _HiddenGrads]:
   """Chunk i's gradients, taken from the logits to the heads and hidden states."""
   head_grads, hidden_grads = map(dict, sums)
   for name, grad in grads.items():
-    h, head = hidden[name], outputs[name].head
+    h, head = hidden[name], heads[name]
     grad = grad.astype(h.dtype)
     if name in hidden_grads:
       product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
@@ -249,45 +359,22 @@ def _add_grads(
   return head_grads, hidden_grads
 
 
-def _as_outputs(
-  head_grads: _HeadGrads,
-  hidden_grads: _HiddenGrads,
-  order: Int[Array, "G M"],
-  outputs: dict[Name, Output],
-) -> dict[Name, Output]:
-  """Gradients shaped like `outputs`, None where nobody differentiates."""
-  return {
-    name: Output(
-      hidden=put_back(hidden_grads[name], order, output.hidden.shape)
-      if name in hidden_grads
-      else None,
-      head=head_grads[name].sum(0).T.astype(output.head.dtype)
-      if name in head_grads
-      else None,
-    )
-    for name, output in outputs.items()
-  }
-
-
 def _sums_bwd(
-  token_loss: TokenLoss,
-  chunk: int,
-  grads: dict[Name, Output],
+  token_losses: tuple[TokenLoss, ...],
+  sizes: tuple[int, ...],
+  grads: _Grads,
   cotangents: tuple[Any, Any],
-) -> tuple[dict[Name, Output], None, None, None]:
+) -> tuple[Any, ...]:
   scale = cotangents[0]  # of the loss; metrics are not differentiated
-  return jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads), None, None, None
+  hidden, heads = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+  return hidden, heads, None, None, None
 
 
 _sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
 
 
-def _hidden(outputs: Mapping[Name, Output]) -> dict[Name, Float[Array, "B L _"]]:
-  return {name: output.hidden for name, output in outputs.items()}
-
-
-def _logits(hidden: Hidden, outputs: Mapping[Name, Output]) -> _Logits:
-  return {name: unembed(h, outputs[name].head) for name, h in hidden.items()}
+def _logits(hidden: Hidden, heads: _Heads) -> _Logits:
+  return {name: unembed(h, heads[name]) for name, h in hidden.items()}
 
 
 def _chunk_sums(
@@ -304,16 +391,14 @@ def _chunk_sums(
   return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
 
 
-def _zeros(
-  token_loss: TokenLoss, outputs: Mapping[Name, Output], chunks: Chunks
-) -> Sums:
+def _zeros(token_loss: TokenLoss, heads: _Heads, chunks: Chunks) -> Sums:
   """Zeros shaped like one chunk's sums, found without computing one."""
 
-  def first(outputs: Mapping[Name, Output], chunks: Chunks) -> Sums:
+  def first(heads: _Heads, chunks: Chunks) -> Sums:
     hidden, labels, weights = chunk_at(chunks, 0)
-    return _chunk_sums(token_loss, _logits(hidden, outputs), labels, weights)
+    return _chunk_sums(token_loss, _logits(hidden, heads), labels, weights)
 
-  shapes = jax.eval_shape(first, outputs, chunks)
+  shapes = jax.eval_shape(first, heads, chunks)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
@@ -349,11 +434,13 @@ def per_token(
   rows, length = jax.tree.leaves(labels)[0].shape[:2]
   chunk = chunk or fitting_chunk(outputs, rows)
   outputs = jax.lax.stop_gradient(dict(outputs))
+  heads = {name: output.head for name, output in outputs.items()}
+  states = {name: output.hidden for name, output in outputs.items()}
 
   def body(_: None, inputs: tuple[Hidden, _Labels]) -> tuple[None, PyTree[Array]]:
     hidden, labels = inputs
-    return None, function(_logits(hidden, outputs), labels)
+    return None, function(_logits(hidden, heads), labels)
 
   pieces = functools.partial(cut, size=min(chunk, length))
-  _, values = jax.lax.scan(body, None, jax.tree.map(pieces, (_hidden(outputs), labels)))
+  _, values = jax.lax.scan(body, None, jax.tree.map(pieces, (states, labels)))
   return jax.tree.map(lambda x: join(x, length), values)

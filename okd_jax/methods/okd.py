@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from okd_jax.data.batch import Batch, first_rows, other_rows
-from okd_jax.losses import Output, TokenLoss, cross_entropy, forward_kl
+from okd_jax.losses import Output, Part, TokenLoss, cross_entropy, forward_kl
 from okd_jax.methods.base import (
   DivergenceKnobs,
   Knob,
@@ -43,8 +43,10 @@ from okd_jax.methods.base import (
   check_share,
   check_weight,
   combine,
+  cut_heads,
   diagnostics,
   stop_gradient,
+  sums_of_rows,
   token_sums,
 )
 from okd_jax.methods.base.divergences import ShapedKnobs, bind
@@ -222,19 +224,24 @@ def _by_rows(
   first, others = first_rows(batch, every), other_rows(batch, every)
   # The module's mean is over its own rows: its weights, relative to the student's.
   weight = first.module_weights / jnp.where(first.weights > 0, first.weights, 1.0)
-  own = student._replace(hidden=first_rows(student.hidden, every))
-  value, metrics = token_sums(
-    models,
-    _with_module(student_loss, module_loss),
-    {"student": own} | taught(first),
-    first,
-    now,
-    (first.labels, weight),
-  )
-  own = student._replace(hidden=other_rows(student.hidden, every))
-  outputs = {"student": own} | pulled(others)
-  more, theirs = token_sums(models, student_loss, outputs, others, now)
-  return value + more, metrics | {k: metrics[k] + theirs[k] for k in theirs}
+
+  def beside(hidden: Array, teacher: dict[str, Output]) -> dict[str, Output]:
+    outputs = {"student": student._replace(hidden=hidden)} | teacher
+    return cut_heads(outputs, models.vocab_size)
+
+  own, others_own = (f(student.hidden, every) for f in (first_rows, other_rows))
+  parts = [
+    Part(
+      _with_module(student_loss, module_loss),
+      beside(own, taught(first)),
+      (first.labels, weight),
+      first.weights,
+    ),
+    Part(
+      student_loss, beside(others_own, pulled(others)), others.labels, others.weights
+    ),
+  ]
+  return sums_of_rows(models, parts, now)
 
 
 def build_module_loss(knobs: ModuleKnobs) -> TokenLoss:

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from okd_jax.losses import (
   Output,
+  Part,
   cross_entropy,
   forward_kl,
   jensen_shannon,
   reverse_kl,
+  sums_of_parts,
   token_weights,
   unembed,
   weighted_sums,
@@ -41,6 +43,44 @@ def make(seed=0, dtype=jnp.float32):
   labels = jax.random.randint(keys[4], (BATCH, LENGTH), 0, VOCAB)
   mask = jax.random.bernoulli(keys[5], 0.6, (BATCH, LENGTH))
   return outputs, labels, mask
+
+
+def test_parts_add_up_under_one_head():
+  """Sums and gradients are those of each part alone, metrics of one part its own."""
+  outputs, labels, mask = make()
+  others, more_labels, more_mask = make(1)
+  weights = [token_weights(mask), 0.5 * token_weights(more_mask)]
+
+  def student_alone(logits, labels):
+    return cross_entropy(logits["student"], labels), {"ce": labels * 1.0}
+
+  def taught(logits, labels):
+    loss = forward_kl(logits["teacher"], logits["student"])
+    return loss, {"ce": loss, "kl": loss}
+
+  def parts_of(outputs, hidden):
+    rows = {"student": outputs["student"]._replace(hidden=hidden)}
+    return [
+      Part(taught, outputs, labels, weights[0]),
+      Part(student_alone, rows, more_labels, weights[1]),
+    ]
+
+  def joined(outputs, hidden):
+    return sums_of_parts(parts_of(outputs, hidden), chunk=4)
+
+  def apart(outputs, hidden):
+    found = [weighted_sums(*part, chunk=4) for part in parts_of(outputs, hidden)]
+    (loss, metrics), (more, theirs) = found
+    return loss + more, metrics | {"ce": metrics["ce"] + theirs["ce"]}
+
+  hidden = others["student"].hidden
+  for function in (joined, apart):
+    value = jax.value_and_grad(function, argnums=(0, 1), has_aux=True)
+    found = jax.jit(value)(outputs, hidden), function(outputs, hidden)
+    if function is joined:
+      wanted = found
+  chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+  assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(found[0][1]))
 
 
 def both_sides(divergence):

@@ -22,10 +22,12 @@ from okd_jax.methods.base.method import (
   Method,
   Now,
   combine,
+  cut_heads,
   diagnostics,
   gold_nll,
   is_zero,
   stop_gradient,
+  sums_of_rows,
   token_sums,
 )
 from okd_jax.methods.base.models import Models, Params, Teacher, apply_functions
@@ -55,10 +57,12 @@ __all__ = [
   "check_share",
   "check_weight",
   "combine",
+  "cut_heads",
   "diagnostics",
   "gold_nll",
   "is_zero",
   "register_divergence",
   "stop_gradient",
+  "sums_of_rows",
   "token_sums",
 ]

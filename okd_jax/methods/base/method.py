@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from okd_jax.data.batch import Batch
 from okd_jax.losses import (
   Output,
+  Part,
   TokenLoss,
   cross_entropy,
   entropy,
   forward_kl,
   reverse_kl,
+  sums_of_parts,
   token_weights,
   top1_agreement,
-  weighted_sums,
 )
 from okd_jax.methods.base.knobs import Knob
 from okd_jax.methods.base.models import Models, Params
@@ -141,16 +142,23 @@ def token_sums(
     labels: what the loss gets in place of the batch's labels.
     one_vocabulary: whether all heads are of the same tokens, however padded.
   """
+  outputs = cut_heads(outputs, models.vocab_size) if one_vocabulary else outputs
+  labels = batch.labels if labels is None else labels
+  return sums_of_rows(models, [Part(token_loss, outputs, labels, batch.weights)], now)
+
+
+def sums_of_rows(models: Models, parts: Sequence[Part], now: Now) -> Loss:
+  """`token_sums` of several groups of rows, each with a token loss of its own.
+
+  parts: their outputs' heads are cut to one vocabulary already, where that is wanted.
+  """
   moving = {k: v for k, v in now.items() if isinstance(v, jax.Array)}
   constant = {k: v for k, v in now.items() if k not in moving}
-  return weighted_sums(
-    functools.partial(token_loss, **constant),
-    cut_heads(outputs, models.vocab_size) if one_vocabulary else outputs,
-    batch.labels if labels is None else labels,
-    batch.weights,
-    models.chunk,
-    moving,
-  )
+  bound = [
+    part._replace(token_loss=functools.partial(part.token_loss, **constant))
+    for part in parts
+  ]
+  return sums_of_parts(bound, models.chunk, moving)
 
 
 def cut_heads(
