@@ -128,11 +128,11 @@ def get_config() -> ConfigDict:
   config.adapter.layers = 0  # 0: all layers, k: the top k
   config.adapter.teachers = ()  # of several teachers, those that carry it; (): all
   config.adapter.lr_scale = 1.0  # the module's learning rate over the student's
-  # Cheaper: one row in 1 / rows teaches the module, the others teach the student alone;
-  # it learns in every k-th step; and until that share of the steps is done.
+  # Cheaper: the share of the rows that teach the module, 1, 0.5, 0.25, 0.125 and so on;
+  # it teaches the student in every row and step all the same.
   config.adapter.rows = 1.0
-  config.adapter.every = 1
-  config.adapter.until = 1.0
+  config.adapter.every = 1  # k: it learns in every k-th step
+  config.adapter.until = 1.0  # it learns until this share of the steps is done
 
   config.data = ConfigDict()
   config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas
