@@ -54,7 +54,7 @@ class Spy:
 
 class _NoEvaluator:
   def __init__(self, run):
-    pass
+    self.said = {}
 
   def teachers(self):
     return {}
