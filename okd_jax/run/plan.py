@@ -48,12 +48,11 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
   learning_rate = optim.schedule(settings.optim, steps)
   optimizers = {"student": optim.build(settings.optim, learning_rate)}
   if cast.adapted:
-    adapter = settings.adapter
-
-    def at(update: int) -> float:  # an adapter's nth update is in step n * every
-      return learning_rate(update * adapter.every)
-
-    optimizers["adapter"] = optim.build(settings.optim, at, adapter.lr_scale)
+    every, scale = settings.adapter.every, settings.adapter.lr_scale
+    # An adapter's nth update is in step n * every.
+    optimizers["adapter"] = optim.build(
+      settings.optim, lambda update: learning_rate(update * every), scale
+    )
   optimizers |= {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
   random = functools.partial(
     random_state, settings.train.seed, cast, optimizers, method.trees
