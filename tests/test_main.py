@@ -112,6 +112,20 @@ def test_moments_in_bfloat16_are_resumed_to_the_last_bit(finished, tmp_path):
   np.testing.assert_allclose(list(rounded.values()), list(exact.values()), rtol=1e-2)
 
 
+@pytest.mark.slow
+def test_a_module_that_learns_now_and_then_is_resumed_to_the_last_bit(tmp_path):
+  """Two programs: figures of the module in its own steps, and the same end."""
+  shares = ("rows=0.5", "every=2", "until=0.5")
+  changes = [f"--config.adapter.{share}" for share in shares]
+  train(tmp_path / "whole", *changes, "--config.train.log_every=1")
+  second_half(
+    tmp_path / "whole", tmp_path / "cut", *changes, "--config.train.log_every=1"
+  )
+  rows_of = rows(tmp_path / "cut", "train")
+  learns = {row["step"]: "module_loss" in row for row in rows_of}
+  assert learns == {1: True, 2: False, 3: True, 4: False, 5: False, 6: False}
+
+
 def test_sigterm_saves_and_exits_143(finished, tmp_path):
   whole, _ = finished
   workdir = tmp_path / "stopped"
