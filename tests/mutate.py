@@ -408,7 +408,7 @@ BUGS = (
   ),
   Bug(
     "the module's loss of some rows weighed as one of all rows",
-    "of our own making",
+    "ours",
     f"{METHODS}/okd.py",
     "weight = first.module_weights / jnp.where(first.weights > 0, first.weights, 1.0)",
     "weight = jnp.where(first.weights > 0, 1.0, 0.0)",
@@ -416,7 +416,7 @@ BUGS = (
   ),
   Bug(
     "micro-batches cut across the groups of which one row teaches",
-    "of our own making",
+    "ours",
     "okd_jax/run/step.py",
     "group = max(one_row_in, 1)",
     "group = 1",
@@ -424,7 +424,7 @@ BUGS = (
   ),
   Bug(
     "rows that teach nothing move the module all the same",
-    "of our own making",
+    "ours",
     f"{METHODS}/okd.py",
     'held = stop_gradient(params["adapter"])',
     'held = params["adapter"]',
@@ -432,7 +432,7 @@ BUGS = (
   ),
   Bug(
     "a held module moves with the student",
-    "of our own making",
+    "ours",
     "okd_jax/run/step.py",
     'if name != "adapter") for names in updates',
     "if name) for names in updates",
