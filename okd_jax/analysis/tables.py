@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 
 from okd_jax.analysis.comparison import (
@@ -61,14 +62,40 @@ def _verdict(value: Difference | None, column: Column) -> str:
 
 
 def text(found: Comparison) -> str:
-  """Both tables, and how their arms differ from the baseline, for a terminal."""
-  parts = []
-  for table, title in TABLES.items():
-    parts.append(f"{title}\n{_aligned(cells(found, table))}")
-    if found.seeds > 1:
-      body = _aligned(verdicts(found, table))
-      parts.append(f"{title}: differences from {found.baseline}\n{body}")
+  """Both tables, and in words how their arms differ from the baseline.
+
+  For a terminal, on which a table of all differences would be far too wide.
+  """
+  parts = [f"{title}\n{_aligned(cells(found, t))}" for t, title in TABLES.items()]
+  if found.seeds > 1:
+    parts.append(
+      f"Beside {found.baseline}, seed by seed: mean and 95 % interval; one that holds 0 "
+      "shows no difference"
+    )
+    parts += [_in_words(found, arm) for arm in found.differences]
   return "\n\n".join(parts)
+
+
+def _in_words(found: Comparison, arm: str) -> str:
+  """What of an arm is better, what worse, and what no different."""
+  groups: dict[str, list[str]] = {"better": [], "worse": [], "no difference": []}
+  for column in found.columns:
+    if value := found.differences[arm].get(column.name):
+      said = _verdict(value, column)
+      verdict = next(name for name in groups if said.endswith(name))
+      figures = said.removesuffix(f" {verdict}") if value.differs else ""
+      groups[verdict].append(f"{column.title} {figures}".strip())
+  lines = [arm]
+  for verdict, said in groups.items():
+    if said:
+      indent = " " * 4
+      lines += textwrap.wrap(
+        f"{verdict}: {', '.join(said)}",
+        88,
+        initial_indent="  ",
+        subsequent_indent=indent,
+      )
+  return "\n".join(lines)
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> str:

@@ -88,6 +88,16 @@ def test_one_seed_has_no_intervals(plan):
   assert math.isclose(found.rows["okd"]["loss"].mean, 3.0)
 
 
+def test_a_terminal_reads_differences_in_words(found):
+  text = tables.text(found)
+  assert max(map(len, text.splitlines())) <= 160
+  okd = text.partition("\nokd\n")[2].partition("\n\n")[0].replace("\n    ", " ")
+  better, worse, same = (line.strip() for line in okd.splitlines())
+  assert better.startswith("better: loss -0.297 [-0.311, -0.282]; KL(T‖S) -0.030")
+  assert worse.startswith("worse: ms a step +100.0 [+100.0, +100.0]; time +0.50")
+  assert same.startswith("no difference: loss, equal time")
+
+
 def test_the_files_are_written(plan, found, tmp_path):
   study_report.write(plan, found, tmp_path)
   first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
