@@ -26,10 +26,9 @@ def main(arguments: list[str]) -> None:
   options = Options(**args, template=template or "default")
   if sets and options.predictions:
     parser.error("--predictions is for --data; --answers keeps those of all sets")
-  if output and Path(output).is_dir():
-    parser.error(f"--output={output} is a folder; name a file")
-  if options.answers and Path(options.answers).is_file():
-    parser.error(f"--answers={options.answers} is a file; name a folder")
+  files = {"output": output, "predictions": options.predictions}
+  read = source_list(data) if data else []
+  cli.check_places(parser, files, {"answers": options.answers}, read)
   named = read_sets(sets) if sets else {"": data}
   records = {name: load_records(source_list(x)) for name, x in named.items()}
   if not template:

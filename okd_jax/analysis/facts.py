@@ -80,7 +80,7 @@ def sample_answers(kept: Mapping[str, Any], history: History) -> list[Answers]:
 
 def shown(text: str) -> str:
   """As much of a text as a page shows, without what it may not hold."""
-  text = _UNSHOWN.sub("\ufffd", text.strip())
+  text = _UNSHOWN.sub("\ufffd", text.replace("\r\n", "\n").strip())
   more = len(text) - _LONGEST
   return f"{text[:_LONGEST]} … ({more:,} more characters)" if more > 0 else text
 

@@ -69,7 +69,7 @@ def text(found: Comparison) -> str:
   parts = [f"{title}\n{_aligned(cells(found, t))}" for t, title in TABLES.items()]
   if found.seeds > 1:
     parts.append(
-      f"Beside {found.baseline}, seed by seed: mean and 95 % interval; one that holds 0 "
+      f"Beside {found.baseline}, seed by seed: mean, 95 % interval; one that holds 0 "
       "shows no difference"
     )
     parts += [_in_words(found, arm) for arm in found.differences]
@@ -90,7 +90,7 @@ def _in_words(found: Comparison, arm: str) -> str:
     if said:
       indent = " " * 4
       lines += textwrap.wrap(
-        f"{verdict}: {', '.join(said)}",
+        f"{verdict}: {'; '.join(said)}",
         88,
         initial_indent="  ",
         subsequent_indent=indent,

@@ -71,6 +71,7 @@ def answers(
   Raises:
     UserError: if the file was made from something else, or is damaged.
   """
+  folder = folder.expanduser()  # as where data is read
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"{draw.name}.jsonl"
   answers_job.answer(_job(model, examples, draw, way, path, label))

@@ -179,8 +179,9 @@ def _token_results(
 ) -> dict[str, float]:
   dtype = jnp.dtype(options.dtype)
   decoders = {who: Decoder(m.config, dtype=dtype) for who, m in models.items()}
+  rows = min(options.batch_size, len(examples))
   batches = eval_batches(
-    examples, batch_size=options.batch_size, length=_width(examples), pad_id=PAD_ID
+    examples, batch_size=rows, length=_width(examples), pad_id=PAD_ID
   )
   variables = {who: {"params": m.params} for who, m in models.items()}
   step = compile_token_step(decoders, chunk=0)

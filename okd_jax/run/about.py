@@ -87,7 +87,8 @@ class Samples:
 
   def __init__(self, run: Run, workdir: Workdir):
     self._path, self._workdir = workdir.sample_answers, workdir
-    examples = answerable(run.data.eval)[:_SAMPLES]
+    limit = run.settings.eval.generate_limit or _SAMPLES
+    examples = answerable(run.data.eval)[: min(limit, _SAMPLES)]
     self._where = [example.where for example in examples]
     rows = [
       {"prompt": example.record.asked, "references": list(example.references)}

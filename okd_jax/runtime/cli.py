@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,7 +78,7 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
   add("--protocol", action="store_true", help=drawn)
   add("--temperature", type=float, help="0, the default without --protocol, is greedy")
   seeds, some = "draw the answers once a seed", "10,20,30,40,50"
-  add("--seeds", type=_whole_numbers, default=some, metavar="S,S,…", help=seeds)
+  add("--seeds", type=_seeds, default=some, metavar="S,S,…", help=seeds)
   ban = "so many tokens in a row do not come twice in prompt and answer; 0: no ban"
   add("--no_repeat_ngram", type=int, default=0, metavar="N", help=ban)
   new = "of an answer, 0 for none; by default 256 or fewer"
@@ -89,13 +89,9 @@ def add_answers(parser: argparse.ArgumentParser) -> None:
   add("--predictions", default="", metavar="P.jsonl", help=first)
 
 
-def _whole_numbers(text: str) -> list[int]:
-  try:
-    return [int(part) for part in text.split(",")]
-  except ValueError:
-    raise argparse.ArgumentTypeError(
-      f"{text!r} must be whole numbers, by commas"
-    ) from None
+def _seeds(text: str) -> list[int]:
+  seed = number(int, "from 0 to 2^32 - 1", lambda seed: 0 <= seed < 2**32)
+  return [seed(part) for part in text.split(",")]
 
 
 def number(
@@ -114,6 +110,27 @@ def number(
     return value
 
   return parse
+
+
+def check_places(
+  parser: argparse.ArgumentParser,
+  files: Mapping[str, str],
+  folders: Mapping[str, str],
+  read: Sequence[str],
+) -> None:
+  """An argparse error for a place that cannot be written, or that is read.
+
+  files, folders: paths by flag, '' for none.
+  """
+  own = {Path(source).resolve() for source in read}
+  for flag, path in files.items():
+    if path and Path(path).is_dir():
+      parser.error(f"--{flag}={path} is a folder; name a file")
+    if path and Path(path).resolve() in own:
+      parser.error(f"--{flag}={path} is the data; name another file")
+  for flag, path in folders.items():
+    if path and Path(path).is_file():
+      parser.error(f"--{flag}={path} is a file; name a folder")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

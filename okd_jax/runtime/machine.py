@@ -56,13 +56,17 @@ def counted(workdir: Workdir) -> Iterator[None]:
 
   `seconds` are all that passed, over the run's parts; of `peak_bytes` the most stays.
   What a killed process took is not in it.
+
+  Raises:
+    UserError: before anything runs, if cost.json is damaged.
   """
   began = time.monotonic()
+  before = read_json(workdir.cost) if workdir.cost.exists() else {}
   try:
     yield
   finally:
-    before = read_json(workdir.cost) if workdir.cost.exists() else {}
     found = peak()
-    found["peak_bytes"] = max(found["peak_bytes"], before.get("peak_bytes", 0))
+    if before.get("of") == found["of"]:
+      found["peak_bytes"] = max(found["peak_bytes"], before["peak_bytes"])
     seconds = before.get("seconds", 0.0) + time.monotonic() - began
     workdir.write_json(workdir.cost, found | {"seconds": round(seconds, 1)})

@@ -166,6 +166,21 @@ def test_mistakes_are_told_before_a_model_is_read(arguments, message):
   assert message in str(told.value)
 
 
+def test_data_is_never_written_over(tmp_path, capsys):
+  data = write(tmp_path / "data.jsonl", {"instruction": "w", "output": "x"})
+  for flag in ("predictions", "output"):
+    with pytest.raises(SystemExit):
+      evaluate.main(["--model=M", f"--data={data}", f"--{flag}={data}"])
+    assert "is the data; name another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seeds", ["-1", "4294967296", "a", "1,,2"])
+def test_seeds_that_cannot_be(seeds, capsys):
+  with pytest.raises(SystemExit):
+    evaluate.main(["--model=M", "--data=F", f"--seeds={seeds}"])
+  assert "must be a whole number, from 0 to 2^32 - 1" in capsys.readouterr().err
+
+
 def test_predictions_of_several_sets_are_refused(capsys):
   with pytest.raises(SystemExit) as left:
     evaluate.main(["--model=M", "--sets", "a=F", "--predictions=P"])
