@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from okd_jax.data import Example, read_predictions
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import ends, prompts_of
-from okd_jax.models import Decoder, Model, ModelConfig
+from okd_jax.models import Decoder, Model
 from okd_jax.text import answers_job
 from okd_jax.text.rollout import Completion, Sampling, generate
 from okd_jax.text.source import decoder_source
@@ -60,6 +60,7 @@ def answers(
   way: Way,
   folder: Path,
   label: str,
+  made_by: Mapping[str, str],
 ) -> list[str]:
   """The text of every answer, from `folder/NAME.jsonl` or written into it.
 
@@ -67,6 +68,7 @@ def answers(
   together, the longest first, and what a row draws depends on its own number alone.
 
   label: what the progress calls the set.
+  made_by: `maker(model)`.
 
   Raises:
     UserError: if the file was made from something else, or is damaged.
@@ -74,7 +76,7 @@ def answers(
   folder = folder.expanduser()  # as where data is read
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"{draw.name}.jsonl"
-  answers_job.answer(_job(model, examples, draw, way, path, label))
+  answers_job.answer(_job(model, examples, draw, way, path, label, made_by))
   found = read_predictions(str(path))
   if len(found) != len(examples):
     raise UserError(
@@ -91,6 +93,7 @@ def _job(
   way: Way,
   path: Path,
   label: str,
+  made_by: Mapping[str, str],
 ) -> answers_job.Job:
   decoder = Decoder(model.config, dtype=jnp.dtype(way.dtype))
   prompts, eos_ids = prompts_of(examples), ends(decoder, model.tokenizer, way.template)
@@ -113,7 +116,7 @@ def _job(
     dataclasses.asdict(way)
     | dataclasses.asdict(draw)
     | {"eos_ids": eos_ids, "prompts": answers_job.digest(prompts)}
-    | {"model": answers_job.checksum(model.params), "config": _digest(model.config)},
+    | made_by,
     piece=answers_job.BATCHES * way.batch_size,
     together=False,
     label=f"{label} {draw.name}",
@@ -126,5 +129,7 @@ def _line(tokenizer: Any, _: int, completion: Completion) -> bytes:
   return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
 
 
-def _digest(config: ModelConfig) -> str:
-  return f"{zlib.crc32(repr(config).encode()):08x}"
+def maker(model: Model) -> dict[str, str]:
+  """What a model's answers are known by: its parameters, and how they are read."""
+  config = f"{zlib.crc32(repr(model.config).encode()):08x}"
+  return {"model": answers_job.checksum(model.params), "config": config}

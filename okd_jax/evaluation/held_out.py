@@ -23,7 +23,7 @@ from okd_jax.data import (
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answerable, mean_and_std
-from okd_jax.evaluation.draws import Draw, Way, answers
+from okd_jax.evaluation.draws import Draw, Way, answers, maker
 from okd_jax.evaluation.rouge import score
 from okd_jax.evaluation.tokens import (
   STUDENT,
@@ -206,11 +206,11 @@ def _text_results(
     options.dtype,
   )
   references = [list(p.references) for p in prompts]
-  texts, scores = {}, {}
+  texts, scores, made_by = {}, {}, maker(model)
   with _folder(options) as folder:
     for draw in options.draws:
       label = Path(folder).name if options.answers else "answers"
-      texts[draw] = answers(model, prompts, draw, way, Path(folder), label)
+      texts[draw] = answers(model, prompts, draw, way, Path(folder), label, made_by)
       scores[draw] = score(texts[draw], references)
       _log.info("%s: ROUGE-L %.2f", draw.name, scores[draw]["rougeL"])
   if options.predictions:

@@ -47,7 +47,6 @@ from okd_jax.methods.base import (
   diagnostics,
   stop_gradient,
   sums_of_rows,
-  token_sums,
 )
 from okd_jax.methods.base.divergences import ShapedKnobs, bind
 from okd_jax.methods.base.knobs import ends, never
@@ -167,16 +166,8 @@ def build(knobs: Knobs) -> Method:
       held = stop_gradient(params["adapter"])
       return {"teacher": models.teacher(frozen, held, rows)}
 
-    if models.one_row_in == 0:
-      outputs = {"student": student} | pulled(batch)
-      return token_sums(models, student_loss, outputs, batch, now)
-    if models.one_row_in == 1:
-      outputs = {"student": student} | taught(batch)
-      both = _with_module(student_loss, module_loss)
-      return token_sums(models, both, outputs, batch, now)
-    return _by_rows(
-      models, student_loss, module_loss, student, taught, pulled, batch, now
-    )
+    losses = (student_loss, module_loss)
+    return _by_rows(models, losses, student, taught, pulled, batch, now)
 
   numbers = {
     "student_kl_weight": knobs.student_kl_weight,
@@ -208,38 +199,40 @@ def _with_module(student_loss: TokenLoss, module_loss: TokenLoss) -> TokenLoss:
 
 def _by_rows(
   models: Models,
-  student_loss: TokenLoss,
-  module_loss: TokenLoss,
+  losses: tuple[TokenLoss, TokenLoss],
   student: Output,
   taught: Callable[[Batch], dict[str, Output]],
   pulled: Callable[[Batch], dict[str, Output]],
   batch: Batch,
   now: Now,
 ) -> Loss:
-  """The student's loss over all rows, the module's over the first of each group.
+  """The student's loss over all rows, the module's over those that teach it.
 
+  losses: the student's and the module's.
   taught, pulled: the teacher's outputs, with and without a gradient for its module.
   """
-  every = models.one_row_in
+  student_loss, every = losses[0], models.one_row_in
+
+  def part(
+    loss: TokenLoss, hidden: Array, teacher: dict[str, Output], rows: Batch, facts: Any
+  ) -> Part:
+    outputs = {"student": student._replace(hidden=hidden)} | teacher
+    return Part(loss, cut_heads(outputs, models.vocab_size), facts, rows.weights)
+
+  if every == 0:
+    parts = [part(student_loss, student.hidden, pulled(batch), batch, batch.labels)]
+    return sums_of_rows(models, parts, now)
+  both = _with_module(*losses)
+  if every == 1:
+    parts = [part(both, student.hidden, taught(batch), batch, batch.labels)]
+    return sums_of_rows(models, parts, now)
   first, others = first_rows(batch, every), other_rows(batch, every)
   # The module's mean is over its own rows: its weights, relative to the student's.
   weight = first.module_weights / jnp.where(first.weights > 0, first.weights, 1.0)
-
-  def beside(hidden: Array, teacher: dict[str, Output]) -> dict[str, Output]:
-    outputs = {"student": student._replace(hidden=hidden)} | teacher
-    return cut_heads(outputs, models.vocab_size)
-
-  own, others_own = (f(student.hidden, every) for f in (first_rows, other_rows))
+  own, theirs = (rows(student.hidden, every) for rows in (first_rows, other_rows))
   parts = [
-    Part(
-      _with_module(student_loss, module_loss),
-      beside(own, taught(first)),
-      (first.labels, weight),
-      first.weights,
-    ),
-    Part(
-      student_loss, beside(others_own, pulled(others)), others.labels, others.weights
-    ),
+    part(both, own, taught(first), first, (first.labels, weight)),
+    part(student_loss, theirs, pulled(others), others, others.labels),
   ]
   return sums_of_rows(models, parts, now)
 
