@@ -29,8 +29,8 @@ def compare(
 ) -> Values:
   """A teacher and a student at each position; KLs in nats, shares from 0 to 1.
 
-  acceptance: sum of min(p, q), the share of the student's tokens that speculative
-    decoding with the teacher would keep (Leviathan et al. 2023, arXiv 2211.17192).
+  acceptance: the share of the student's tokens that speculative decoding with the
+    teacher would keep.
   teacher_std, student_std: of the logits over the vocabulary; with _top over the
     teacher's 50 likeliest tokens (Figure 5).
   head_gap, tail_gap: sum of |p - q| over the teacher's head and over the rest.
@@ -49,7 +49,7 @@ def compare(
     "forward_kl": losses.forward_kl(teacher, student),
     "reverse_kl": losses.reverse_kl(teacher, student),
     "top1_agreement": losses.top1_agreement(teacher, student),
-    "acceptance": jnp.minimum(p, q).sum(-1),
+    "acceptance": losses.acceptance(teacher, student),
     "loss": losses.cross_entropy(student, labels),
     "teacher_loss": losses.cross_entropy(teacher, labels),
     "student_std": student.std(-1),

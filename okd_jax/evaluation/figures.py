@@ -51,7 +51,8 @@ class Figure:
 
 
 # In the order in which tables show them. In rows of training 'loss' is what is
-# minimised, all terms together, and 'top1_agreement' a share, not per cent.
+# minimised, all terms together; 'top1_agreement' and 'acceptance' are shares there, not
+# per cent.
 _COLUMNS = (
   Figure(
     "loss",
@@ -88,6 +89,14 @@ _COLUMNS = (
     needs="teacher",
   ),
   Figure(
+    "acceptance",
+    "acceptance %",
+    "the share of this model's tokens that speculative decoding with the teacher keeps",
+    digits=1,
+    larger_is_better=True,
+    needs="distribution",
+  ),
+  Figure(
     "rougeL",
     "ROUGE-L",
     "words in common with the reference answers, F1 × 100",
@@ -107,6 +116,13 @@ _COLUMNS = (
 
 _HELD_OUT = (
   Figure("teacher_loss", "teacher's loss", "the frozen teacher's held-out loss"),
+  Figure(
+    "top10_overlap",
+    "top-10 %",
+    "share of the teacher's ten likeliest tokens that are among this model's",
+    digits=1,
+    larger_is_better=True,
+  ),
   Figure("own_token_loss", "loss in own tokens", "of a teacher with other tokens"),
   Figure(
     "adapted_loss",

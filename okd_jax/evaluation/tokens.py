@@ -12,12 +12,14 @@ from okd_jax.data.batch import Batch
 from okd_jax.losses import (
   Mean,
   TokenLoss,
+  acceptance,
   cross_entropy,
   forward_kl,
   mixture,
   reverse_kl,
   stored,
   top1_agreement,
+  top_k_overlap,
   weighted_sums,
 )
 from okd_jax.models import Decoder, output
@@ -55,6 +57,8 @@ def token_metrics(
       "forward_kl": forward_kl(teacher, student),
       "reverse_kl": reverse_kl(teacher, student),
       "top1_agreement": 100 * top1_agreement(teacher, student),
+      "top10_overlap": 100 * top_k_overlap(teacher, student, 10),
+      "acceptance": 100 * acceptance(teacher, student),
       "teacher_loss": cross_entropy(teacher, labels),
     }
   if len(teachers) == 1 and adapted:

@@ -22,7 +22,14 @@ from okd_jax.losses.divergences import (
   total_variation,
   weighted_kl,
 )
-from okd_jax.losses.logits import cross_entropy, entropy, log_probs, top1_agreement
+from okd_jax.losses.logits import (
+  acceptance,
+  cross_entropy,
+  entropy,
+  log_probs,
+  top1_agreement,
+  top_k_overlap,
+)
 from okd_jax.losses.mean import Mean, token_weights
 from okd_jax.losses.mixture import mixture
 from okd_jax.losses.ranking import rank_correlation
@@ -40,6 +47,7 @@ __all__ = [
   "Part",
   "TokenLoss",
   "TopK",
+  "acceptance",
   "adaptive_kl",
   "align",
   "alpha_beta",
@@ -61,6 +69,7 @@ __all__ = [
   "token_weights",
   "top1_agreement",
   "top_k",
+  "top_k_overlap",
   "topk_forward_kl",
   "topk_reverse_kl",
   "total_variation",

@@ -160,7 +160,7 @@ def sums_of_parts(
   heads: dict[Name, Float[Array, "V D"]] = {}
   for part in parts:
     heads = {name: output.head for name, output in part.outputs.items()} | heads
-  sizes = [chunk or fitting_chunk(x.outputs, len(x.weights)) for x in parts]
+  sizes = [_positions(part, chunk) for part in parts]
   return _sums(
     tuple(part.token_loss for part in parts),
     tuple(sizes),
@@ -183,6 +183,13 @@ def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
   vocab = max(output.head.shape[0] for output in outputs.values())
   budget = _CPU_BUDGET if jax.default_backend() == "cpu" else _BUDGET
   return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1
+
+
+def _positions(part: Part, chunk: int) -> int:
+  """How many positions of each device's rows have logits at once."""
+  rows, length = part.weights.shape
+  rows //= row_shards(rows)
+  return min(chunk * rows or fitting_chunk(part.outputs, 1), length * rows)
 
 
 _Heads = dict[Name, Float[Array, "V D"]]

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 Name = Hashable  # of a model: 'student', or whatever its loss knows it by
 Labels = PyTree[Shaped[Array | np.ndarray, "B L ..."]]
-# (hidden states by model, each of its own width, labels, weights) of some positions.
+# (hidden states by model, each of its own width, labels, weights) of some positions,
+# a table of them: XLA on a CPU divides its rows among the cores.
 Hidden = dict[Name, Float[Array, "B C _"]]
 Chunk = tuple[Hidden, PyTree[Shaped[Array, "B C ..."]], Float[Array, "B C"]]
 Chunks = tuple[
@@ -25,6 +26,8 @@ Chunks = tuple[
   Float[Array, "N B C"],
 ]
 
+_TALL = 8  # rows of the table, of each device's positions
+
 _ROW_AXES = ("data", "fsdp")  # of the mesh, which the rows of a batch are divided by
 
 
@@ -32,34 +35,35 @@ def counting_first(
   hidden: Mapping[Name, Float[Array, "B L _"]],
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
-  chunk: int,
+  size: int,
 ) -> tuple[Chunks, Int[Array, ""], Int[Array, "G M"]]:
   """The positions that count, before all others, in chunks.
 
   Those of one device's rows are one group, so that short rows and long prompts leave
   no gaps: of padding and prompts hardly any logit is ever computed.
 
+  Args:
+    size: positions of each group in a chunk.
+
   Returns:
     ((hidden states, labels, weights) [chunks, B, C, …], how many chunks have a
     position that counts, order [G, M]: where each one came from).
   """
-  rows, length = weights.shape
-  shards = row_shards(rows)
+  shards, tall = row_shards(len(weights)), math.gcd(size, _TALL)
   group = functools.partial(_grouped, shards=shards)
   counts = group(weights) != 0
   order = jnp.argsort(~counts, axis=1, stable=True)
-  size = min(chunk, length)
 
   def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N B C ..."]:
-    x = cut(_pick(group(x), order), size * rows // shards)
-    return x.reshape(-1, rows, size, *x.shape[3:])
+    x = cut(_pick(group(x), order), size)
+    return x.reshape(-1, shards * tall, size // tall, *x.shape[3:])
 
   # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
   hidden = {
     name: jnp.where(weights[..., None] != 0, h, 0) for name, h in hidden.items()
   }
   chunks = jax.tree.map(lay_out, (hidden, labels, weights))
-  return chunks, -(-counts.sum(1).max() * shards // (size * rows)), order
+  return chunks, -(-counts.sum(1).max() // size), order
 
 
 def chunk_at(chunks: Chunks, i: Int[Array, ""] | int) -> Chunk:

@@ -188,7 +188,7 @@ def generate(
   _check(prompts, limits, batch_size, source.max_length, sampling)
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
-  settings = (key, _traced(sampling), eos_ids, np.int32(pad_id))
+  settings = (key, traced(sampling), eos_ids, np.int32(pad_id))
   completions = {}
   for chosen, size in _plan(prompts, batch_size, sharding):
     some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
@@ -311,7 +311,7 @@ def _plan(
   """
   if not prompts:
     return
-  size = min(batch_size, _power_of_two(len(prompts)))
+  size = min(batch_size, power_of_two(len(prompts)))
   if sharding is not None:
     devices = sharding.num_devices
     shards = devices // sharding.shard_shape((devices,))[0]
@@ -334,7 +334,7 @@ def _batch(
   program a bucket.
   """
   lengths = np.array([len(p) for p in prompts] + [0] * (size - len(prompts)), np.int32)
-  width = min(max(_SMALLEST_BUCKET, _power_of_two(lengths.max())), room)
+  width = min(max(_SMALLEST_BUCKET, power_of_two(lengths.max())), room)
   tokens = np.zeros((size, width), np.int32)
   for i, prompt in enumerate(prompts):
     tokens[i, width - len(prompt) :] = prompt
@@ -348,7 +348,7 @@ def _rows(out: Rollout) -> Iterator[Completion]:
     yield Completion(tokens[:length], logprobs[:length], bool(ended))
 
 
-def _traced(sampling: Settings) -> Settings:
+def traced(sampling: Settings) -> Settings:
   """Numbers of one type, so that an int where a float was is no new program."""
   if not isinstance(sampling, Sampling):
     return sampling
@@ -356,7 +356,7 @@ def _traced(sampling: Settings) -> Settings:
   return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p))
 
 
-def _power_of_two(n: int | np.integer) -> int:
+def power_of_two(n: int | np.integer) -> int:
   return 1 << (int(n) - 1).bit_length()
 
 

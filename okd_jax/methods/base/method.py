@@ -14,6 +14,7 @@ from okd_jax.losses import (
   Output,
   Part,
   TokenLoss,
+  acceptance,
   cross_entropy,
   entropy,
   forward_kl,
@@ -111,6 +112,7 @@ def diagnostics(
     "forward_kl": forward_kl(teacher, student),
     "reverse_kl": reverse_kl(teacher, student),
     "top1_agreement": top1_agreement(teacher, student),
+    "acceptance": acceptance(teacher, student),
   }
 
 
