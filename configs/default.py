@@ -47,6 +47,14 @@ def get_config() -> ConfigDict:
   config.method.gold_weight = 0.0  # all: adds so much CE on gold to the student's loss
   config.method.kd_ratio = 1.0  # kd, rkd, …: weight of the divergence, the rest is CE
   config.method.top_k = 0  # kd, rkd, …: the teacher's top k and a bucket; 0 is all
+  # okd, kd, gkd, …: what a token weighs in the student's loss, beside others of its
+  # row: 'entropy' (the teacher's), 'divergence' (KL from teacher to student) or
+  # 'top:0.2', a fifth of each row's tokens, those of the largest KL; '' is equally.
+  config.method.token_weight = ""
+  # okd, kd, gkd, …: the student's own share in the logits it learns from; with
+  # end.student_mix=0 a target that moves from it to the teacher (TAID).
+  config.method.student_mix = 0.0
+  config.method.student_mix_adapts = False  # faster while the divergence falls
   # The student's divergence, from its teacher: forward_kl, reverse_kl, jensen_shannon,
   # skew_forward_kl, skew_reverse_kl, total_variation, adaptive_kl, weighted_kl or
   # alpha_beta. '' is the method's own: jensen_shannon for gkd, skew_reverse_kl for
@@ -64,6 +72,13 @@ def get_config() -> ConfigDict:
   config.method.teacher_kl_weight = 0.25  # okd: alpha, the module's pull to the student
   config.method.student_kl_weight = 1.0  # okd: the rest is CE on gold for the student
   config.method.anchor_weight = 0.0  # okd: the module's pull to the frozen teacher
+  # okd: moves that pull so that the adapted teacher stays so many nats from the frozen
+  # one (KL); 0 leaves it as it is.
+  config.method.drift_target = 0.0
+  # okd: the adapted teacher's share in what the student learns from; the rest is the
+  # frozen one's, read in every row.
+  config.method.target_mix = 1.0
+  config.method.target_kind = "arithmetic"  # okd: of that mixture, or 'geometric'
   config.method.update_order = "simultaneous"  # okd: or 'sequential', the module first
   config.method.rank_k = 5  # rlkd: ranks each model's so many likeliest tokens
   config.method.rank_temperature = 1.0  # rlkd: of soft ranks; towards 0 the true ones
@@ -100,7 +115,7 @@ def get_config() -> ConfigDict:
   config.method.gate_lr = 1e-3  # ensemble: learning rate of gate or policy
   config.method.reward = "gold"  # ensemble, reinforced: or 'gold_and_teachers'
   config.method.seqkd_ratio = 0.0  # seqkd: weight of the divergence, the rest is CE
-  fixed = {"ab_alpha", "ab_beta", "teacher_mix", "loss_eps"}
+  fixed = {"ab_alpha", "ab_beta", "teacher_mix", "loss_eps", "drift_target"}
   fixed |= {"teacher_temperature", "teacher_top_p", "gate_lr"}
   numbers = [k for k, v in config.method.items() if isinstance(v, float)]
   # Knobs that move: the value each reaches, linearly, at the last step. Those of the
@@ -133,6 +148,9 @@ def get_config() -> ConfigDict:
   config.adapter.rows = 1.0
   config.adapter.every = 1  # k: it learns in every k-th step
   config.adapter.until = 1.0  # it learns until this share of the steps is done
+  # Of these rows, the tokens that teach it: 'top:0.2', a fifth of each row's tokens,
+  # those with the largest KL from teacher to student; '' is all of them.
+  config.adapter.tokens = ""
 
   config.data = ConfigDict()
   config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas

@@ -109,7 +109,7 @@ def get_study():
 
 
 def main(arguments: list[str]) -> None:
-  """Cuts a text into windows: scarce.jsonl, plenty.jsonl and eval.jsonl."""
+  """Cuts a text into windows: scarce, plenty, judge and eval, each a .jsonl."""
   parser = cli.Parser(prog="python -m configs.studies.scarce", description=__doc__)
   add = parser.add_argument
   add("--model", default=str(SHARED / "models" / "stories260K"), help="whose tokens")
@@ -120,6 +120,7 @@ def main(arguments: list[str]) -> None:
   rows = windows(Path(args.text).read_text(encoding="utf8"), args.model)
   parts = {name: rows[:count] for name, count in WINDOWS.items()}
   parts["eval"] = rows[-HELD_OUT:]
+  parts["judge"] = rows[WINDOWS["scarce"] : WINDOWS["plenty"]]
   for name, part in parts.items():
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
     write_text(Path(args.output) / f"{name}.jsonl", lines)

@@ -71,6 +71,14 @@ COLUMNS = (
     "exposure bias: by how much errors on its own text exceed those on the teacher's; "
     "nearer to 0 is better",
   ),
+  Column(
+    "judge_kl",
+    "KL(S‖judge)",
+    False,
+    3,
+    "on its own text, drawn at temperature 1: from the student to a model that learned "
+    "from other text",
+  ),
   Column("drift", "drift", None, 3, "KL from the frozen to the adapted teacher"),
   Column(
     "loss_at_time",
@@ -172,6 +180,8 @@ def _figures(run: Result, budget: float | None, unit: float | None) -> dict[str,
     found["acceptance"] = 100 * analysis["teacher"]["all"]["acceptance"]
     if "exposure_bias" in analysis:
       found["excess"] = analysis["exposure_bias"]["teacher"]["excess"]
+    if "judge" in analysis:
+      found["judge_kl"] = analysis["judge"]["kl"]
   if run["step_s"]:
     found["ms_a_step"] = 1000 * run["step_s"]
     found["relative_time"] = run["step_s"] / unit if unit else None

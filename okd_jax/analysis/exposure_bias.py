@@ -20,14 +20,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from okd_jax import losses
-from okd_jax.analysis.positions import Side, at_positions
+from okd_jax.analysis.positions import at_positions
 from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.text.rollout import generate
-from okd_jax.text.source import decoder_source
+from okd_jax.text.source import Side, decoder_source
 
 LENGTH = 16  # new tokens: what a single number is quoted at
 _RESAMPLES = 1000
@@ -154,22 +154,8 @@ def _errors(
   batch_size: int,
 ) -> Errors:
   """The errors on what one of the two writes."""
-  heads = [example.tokens[: example.prompt_length] for example in prompts]
-  completions = generate(
-    decoder_source(sides[writer].decoder),
-    sides[writer].variables,
-    heads,
-    jax.random.fold_in(jax.random.key(seed), sorted(sides).index(writer)),
-    max_new_tokens=length,
-    eos_ids=eos_ids,
-    batch_size=batch_size,
-  )
-  texts = [
-    dataclasses.replace(
-      example, tokens=np.concatenate([head, completion.tokens]).astype(np.int32)
-    )
-    for example, head, completion in zip(prompts, heads, completions, strict=True)
-  ]
+  key = jax.random.fold_in(jax.random.key(seed), sorted(sides).index(writer))
+  texts = continued(sides[writer], prompts, eos_ids, length, key, batch_size)
   values, mask = at_positions(
     sides,
     texts,
@@ -177,6 +163,33 @@ def _errors(
     batch_size=batch_size,
   )
   return _aligned(values["kl"], mask, length)
+
+
+def continued(
+  writer: Side,
+  prompts: Sequence[Example],
+  eos_ids: Sequence[int],
+  length: int,
+  key: Key[Array, ""],
+  batch_size: int,
+) -> list[Example]:
+  """The prompts, each with an answer that the writer draws at temperature 1."""
+  heads = [example.tokens[: example.prompt_length] for example in prompts]
+  completions = generate(
+    decoder_source(writer.decoder),
+    writer.variables,
+    heads,
+    key,
+    max_new_tokens=length,
+    eos_ids=eos_ids,
+    batch_size=batch_size,
+  )
+  return [
+    dataclasses.replace(
+      example, tokens=np.concatenate([head, completion.tokens]).astype(np.int32)
+    )
+    for example, head, completion in zip(prompts, heads, completions, strict=True)
+  ]
 
 
 def _aligned(

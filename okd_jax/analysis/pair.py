@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from okd_jax import models
 from okd_jax.analysis import agreement, exposure_bias
-from okd_jax.analysis.positions import Logits, Side, Values, at_positions
+from okd_jax.analysis.judge import judged
+from okd_jax.analysis.positions import Logits, Values, at_positions
 from okd_jax.data import (
   Example,
   Record,
@@ -24,6 +25,7 @@ from okd_jax.data import (
 )
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
+from okd_jax.text.source import Side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ def analyse(
   adapter: str | Path | None,
   records: Sequence[Record],
   options: Options,
+  judge: Model | None = None,
 ) -> dict[str, Any]:
   """What is found, as it goes into JSON.
 
@@ -89,11 +92,13 @@ def analyse(
     teacher: p, frozen.
     adapter: folder of the teacher's online module, or of the whole adapted teacher.
     records: held-out rows.
+    judge: a model that knows none of them, over the same tokens.
 
   Returns:
     'tokens' (how many in each group of difficulty); 'teacher' and, with an adapter,
     'adapted': the figures of `agreement.compare` by group; 'calibration' of each model;
-    'exposure_bias' against each teacher; 'top_tokens' at some positions.
+    'exposure_bias' against each teacher; 'judge' of the student's own text
+    (`judge.judged`); 'top_tokens' at some positions.
 
   Raises:
     UserError: for models or rows that do not fit one another.
@@ -110,6 +115,8 @@ def analyse(
   prompts = [e for e in examples if e.prompt_length]
   if options.length and len(prompts) > 1:
     found["exposure_bias"] = _exposure_bias(sides, prompts, student, options)
+  if judge:
+    found["judge"] = _judged(judge, sides["student"], prompts, student, options)
   places = options.positions or agreement.chosen_positions(values["teacher/unc"], mask)
   found["top_tokens"] = [
     _top_tokens(sides, examples, place, student.tokenizer) for place in places
@@ -203,6 +210,29 @@ def _exposure_bias(
     )
     for name in sorted(sides.keys() - {"student"}, reverse=True)
   }
+
+
+def _judged(
+  judge: Model,
+  side: Side,
+  prompts: Sequence[Example],
+  student: Model,
+  options: Options,
+) -> dict[str, float]:
+  """Over as many tokens as a row has room for."""
+  _check_tokenizers(student, judge)
+  longest = max(example.prompt_length for example in prompts)
+  room = min(options.max_length, student.config.max_length, judge.config.max_length)
+  ends = {*student.config.eos_ids, *stop_ids(student.tokenizer, options.template)}
+  return judged(
+    Side(Decoder(judge.config, dtype=side.decoder.dtype), {"params": judge.params}),
+    side,
+    prompts,
+    eos_ids=sorted(ends),
+    length=max(1, room - longest),
+    seed=options.seed,
+    batch_size=options.batch_size,
+  )
 
 
 def _top_tokens(

@@ -1,7 +1,6 @@
 """Figures of single tokens: what several models say at each position of some texts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,19 +9,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from okd_jax.data import PAD_ID, Example, eval_batches
 from okd_jax.data.batch import Batch
 from okd_jax.losses import per_token
-from okd_jax.models import Decoder, output
+from okd_jax.models import output
+from okd_jax.text.source import Side
 
 _MULTIPLE = 32  # rows are as wide as the longest text, rounded up: few programs
 
 Logits = Mapping[str, Float[Array, "B C V"]]
 Values = dict[str, Shaped[Array, "B C ..."]]
-
-
-class Side(NamedTuple):
-  """A model and what it reads: {'params': …}, of an adapted one also 'adapter'."""
-
-  decoder: Decoder
-  variables: Mapping[str, PyTree]
 
 
 def at_positions(

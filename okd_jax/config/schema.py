@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from okd_jax.errors import UserError
+from okd_jax.methods.base import TokenWeight
 from okd_jax.models import kernels
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -138,6 +139,12 @@ class AdapterSettings(_Section):
   rows: float = 1.0
   every: int = 1
   until: float = 1.0
+  tokens: str = ""
+
+  @property
+  def module_tokens(self) -> TokenWeight | None:
+    """Which tokens of these rows teach it; None: all."""
+    return TokenWeight.read("adapter.tokens", self.tokens)
 
   @property
   def one_row_in(self) -> int:
@@ -150,6 +157,10 @@ class AdapterSettings(_Section):
 
   def problems(self) -> Iterator[str]:
     yield from _least(self, "adapter", lr_scale=0, every=1)
+    try:
+      TokenWeight.read("adapter.tokens", self.tokens)
+    except UserError as error:
+      yield str(error)
     if not 0 < self.until <= 1:
       yield f"adapter.until={self.until} must be above 0 and at most 1"
     if not 0 < self.rows <= 1 or abs(1 / self.rows - self.one_row_in) > 1e-6:

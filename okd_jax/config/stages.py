@@ -69,17 +69,18 @@ def _resolved(
 ) -> ConfigDict:
   """Puts the folders of earlier stages in the place of 'stage:NAME'."""
   for section, key in _PATHS:
-    config[section][key] = _path(
+    config[section][key] = stage_path(
       config[section][key], f"{section}.{key}", names, workdir
     )
   for name in config.teachers:
-    config.teachers[name] = _path(
+    config.teachers[name] = stage_path(
       config.teachers[name], f"teachers.{name}", names, workdir
     )
   return config
 
 
-def _path(value: str, key: str, names: Mapping[str, Any], workdir: Path) -> str:
+def stage_path(value: str, key: str, names: Mapping[str, Any], workdir: Path) -> str:
+  """A path, the folder of an earlier stage in the place of 'stage:NAME'."""
   if not value.startswith(STAGE):
     return value
   name = value.removeprefix(STAGE)

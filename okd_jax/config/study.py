@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from okd_jax.config import read
 from okd_jax.config.schema import DataSettings
-from okd_jax.config.stages import stages
+from okd_jax.config.stages import stage_path, stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation.held_out import Options
 
@@ -36,6 +36,7 @@ class Study:
     five draws at temperature 1.
   protocol: other fields of `evaluation.held_out.Options`.
   excess: new tokens over which exposure bias is measured; 0 leaves it out.
+  judge: a model that reads the students' own text, 'stage:NAME' or a path.
 
   Raises:
     UserError: for an arm, a seed or a set that cannot be.
@@ -51,6 +52,7 @@ class Study:
   sets: Mapping[str, str] = dataclasses.field(default_factory=dict)
   protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   excess: int = 16
+  judge: str = ""
 
   def __post_init__(self):
     if self.seeds < 1 or not self.arms:
@@ -77,11 +79,13 @@ class Job:
   """One run of a study.
 
   name: 'stage:NAME', or 'ARM:SEED'.
+  judge: path of the study's judge, '' for none.
   """
 
   name: str
   config: ConfigDict
   workdir: Path
+  judge: str = ""
 
   @property
   def arm(self) -> str:
@@ -135,6 +139,7 @@ def jobs(study: Study, workdir: Path) -> list[Job]:
     UserError: for a key of an arm that does not exist.
   """
   *before, _ = stages(study.config, workdir)
+  judge = stage_path(study.judge, "judge", study.config.stages, workdir)
   found = [Job(f"stage:{part.name}", part.config, part.workdir) for part in before]
   for seed in range(study.seeds):
     for arm, changes in study.arms.items():
@@ -147,7 +152,8 @@ def jobs(study: Study, workdir: Path) -> list[Job]:
       except UserError as error:
         raise UserError(f"arm {arm}: {error}") from error
       own = stages(config, workdir)[-1].config
-      found.append(Job(f"{arm}:{seed}", own, workdir / _RUNS / arm / str(seed)))
+      place = workdir / _RUNS / arm / str(seed)
+      found.append(Job(f"{arm}:{seed}", own, place, judge))
   return found
 
 

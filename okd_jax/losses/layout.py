@@ -18,12 +18,12 @@ Name = Hashable  # of a model: 'student', or whatever its loss knows it by
 Labels = PyTree[Shaped[Array | np.ndarray, "B L ..."]]
 # (hidden states by model, each of its own width, labels, weights) of some positions,
 # a table of them: XLA on a CPU divides its rows among the cores.
-Hidden = dict[Name, Float[Array, "B C _"]]
-Chunk = tuple[Hidden, PyTree[Shaped[Array, "B C ..."]], Float[Array, "B C"]]
+Hidden = dict[Name, Float[Array, "_ _ _"]]
+Chunk = tuple[Hidden, PyTree[Shaped[Array, "T C ..."]], Float[Array, "T C"]]
 Chunks = tuple[
-  dict[Name, Float[Array, "N B C _"]],
-  PyTree[Shaped[Array, "N B C ..."]],
-  Float[Array, "N B C"],
+  dict[Name, Float[Array, "N T C _"]],
+  PyTree[Shaped[Array, "N T C ..."]],
+  Float[Array, "N T C"],
 ]
 
 _TALL = 8  # rows of the table, of each device's positions
@@ -46,7 +46,7 @@ def counting_first(
     size: positions of each group in a chunk.
 
   Returns:
-    ((hidden states, labels, weights) [chunks, B, C, …], how many chunks have a
+    ((hidden states, labels, weights) [chunks, T, C, …], how many chunks have a
     position that counts, order [G, M]: where each one came from).
   """
   shards, tall = row_shards(len(weights)), math.gcd(size, _TALL)
@@ -54,7 +54,7 @@ def counting_first(
   counts = group(weights) != 0
   order = jnp.argsort(~counts, axis=1, stable=True)
 
-  def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N B C ..."]:
+  def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N T C ..."]:
     x = cut(_pick(group(x), order), size)
     return x.reshape(-1, shards * tall, size // tall, *x.shape[3:])
 
@@ -72,9 +72,9 @@ def chunk_at(chunks: Chunks, i: Int[Array, ""] | int) -> Chunk:
 
 
 def put_back(
-  chunks: Float[Array, "N B C D"], order: Int[Array, "G M"], shape: tuple[int, ...]
+  chunks: Float[Array, "N T C D"], order: Int[Array, "G M"], shape: tuple[int, ...]
 ) -> Float[Array, "_ _ D"]:
-  """[chunks, B, C, …] to [B, L, …], each value where `order` says it came from."""
+  """[chunks, T, C, …] to [B, L, …], each value where `order` says it came from."""
   groups, length = order.shape
   joined = join(chunks.reshape(len(chunks), groups, -1, *chunks.shape[3:]), length)
   return _pick(joined, jnp.argsort(order, axis=1)).reshape(shape)

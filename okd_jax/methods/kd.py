@@ -14,7 +14,6 @@ from okd_jax.data.batch import Batch
 from okd_jax.losses import TokenLoss, cross_entropy
 from okd_jax.losses.stored import token_distance
 from okd_jax.methods.base import (
-  DivergenceKnobs,
   Knob,
   Logits,
   Loss,
@@ -22,6 +21,7 @@ from okd_jax.methods.base import (
   Models,
   Now,
   Params,
+  TargetKnobs,
   check_least,
   check_share,
   check_weight,
@@ -31,13 +31,15 @@ from okd_jax.methods.base import (
   is_zero,
   stop_gradient,
   token_sums,
+  towards_student,
+  weigh,
 )
 from okd_jax.methods.base.divergences import Distance, among_top_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Knobs(DivergenceKnobs):
-  """What `kd` reads.
+class Knobs(TargetKnobs):
+  """What `kd` reads beside `TargetKnobs`.
 
   divergence: D; '' is the forward KL.
   temperature: T of the divergence, which is multiplied by T^2.
@@ -63,7 +65,7 @@ def build(knobs: Knobs) -> Method:
   distance = knobs.distance()
   if knobs.top_k:
     distance = among_top_k(distance, knobs.top_k)
-  token_loss = _token_loss(distance)
+  token_loss, how = _token_loss(distance), knobs.weighing
 
   def loss(
     models: Models,
@@ -78,6 +80,8 @@ def build(knobs: Knobs) -> Method:
       labels = batch.labels, batch.stored
       return token_sums(models, token_loss, outputs, batch, now, labels)
     outputs["teacher"] = models.teacher(frozen, None, batch)
+    if how:
+      batch = batch.replace(weights=weigh(how, models, outputs, batch.weights))
     if batch.gold is None:
       return token_sums(models, token_loss, outputs, batch, now)
     # Sampled rows, and beside them what their prompts' answers should have been: no
@@ -96,16 +100,26 @@ def build(knobs: Knobs) -> Method:
     "gold_weight": knobs.gold_weight,
   }
   # Whoever asks for K of the tokens must find a whole distribution.
-  return Method(loss, numbers | knobs.shape, takes_stored=not knobs.top_k)
+  whole = not (knobs.top_k or how)
+  return knobs.mixed(Method(loss, numbers | knobs.shape, takes_stored=whole))
 
 
 def _token_loss(distance: Distance) -> TokenLoss:
   def token_loss(
-    logits: Logits, labels: Any, *, kd_ratio: Any, gold_weight: Any, **rest: Any
+    logits: Logits,
+    labels: Any,
+    *,
+    kd_ratio: Any,
+    gold_weight: Any,
+    student_mix: Any = 0.0,
+    **rest: Any,
   ):
     student = logits["student"]
     if "teacher" in logits:
-      d = distance(stop_gradient(logits["teacher"]), student, **rest)
+      target = stop_gradient(logits["teacher"])
+      if not is_zero(student_mix):
+        target = towards_student(target, student, student_mix)
+      d = distance(target, student, **rest)
       figures = diagnostics(logits, labels)
     else:
       labels, stored = labels

@@ -21,17 +21,16 @@ only they are read with what the teacher's backward pass needs.
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from okd_jax.data.batch import Batch, first_rows, other_rows
-from okd_jax.losses import Output, Part, TokenLoss, cross_entropy, forward_kl
+from okd_jax.losses import Output, Part, TokenLoss, cross_entropy
+from okd_jax.methods import online_module
 from okd_jax.methods.base import (
-  DivergenceKnobs,
   Knob,
   Logits,
   Loss,
@@ -39,19 +38,23 @@ from okd_jax.methods.base import (
   Models,
   Now,
   Params,
+  TargetKnobs,
+  TokenWeight,
+  between_teachers,
   check_choice,
+  check_idle,
   check_share,
   check_weight,
   combine,
   cut_heads,
   diagnostics,
+  is_zero,
   stop_gradient,
   sums_of_rows,
+  towards_student,
+  weigh,
 )
-from okd_jax.methods.base.divergences import ShapedKnobs, bind
-from okd_jax.methods.base.knobs import ends, never
-
-_log = logging.getLogger(__name__)
+from okd_jax.methods.base.knobs import ends
 
 UPDATES = {
   # Algorithm 1: both distributions are computed once, then both trees move.
@@ -60,64 +63,27 @@ UPDATES = {
   # PromptKD (Kim et al. 2024, arXiv 2402.12842). Costs two passes.
   "sequential": (("adapter",), ("student",)),
 }
-_STUDENTS = ("student_kl_weight", "gold_weight")  # numbers of the student's loss alone
-# Above this share of the student's pull the adapted teacher follows the student away
-# from what it knew (drift .15 at .5, .46 at .75, 2.95 at 1: BUILD_NOTES.md).
-_UNSAFE_ALPHA = 0.75
+# Numbers of the student's loss alone.
+_STUDENTS = ("student_kl_weight", "gold_weight", "target_mix", "student_mix")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModuleKnobs(ShapedKnobs):
-  """What the loss of an adapter reads, whatever the student's own loss is.
-
-  teacher_divergence: from the student (target) to the adapted teacher, so that
-    'forward_kl' is the paper's KL(q || p_ta).
-  teacher_kl_weight: alpha; above 0.75 without an anchor it warns.
-  anchor_weight: gamma; above 0 it needs the frozen teacher's logits as well.
-  temperature: of the divergence, which is multiplied by T^2; the anchor's is 1.
-  """
-
-  teacher_divergence: str = "forward_kl"
-  teacher_kl_weight: Knob = 0.25
-  anchor_weight: Knob = 0.0
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_share("method.teacher_kl_weight", self.teacher_kl_weight)
-    check_weight("method.anchor_weight", self.anchor_weight)
-    pulls = ends(self.teacher_kl_weight), ends(self.anchor_weight)
-    if any(a > _UNSAFE_ALPHA and not g for a, g in zip(*pulls, strict=True)):
-      _log.warning(
-        "method.teacher_kl_weight above %s lets the adapted teacher collapse onto the "
-        "student; set method.anchor_weight (0.3 is a good start)",
-        _UNSAFE_ALPHA,
-      )
-
-  def named_divergences(self) -> dict[str, str]:
-    own = {"method.teacher_divergence": self.teacher_divergence}
-    return super().named_divergences() | own
-
-  def module_numbers(self) -> dict[str, Knob]:
-    """The numbers that the adapter's loss reads, by key."""
-    return {
-      "teacher_kl_weight": self.teacher_kl_weight,
-      "anchor_weight": self.anchor_weight,
-      "temperature": self.temperature,
-    } | self.shape
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Knobs(ModuleKnobs, DivergenceKnobs):
-  """What `okd` reads.
+class Knobs(online_module.Knobs, TargetKnobs):
+  """What `okd` reads beside `TargetKnobs`.
 
   divergence: the student's, from the adapted teacher (target) to the student.
   student_kl_weight: w, the rest is cross-entropy on gold (the paper's Figure 9).
   gold_weight: g, cross-entropy on gold for the student, on top of 1 - w.
+  target_mix: the adapted teacher's share in what the student learns from, the rest is
+    the frozen one's; below 1 it needs the frozen teacher's logits in every row.
+  target_kind: 'arithmetic', a mixture of probabilities, or 'geometric'.
   update_order: 'simultaneous' or 'sequential'.
   """
 
   student_kl_weight: Knob = 1.0
   gold_weight: Knob = 0.0
+  target_mix: Knob = 1.0
+  target_kind: str = "arithmetic"
   update_order: str = "simultaneous"
 
   def __post_init__(self):
@@ -125,28 +91,20 @@ class Knobs(ModuleKnobs, DivergenceKnobs):
     check_share("method.student_kl_weight", self.student_kl_weight)
     check_weight("method.gold_weight", self.gold_weight)
     check_choice("method.update_order", self.update_order, UPDATES)
+    check_share("method.target_mix", self.target_mix)
+    check_choice("method.target_kind", self.target_kind, ("arithmetic", "geometric"))
+    if not self.mixes_teachers:
+      check_idle(self, "method.target_mix below 1", "target_kind")
+
+  @property
+  def mixes_teachers(self) -> bool:
+    """Whether the student also learns from the frozen teacher."""
+    return min(ends(self.target_mix)) < 1
 
 
 def build(knobs: Knobs) -> Method:
   """The sum of both losses; one gradient of it is both separate gradients."""
-  student_distance, module_loss = knobs.distance(), build_module_loss(knobs)
-
-  def student_loss(
-    logits: Logits,
-    labels: Int[Array, "B C"],
-    *,
-    student_kl_weight: Any,
-    gold_weight: Any,
-    **rest: Any,
-  ):
-    student, teacher = logits["student"], logits["teacher"]
-    d = student_distance(stop_gradient(teacher), student, **rest)
-    loss = combine(
-      (student_kl_weight, d),
-      (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
-    )
-    metrics = {"divergence": d, "student_loss": loss}
-    return loss, metrics | diagnostics(logits, labels)
+  losses = _student_loss(knobs), online_module.build_loss(knobs)
 
   def loss(
     models: Models,
@@ -159,47 +117,92 @@ def build(knobs: Knobs) -> Method:
     student = models.student(params["student"], batch, key)
     [name] = models.teachers
 
+    def outputs(params: Params, rows: Batch, base: bool) -> dict[str, Output]:
+      base = base or knobs.mixes_teachers
+      return online_module.adapted_outputs(models, name, params, frozen, rows, base)
+
     def taught(rows: Batch) -> dict[str, Output]:
-      return adapted_outputs(models, name, params, frozen, rows, knobs.anchor_weight)
+      return outputs(params, rows, knobs.anchored)
 
     def pulled(rows: Batch) -> dict[str, Output]:
-      held = stop_gradient(params["adapter"])
-      return {"teacher": models.teacher(frozen, held, rows)}
+      return outputs({"adapter": stop_gradient(params["adapter"])}, rows, False)
 
-    losses = (student_loss, module_loss)
-    return _by_rows(models, losses, student, taught, pulled, batch, now)
+    how = knobs.weighing
+    return _by_rows(models, losses, how, student, taught, pulled, batch, now)
 
   numbers = {
     "student_kl_weight": knobs.student_kl_weight,
     "gold_weight": knobs.gold_weight,
   }
-  return Method(
+  if knobs.mixes_teachers:
+    numbers["target_mix"] = knobs.target_mix
+  method = Method(
     loss,
     numbers | knobs.module_numbers(),
     adapts=True,
     updates=UPDATES[knobs.update_order],
     takes_rows=True,
   )
+  return knobs.mixed(knobs.held(method))
+
+
+def _student_loss(knobs: Knobs) -> TokenLoss:
+  """L_s, what moves the student."""
+  distance = knobs.distance()
+
+  def student_loss(
+    logits: Logits,
+    labels: Int[Array, "B C"],
+    *,
+    student_kl_weight: Any,
+    gold_weight: Any,
+    target_mix: Any = 1.0,
+    student_mix: Any = 0.0,
+    **rest: Any,
+  ):
+    student, target = logits["student"], stop_gradient(logits["teacher"])
+    if knobs.mixes_teachers:
+      base = stop_gradient(logits["base"])
+      target = between_teachers(target, base, target_mix, knobs.target_kind)
+    if not is_zero(student_mix):
+      target = towards_student(target, student, student_mix)
+    d = distance(target, student, **rest)
+    loss = combine(
+      (student_kl_weight, d),
+      (1 - student_kl_weight + gold_weight, cross_entropy(student, labels)),
+    )
+    metrics = {"divergence": d, "student_loss": loss}
+    return loss, metrics | diagnostics(logits, labels)
+
+  return student_loss
 
 
 def _with_module(student_loss: TokenLoss, module_loss: TokenLoss) -> TokenLoss:
-  """The sum of both; labels may be (labels, the module's weight of each position)."""
+  """The sum of both; labels may be (labels, each loss's weight of each position)."""
 
   def token_loss(logits: Logits, labels: Any, **knobs: Any):
-    labels, weight = labels if isinstance(labels, tuple) else (labels, None)
-    loss, metrics = student_loss(logits, labels, **knobs)
+    labels, *weights = labels if isinstance(labels, tuple) else (labels,)
     mine = {k: v for k, v in knobs.items() if k not in _STUDENTS}
-    module, more = module_loss(logits, labels, **mine)
-    if weight is not None:
-      module, more = weight * module, {k: weight * v for k, v in more.items()}
+    found = student_loss(logits, labels, **knobs), module_loss(logits, labels, **mine)
+    if weights:
+      found = [_times(w, each) for w, each in zip(weights, found, strict=True)]
+    (loss, metrics), (module, more) = found
     return loss + module, more | metrics
 
   return token_loss
 
 
+def _times(
+  weight: Float[Array, "B C"], found: tuple[Array, dict[str, Array]]
+) -> tuple[Array, dict[str, Array]]:
+  loss, metrics = found
+  return weight * loss, {name: weight * value for name, value in metrics.items()}
+
+
 def _by_rows(
   models: Models,
   losses: tuple[TokenLoss, TokenLoss],
+  token_weight: TokenWeight | None,
   student: Output,
   taught: Callable[[Batch], dict[str, Output]],
   pulled: Callable[[Batch], dict[str, Output]],
@@ -209,77 +212,54 @@ def _by_rows(
   """The student's loss over all rows, the module's over those that teach it.
 
   losses: the student's and the module's.
+  token_weight: what a token weighs in the student's.
   taught, pulled: the teacher's outputs, with and without a gradient for its module.
   """
-  student_loss, every = losses[0], models.one_row_in
-
-  def part(
-    loss: TokenLoss, hidden: Array, teacher: dict[str, Output], rows: Batch, facts: Any
-  ) -> Part:
-    outputs = {"student": student._replace(hidden=hidden)} | teacher
-    return Part(loss, cut_heads(outputs, models.vocab_size), facts, rows.weights)
-
-  if every == 0:
-    parts = [part(student_loss, student.hidden, pulled(batch), batch, batch.labels)]
-    return sums_of_rows(models, parts, now)
-  both = _with_module(*losses)
-  if every == 1:
-    parts = [part(both, student.hidden, taught(batch), batch, batch.labels)]
+  every = models.one_row_in
+  if every < 2:
+    teacher = pulled(batch) if every == 0 else taught(batch)
+    module = batch.weights if every else None
+    parts = [_part(models, losses, token_weight, student, teacher, batch, module)]
     return sums_of_rows(models, parts, now)
   first, others = first_rows(batch, every), other_rows(batch, every)
-  # The module's mean is over its own rows: its weights, relative to the student's.
-  weight = first.module_weights / jnp.where(first.weights > 0, first.weights, 1.0)
   own, theirs = (rows(student.hidden, every) for rows in (first_rows, other_rows))
+  common = models, losses, token_weight
   parts = [
-    part(both, own, taught(first), first, (first.labels, weight)),
-    part(student_loss, theirs, pulled(others), others, others.labels),
+    _part(
+      *common, student._replace(hidden=own), taught(first), first, first.module_weights
+    ),
+    _part(*common, student._replace(hidden=theirs), pulled(others), others, None),
   ]
   return sums_of_rows(models, parts, now)
 
 
-def build_module_loss(knobs: ModuleKnobs) -> TokenLoss:
-  """L_t, what moves an adapter.
-
-  It reads logits 'student', 'teacher' (adapted) and, with an anchor, 'base'.
-  """
-  distance = bind(knobs.teacher_divergence)
-  anchored = not never(knobs.anchor_weight)
-
-  def module_loss(
-    logits: Logits,
-    labels: Int[Array, "B C"],
-    *,
-    teacher_kl_weight: Any,
-    anchor_weight: Any,
-    **rest: Any,
-  ):
-    teacher = logits["teacher"]
-    d = distance(stop_gradient(logits["student"]), teacher, **rest)
-    terms = [
-      (teacher_kl_weight, d),
-      (1 - teacher_kl_weight, cross_entropy(teacher, labels)),
-    ]
-    metrics = {"module_divergence": d}
-    if anchored:
-      metrics["drift"] = forward_kl(stop_gradient(logits["base"]), teacher)
-      terms.append((anchor_weight, metrics["drift"]))
-    loss = combine(*terms)
-    return loss, metrics | {"module_loss": loss}
-
-  return module_loss
-
-
-def adapted_outputs(
+def _part(
   models: Models,
-  name: str,
-  params: Params,
-  frozen: Params,
-  batch: Batch,
-  anchor_weight: Knob,
-) -> dict[str, Output]:
-  """{'teacher': this one, adapted; with an anchor also 'base': the frozen one}."""
-  teacher, adapter = models.teachers[name], params["adapter"][name]
-  if never(anchor_weight):
-    return {"teacher": teacher.apply(frozen[name], adapter, batch)}
-  adapted, base = teacher.both(frozen[name], adapter, batch)
-  return {"teacher": adapted, "base": base}
+  losses: tuple[TokenLoss, TokenLoss],
+  token_weight: TokenWeight | None,
+  student: Output,
+  teacher: dict[str, Output],
+  rows: Batch,
+  module_weights: Float[Array, "B L"] | None,
+) -> Part:
+  """Some rows with their losses: the student's and, with weights for it, the module's.
+
+  Where both weigh alike there is one weight; else the sum's is the larger one, and the
+  labels bring along each loss's share of it.
+  """
+  outputs = {"student": student} | teacher
+  heads = cut_heads(outputs, models.vocab_size)
+  weights, student_loss = rows.weights, losses[0]
+  if token_weight:
+    target = {name: outputs[name] for name in ("student", "teacher")}
+    weights = weigh(token_weight, models, target, weights)
+  if module_weights is None:
+    return Part(student_loss, heads, rows.labels, weights)
+  both = _with_module(*losses)
+  if models.module_tokens:
+    module_weights = weigh(models.module_tokens, models, outputs, module_weights)
+  if module_weights is weights:
+    return Part(both, heads, rows.labels, weights)
+  larger = jnp.maximum(weights, module_weights)
+  shares = (w / jnp.where(larger > 0, larger, 1.0) for w in (weights, module_weights))
+  return Part(both, heads, (rows.labels, *shares), larger)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 from okd_jax.data.batch import Batch, first_rows
 from okd_jax.losses import Output
-from okd_jax.methods import okd
+from okd_jax.methods import online_module
 from okd_jax.methods.base import (
   Loss,
   Method,
@@ -24,15 +24,17 @@ from okd_jax.methods.base import (
   Teacher,
   stop_gradient,
   token_sums,
+  weigh,
 )
 from okd_jax.models import Mix
 
 _DROPOUT = 7  # folded into the step's key: the student's second pass, for the adapters
 
 
-def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
+def wrap(method: Method, knobs: online_module.Knobs) -> Method:
   """`method`, those of its teachers learning that have a tree of params['adapter']."""
-  module_loss, own = okd.build_module_loss(knobs), knobs.module_numbers()
+  module_loss, own = online_module.build_loss(knobs), knobs.module_numbers()
+  held = knobs.held(method).carried.keys() - method.carried.keys()
 
   def loss(
     models: Models,
@@ -42,7 +44,7 @@ def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
     key: Key[Array, ""] | None,
     now: Now,
   ) -> Loss:
-    theirs = {name: now[name] for name in method.knobs}
+    theirs = {name: now[name] for name in method.numbers}
     adapted = with_adapters(models, stop_gradient(params["adapter"]))
     value, metrics = method.loss(adapted, params, frozen, batch, key, theirs)
     if not models.one_row_in:
@@ -50,18 +52,23 @@ def wrap(method: Method, knobs: okd.ModuleKnobs) -> Method:
     gold = _teaching(batch if batch.gold is None else batch.gold, models.one_row_in)
     student = jax.tree.map(stop_gradient, params["student"])
     again = models.student(student, gold, jax.random.fold_in(key, _DROPOUT))
-    rest, anchor = {name: now[name] for name in own}, knobs.anchor_weight
+    rest = {name: now[name] for name in (*own, *held)}
     for name in sorted(params["adapter"]):
-      both = okd.adapted_outputs(models, name, params, frozen, gold, anchor)
-      outputs = {"student": again} | both
-      module, more = token_sums(models, module_loss, outputs, gold, rest)
-      value += module
+      both = online_module.adapted_outputs(
+        models, name, params, frozen, gold, knobs.anchored
+      )
+      outputs, rows = {"student": again} | both, gold
+      if models.module_tokens:
+        weights = weigh(models.module_tokens, models, outputs, gold.weights)
+        rows = gold.replace(weights=weights)
+      own_loss, more = token_sums(models, module_loss, outputs, rows, rest)
+      value += own_loss
       metrics |= {f"{k}{models.suffix(name)}": v for k, v in more.items()}
     return value, metrics
 
   first, *others = method.updates
   return dataclasses.replace(
-    method,
+    knobs.held(method),
     loss=loss,
     adapts=True,
     knobs=dict(method.knobs) | own,

@@ -24,6 +24,7 @@ from okd_jax.methods import (
   mixkd,
   okd,
   online,
+  online_module,
   onpolicy,
   promptkd,
   rlkd,
@@ -165,7 +166,7 @@ def _made(name: str, knobs: Mapping[str, Any], adapter: str) -> tuple[Method, se
   if adapter and not (method.taught and method.reads_teacher):
     raise UserError(f"adapter.kind={adapter}: {name} here has no teacher in its loss")
   if adapter and not method.adapts:
-    module = _read(okd.ModuleKnobs, values)
+    module = _read(online_module.Knobs, values)
     method, read = online.wrap(method, module), read | _reads(module)
   return method, read
 
@@ -205,7 +206,7 @@ def used_knobs(name: str) -> list[str]:
 def defaults() -> dict[str, Any]:
   """The default of every knob that any method reads, by its key."""
   found = {key: shape.default for key, shape in shape_knobs().items()}
-  for cls in (*(b.knobs for b in METHODS.values()), okd.ModuleKnobs, uld.Knobs):
+  for cls in (*(b.knobs for b in METHODS.values()), online_module.Knobs, uld.Knobs):
     for field in dataclasses.fields(cls):
       if field.init and field.name != "shape":
         found[field.name] = _default(field)
@@ -276,7 +277,7 @@ def who_reads(key: str) -> str:
     return f"it shapes the divergence {' or '.join(shaping)} (method.divergence)"
   names = [name for name in sorted(METHODS) if key in used_knobs(name)]
   text = f"it is read by {', '.join(names)}"
-  if key in {field.name for field in dataclasses.fields(okd.ModuleKnobs)}:
+  if key in {field.name for field in dataclasses.fields(online_module.Knobs)}:
     text += ", and by any method with adapter.kind"
   return text
 

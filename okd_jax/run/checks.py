@@ -66,10 +66,11 @@ def _share_problems(settings: Settings, method: Method) -> Iterator[str]:
   adapter, name = settings.adapter, settings.method.name
   set_to = {"rows": adapter.rows, "every": adapter.every, "until": adapter.until}
   changed = [f"adapter.{key}={value}" for key, value in set_to.items() if value != 1]
+  changed += [f"adapter.tokens={adapter.tokens}"] if adapter.tokens else []
   if changed and not method.adapts:
     yield f"{', '.join(changed)}: {name} here has no module that learns; adapter.kind"
   elif changed and not method.takes_rows:
-    yield f"{', '.join(changed)}: {name}'s module learns from all rows in every step"
+    yield f"{', '.join(changed)}: {name}'s module learns from all it reads, always"
 
 
 def _several_problems(settings: Settings, method: Method) -> Iterator[str]:

@@ -55,7 +55,12 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     )
   optimizers |= {name: optax.adam(rate) for name, (_, rate) in method.trees.items()}
   random = functools.partial(
-    random_state, settings.train.seed, cast, optimizers, method.trees
+    random_state,
+    settings.train.seed,
+    cast,
+    optimizers,
+    method.trees,
+    method.carried,
   )
   stored = cast.stored.get("train")
   models = methods.apply_functions(
@@ -65,6 +70,7 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     settings.train.loss_chunk,
     stored.about["vocab_size"] if stored else None,
     settings.adapter.one_row_in,
+    settings.adapter.module_tokens,
   )
   return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))
 

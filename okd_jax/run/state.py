@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from okd_jax import models
 from okd_jax.config.schema import StudentSettings
@@ -23,23 +23,26 @@ class TrainState:
 
   params and opt_state are dicts with the trained trees: 'student'; 'adapter' in methods
   that adapt teachers, a tree by teacher's name; and what else a method trains
-  (`Method.trees`).
+  (`Method.trees`). carried are the numbers of `Method.carried`.
   """
 
   step: Int[Array, ""]
   params: dict[str, Any]
   opt_state: dict[str, Any]
   key: Key[Array, ""]
+  carried: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)
 
 
 def init_state(
   params: dict[str, PyTree],
   optimizers: Mapping[str, optax.GradientTransformation],
   key: Key[Array, ""],
+  carried: Mapping[str, float] | None = None,
 ) -> TrainState:
   """The state of step 0."""
   opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key)
+  numbers = {name: jnp.float32(value) for name, value in (carried or {}).items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, numbers)
 
 
 def random_state(
@@ -47,11 +50,13 @@ def random_state(
   cast: Cast,
   optimizers: Mapping[str, optax.GradientTransformation],
   trees: Mapping[str, tuple[Callable[..., PyTree], float]],
+  carried: Mapping[str, float] | None = None,
 ) -> TrainState:
   """The state of step 0 with a student drawn at random.
 
   Args:
     trees: what a method trains besides (`Method.trees`).
+    carried: what it carries from step to step (`Method.carried`).
   """
   root = jax.random.key(seed)
   # A key is also what `fold_in` makes of the seed's and its number here: that of
@@ -67,7 +72,7 @@ def random_state(
   count, width = len(cast.teachers), cast.student.config.hidden_size
   for i, (name, (init, _)) in enumerate(sorted(trees.items())):
     params[name] = init(jax.random.fold_in(tree_key, i), count, width)
-  return init_state(params, optimizers, key)
+  return init_state(params, optimizers, key, carried)
 
 
 def first_state(

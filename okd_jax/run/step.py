@@ -15,6 +15,7 @@ from okd_jax.data.batch import Batch
 from okd_jax.evaluation import figures
 from okd_jax.methods import Method, Models
 from okd_jax.methods.base.knobs import knobs_at, progress
+from okd_jax.methods.base.method import told
 from okd_jax.run.state import TrainState
 from okd_jax.runtime.sharding import batch_sharding, shardings
 
@@ -42,7 +43,7 @@ def train_step(
   """
   batch = _weighted(batch, method.weights, models.one_row_in)
   key = jax.random.fold_in(state.key, state.step)
-  now = knobs_at(method.knobs, progress(state.step, steps))
+  now = knobs_at(method.knobs, progress(state.step, steps)) | told(state.carried)
 
   def loss(params: PyTree, part: Batch, part_key: Key[Array, ""]):
     return method.loss(models, params, frozen, part, part_key, now)
@@ -64,7 +65,9 @@ def train_step(
       )
       logged |= {f"{name}_{kind}_norm": norm for kind, norm in norms.items()}
   logged |= _adapter_norms(models, frozen, params.get("adapter", {}))
-  new = TrainState(state.step + 1, params, opt_state, state.key)
+  at = progress(state.step + 1, steps)
+  carried = method.carry(state.carried, logged, at)
+  new = TrainState(state.step + 1, params, opt_state, state.key, carried)
   return _if_finite(new, state, logged, batch)
 
 
@@ -100,6 +103,7 @@ def _if_finite(
   new = new.replace(
     params=jax.tree.map(keep, new.params, old.params),
     opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
+    carried=jax.tree.map(keep, new.carried, old.carried),
   )
   return new, logged | {
     "finite": finite.astype(jnp.float32),

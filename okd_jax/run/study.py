@@ -207,6 +207,7 @@ def _beside_teacher(study: Study, job: Job) -> dict[str, Any]:
     result.adapter,
     load_records(source_list(study.held_out)),
     options,
+    models.load(job.judge) if job.judge else None,
   )
   return {"analysis": found}
 

@@ -9,6 +9,13 @@ from jaxtyping import Array, Float, Int, PyTree
 from okd_jax.models import Cache, Decoder, head_kernel, init_cache, unembed
 
 
+class Side(NamedTuple):
+  """A model and what it reads: {'params': …}, of an adapted one also 'adapter'."""
+
+  decoder: Decoder
+  variables: PyTree
+
+
 class Source(NamedTuple):
   """What comes next, given what was read so far.
 

@@ -29,15 +29,9 @@ from okd_jax.errors import UserError
 from okd_jax.losses import unembed
 from okd_jax.models import Cache, Decoder, head_kernel, init_cache
 from okd_jax.text.rollout import Sampling, power_of_two, traced, warp
+from okd_jax.text.source import Side
 
 _SMALLEST_BUCKET = 32
-
-
-class Side(NamedTuple):
-  """A decoder and its variables, `{'params': …}` and perhaps an adapter."""
-
-  decoder: Decoder
-  variables: PyTree
 
 
 class Drafted(NamedTuple):

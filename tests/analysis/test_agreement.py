@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from okd_jax.analysis import agreement
-from okd_jax.analysis.positions import Side, at_positions
+from okd_jax.analysis.positions import at_positions
 from okd_jax.data import Example
 from okd_jax.models import Decoder, ModelConfig, init
+from okd_jax.text.source import Side
 
 
 def softmax(x):

@@ -9,10 +9,10 @@ import pytest
 
 from okd_jax.analysis import exposure_bias
 from okd_jax.analysis.exposure_bias import Errors, excess, interval, measure
-from okd_jax.analysis.positions import Side
 from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, ModelConfig, init
+from okd_jax.text.source import Side
 
 TOKENS, LENGTH = 3, 3
 SHARPNESS = 40.0  # of logits that begin near 0

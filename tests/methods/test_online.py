@@ -15,7 +15,7 @@ from okd_jax.errors import UserError
 from okd_jax.losses import Output
 from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.methods.kd import NAMED
-from okd_jax.methods.okd import ModuleKnobs
+from okd_jax.methods.online_module import Knobs
 
 FROZEN = [
   name
@@ -196,7 +196,7 @@ def test_the_modules_knobs_are_knobs():
   got = moving(*logits, batch, progress=jnp.float32(0.5))[0]
   want = LogitTrial("kd", module="lora", anchor_weight=0.5)(*logits, batch)[0]
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  read = {field.name for field in dataclasses.fields(ModuleKnobs)} - {"shape"}
+  read = {field.name for field in dataclasses.fields(Knobs)} - {"shape"}
   assert read - {*moving.method.knobs} == {"teacher_divergence"}
   for knobs, message in (
     ({"teacher_kl_weight": 1.5}, "method.teacher_kl_weight=1.5 must lie between"),

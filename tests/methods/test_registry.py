@@ -11,7 +11,7 @@ from configs import default
 from okd_jax import losses, methods
 from okd_jax.config import read
 from okd_jax.errors import UserError
-from okd_jax.methods import Shape, kd, okd, registry, uld
+from okd_jax.methods import Shape, kd, online_module, registry, uld
 from okd_jax.methods.base import Knob, Linear, check_weight, divergences
 from okd_jax.methods.base.divergences import DIVERGENCES, shape_knobs
 
@@ -25,7 +25,7 @@ ROUTES += [("kd", {"divergence": name}, "") for name in DIVERGENCES]
 ROUTES += [("kd", {}, "lora"), ("kd", {"cross_tokenizer": "uld"}, "")]
 # Floats that are fixed for a run: of the text that is sampled, of a learning rate.
 STILL = {"loss_eps", "teacher_mix", "teacher_temperature", "teacher_top_p", "gate_lr"}
-STILL |= {"ab_alpha", "ab_beta"}
+STILL |= {"ab_alpha", "ab_beta", "drift_target"}
 
 
 @pytest.fixture
@@ -265,7 +265,8 @@ def test_every_key_has_a_reader():
 
 def test_shared_knobs_have_one_default():
   """Else none of them could be told from what was set."""
-  classes = [b.knobs for b in methods.METHODS.values()] + [okd.ModuleKnobs, uld.Knobs]
+  classes = [b.knobs for b in methods.METHODS.values()]
+  classes += [online_module.Knobs, uld.Knobs]
   for cls in classes:
     own = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name != "shape"}
     for key, field in own.items():

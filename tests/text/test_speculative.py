@@ -1,4 +1,4 @@
-"""Speculative decoding: the large model's own text, and drafts kept as often as said."""
+"""Speculative decoding: the large model's text, and drafts kept as often as said."""
 
 import dataclasses
 import itertools

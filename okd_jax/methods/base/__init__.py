@@ -29,9 +29,16 @@ from okd_jax.methods.base.method import (
   stop_gradient,
   sums_of_rows,
   token_sums,
+  weigh,
 )
 from okd_jax.methods.base.models import Models, Params, Teacher, apply_functions
 from okd_jax.methods.base.sequences import Sequences, SharedTextKnobs, TextKnobs
+from okd_jax.methods.base.targets import (
+  TargetKnobs,
+  between_teachers,
+  towards_student,
+)
+from okd_jax.methods.base.token_weights import TokenWeight
 
 __all__ = [
   "DIVERGENCES",
@@ -47,9 +54,12 @@ __all__ = [
   "Sequences",
   "Shape",
   "SharedTextKnobs",
+  "TargetKnobs",
   "Teacher",
   "TextKnobs",
+  "TokenWeight",
   "apply_functions",
+  "between_teachers",
   "check_choice",
   "check_idle",
   "check_least",
@@ -65,4 +75,6 @@ __all__ = [
   "stop_gradient",
   "sums_of_rows",
   "token_sums",
+  "towards_student",
+  "weigh",
 ]

@@ -26,6 +26,7 @@ from okd_jax.losses import (
 from okd_jax.methods.base.knobs import Knob
 from okd_jax.methods.base.models import Models, Params
 from okd_jax.methods.base.sequences import Sequences
+from okd_jax.methods.base.token_weights import TokenWeight, divide
 
 Loss = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]
 Logits = Mapping[str, Float[Array, "B C V"]]
@@ -54,6 +55,10 @@ class Method:
   updates: the trees that move, in order; trees in one group move simultaneously.
   sequences: where the text comes from. What it puts beside the sampled rows, such as
     `Batch.gold`, is a batch of its own with weights of its own.
+  carried: numbers that a run carries from step to step, by name, as they are at the
+    first; the loss finds in `now` those whose names do not begin with '_'.
+  carry: (carried, the step's metrics, share of the run that is over) -> carried, what
+    they are in the next step.
   weights: mask [B, L] of a whole batch to the weight of each position.
   takes_stored: whether the loss reads what a teacher said before, `Batch.stored`,
     where there is no teacher (`cache_teacher`).
@@ -74,10 +79,22 @@ class Method:
   )
   updates: tuple[tuple[str, ...], ...] = (("student",),)
   sequences: Sequences = Sequences()
+  carried: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  carry: Callable[..., dict[str, Array]] = lambda carried, metrics, progress: carried
   weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]] = token_weights
   takes_stored: bool = False
   takes_packed: bool = True
   takes_rows: bool = False
+
+  @property
+  def numbers(self) -> list[str]:
+    """The names in `now`."""
+    return [*self.knobs, *told(self.carried)]
+
+
+def told(carried: Mapping[str, Any]) -> dict[str, Any]:
+  """Those of the carried numbers that the loss finds in `now`."""
+  return {name: value for name, value in carried.items() if not name.startswith("_")}
 
 
 def combine(*terms: tuple[Any, Float[Array, "*B"]]) -> Float[Array, "*B"]:
@@ -161,6 +178,22 @@ def sums_of_rows(models: Models, parts: Sequence[Part], now: Now) -> Loss:
     for part in parts
   ]
   return sums_of_parts(bound, models.chunk, moving)
+
+
+def weigh(
+  how: TokenWeight,
+  models: Models,
+  outputs: Mapping[str, Output],
+  weights: Float[Array, "B L"],
+) -> Float[Array, "B L"]:
+  """Each row's weights divided anew among its tokens (`token_weights.divide`).
+
+  outputs: of 'student' and 'teacher', and of 'base', the frozen teacher, which then
+    says where they differ.
+  """
+  outputs = cut_heads(outputs, models.vocab_size)
+  teacher = outputs.get("base", outputs["teacher"])
+  return divide(how, teacher, outputs["student"], weights, models.chunk)
 
 
 def cut_heads(

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from okd_jax.data.batch import Batch
 from okd_jax.losses import Output
+from okd_jax.methods.base.token_weights import TokenWeight
 from okd_jax.models import Decoder, Mix, output
 
 Params = Mapping[str, Any]
@@ -40,6 +41,7 @@ class Models:
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
   one_row_in: one row in so many teaches the adapters, the first of each group; 0: none
     does, and the adapted teachers only teach.
+  module_tokens: which of these rows' tokens teach the adapters; None: all of them.
   """
 
   student: Callable[..., Output]
@@ -47,6 +49,7 @@ class Models:
   chunk: int = 64
   vocab_size: int | None = None
   one_row_in: int = 1
+  module_tokens: TokenWeight | None = None
 
   def teacher(
     self,
@@ -78,13 +81,14 @@ def apply_functions(
   chunk: int = 64,
   vocab_size: int | None = None,
   one_row_in: int = 1,
+  module_tokens: TokenWeight | None = None,
 ) -> Models:
   """What the decoders of a run give a method.
 
   Args:
     teachers: the plain ones by name; none if the method has no use for any.
     adapted: those of them that carry an adapter.
-    chunk, vocab_size, one_row_in: see `Models`.
+    chunk, vocab_size, one_row_in, module_tokens: see `Models`.
   """
 
   def apply(
@@ -94,7 +98,7 @@ def apply_functions(
     return output(decoder, {"params": params}, batch, key, mix=mix)
 
   named = {name: _teacher(d, adapted.get(name)) for name, d in teachers.items()}
-  return Models(apply, named, chunk, vocab_size, one_row_in)
+  return Models(apply, named, chunk, vocab_size, one_row_in, module_tokens)
 
 
 def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:
