@@ -3,10 +3,10 @@
 python -m okd_jax.generate --model=M --prompt="Once upon a time"
 python -m okd_jax.generate --model=RUN --prompt="Name three colours."  # RUN's template
 python -m okd_jax.generate --model=M --prompt=- --chat --temperature=0.8 <prompt.txt
+python -m okd_jax.generate --model=TEACHER --draft=STUDENT --prompt=…  # sooner
 """
 
 import argparse
-import sys
 
 import jax.numpy as jnp
 
@@ -21,11 +21,12 @@ def main(arguments: list[str]) -> None:
   """Prints the completion that the arguments ask for."""
   flags = _parser().parse_args(arguments)
   cli.use_compilation_cache()
-  prompt = _read(flags.prompt)
+  prompt = cli.text_or_stdin(flags.prompt, "the prompt")
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
   if model.tokenizer is None:
     raise UserError(f"{flags.model} has no tokenizer, so it cannot read a prompt")
   template = "chat" if flags.chat else flags.template or template_of(flags.model)
+  draft = load(flags.draft, dtype=jnp.dtype(flags.dtype)) if flags.draft else None
   completion = complete(
     model,
     prompt,
@@ -34,21 +35,10 @@ def main(arguments: list[str]) -> None:
     sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
     seed=flags.seed,
     dtype=flags.dtype,
+    draft=draft,
+    draft_tokens=flags.draft_tokens,
   )
   print(completion, flush=True)
-
-
-def _read(prompt: str) -> str:
-  """The prompt itself, or standard input if it is `-`, less its last line break."""
-  if prompt != "-":
-    # Bytes of the command line that are no text arrive as lone surrogates.
-    given = prompt.encode(errors="surrogateescape")
-  else:
-    given = sys.stdin.buffer.read().removesuffix(b"\n")
-  try:
-    return given.decode()
-  except UnicodeDecodeError as error:
-    raise UserError(f"the prompt is not valid UTF-8 ({error})") from error
 
 
 def _parser() -> cli.Parser:
@@ -67,6 +57,9 @@ def _parser() -> cli.Parser:
   count = cli.number(int, "at least 1", lambda n: n >= 1)
   add("--max_new_tokens", type=count, metavar="N", help=most)
   cli.add_sampling(parser, temperature=0.0)
+  add("--draft", default="", help="a smaller model of the same tokens: it writes ahead")
+  ahead = "tokens that --draft writes before each pass of the model"
+  add("--draft_tokens", type=count, default=4, metavar="N", help=ahead)
   cli.add_dtype(parser)
   return parser
 

@@ -110,15 +110,5 @@ def _compile(model: Model, flags: argparse.Namespace) -> tuple[Callable, tuple, 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   generate_flags(parser)
   add = parser.add_argument
-  add("--temperature", type=_temperature, default=0.0, help="0 is greedy")
+  add("--temperature", type=measure.temperature, default=0.0, help="0 is greedy")
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all")
-
-
-def _temperature(text: str) -> float:
-  try:
-    value = float(text)
-  except ValueError:
-    value = -1.0
-  if not 0 <= value < float("inf"):
-    raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least 0")
-  return value

@@ -57,6 +57,17 @@ def at_least(least: int) -> Callable[[str], int]:
   return parse
 
 
+def temperature(text: str) -> float:
+  """An argparse type: a number, at least 0."""
+  try:
+    value = float(text)
+  except ValueError:
+    value = -1.0
+  if not 0 <= value < float("inf"):
+    raise argparse.ArgumentTypeError(f"{text!r} must be a number, at least 0")
+  return value
+
+
 def environment() -> dict[str, Any]:
   """Date, machine and versions; nothing that names the host."""
   device = jax.devices()[0]

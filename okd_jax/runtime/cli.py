@@ -42,6 +42,23 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--dtype", default=kinds[0], choices=kinds, help="of matmuls")
 
 
+def text_or_stdin(value: str, what: str) -> str:
+  """The value itself, or standard input if it is `-`, less its last line break.
+
+  Raises:
+    UserError: for bytes that are no UTF-8.
+  """
+  if value != "-":
+    # Bytes of the command line that are no text arrive as lone surrogates.
+    given = value.encode(errors="surrogateescape")
+  else:
+    given = sys.stdin.buffer.read().removesuffix(b"\n")
+  try:
+    return given.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{what} is not valid UTF-8 ({error})") from error
+
+
 def add_sampling(parser: argparse.ArgumentParser, temperature: float) -> None:
   """The flags that say how to sample; `temperature` is the default of its flag."""
   add = parser.add_argument

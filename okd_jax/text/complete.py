@@ -1,13 +1,17 @@
 """One prompt continued, as text."""
 
+import logging
+
 import jax
 import jax.numpy as jnp
 import jinja2
 
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
-from okd_jax.text import rollout
-from okd_jax.text.source import decoder_source
+from okd_jax.text import rollout, speculative
+from okd_jax.text.source import Side, decoder_source
+
+_log = logging.getLogger(__name__)
 
 NEW_TOKENS = 128
 RAW = "raw"  # the template of who wants none
@@ -22,6 +26,8 @@ def complete(
   sampling: rollout.Sampling,
   seed: int = 0,
   dtype: str = "float32",
+  draft: Model | None = None,
+  draft_tokens: int = 4,
 ) -> str:
   """The text that `model` puts after `prompt`, without special tokens.
 
@@ -33,6 +39,9 @@ def complete(
     sampling: how to draw.
     seed: of the draws.
     dtype: of the matrix products.
+    draft: a smaller model that writes ahead (`speculative`): the text is the same, or
+      as likely, and is there sooner if the two agree.
+    draft_tokens: how far ahead.
 
   Raises:
     UserError: if the template cannot be used, the prompt has no token, or the
@@ -40,16 +49,45 @@ def complete(
   """
   tokens = _prompt_tokens(model, prompt, template)
   _check(tokens, model.config.vocab_size)
-  [completion] = rollout.generate(
-    decoder_source(Decoder(model.config, dtype=jnp.dtype(dtype))),
-    {"params": model.params},
-    [tokens],
-    jax.random.key(seed),
-    max_new_tokens=max_new_tokens or _room(model, tokens),
-    sampling=sampling,
-    eos_ids=_stop_ids(model, template == "chat"),
+  side, key = _side(model, dtype), jax.random.key(seed)
+  settings = {
+    "max_new_tokens": max_new_tokens or _room(model, tokens, draft),
+    "sampling": sampling,
+    "eos_ids": _stop_ids(model, template == "chat"),
+  }
+  if draft is None:
+    source = decoder_source(side.decoder)
+    [found] = rollout.generate(source, side.variables, [tokens], key, **settings)
+  else:
+    _check_draft(model, draft)
+    found = speculative.generate(
+      side, _side(draft, dtype), tokens, key, draft_tokens=draft_tokens, **settings
+    )
+    _log.info("%s", _told(found))
+  return model.tokenizer.decode(found.tokens, skip_special_tokens=True)
+
+
+def _side(model: Model, dtype: str) -> Side:
+  return Side(Decoder(model.config, dtype=jnp.dtype(dtype)), {"params": model.params})
+
+
+def _check_draft(model: Model, draft: Model) -> None:
+  """Both must mean the same by their tokens."""
+  if draft.tokenizer is not None:
+    # Here, because the data pipeline takes half a second to import.
+    from okd_jax.data import compare_tokenizers
+
+    remedy = "name a --draft that was distilled from the model"
+    compare_tokenizers(model.tokenizer, draft.tokenizer, remedy)
+
+
+def _told(found: speculative.Drafted) -> str:
+  """In words, how the drafts fared."""
+  kept = found.kept / max(found.judged, 1)
+  return (
+    f"kept {found.kept} of {found.judged} drafted tokens ({kept:.0%}); "
+    f"{len(found.tokens) / max(found.passes, 1):.1f} tokens a pass of the model"
   )
-  return model.tokenizer.decode(completion.tokens, skip_special_tokens=True)
 
 
 def _check(tokens: list[int], vocab_size: int) -> None:
@@ -65,9 +103,10 @@ def _check(tokens: list[int], vocab_size: int) -> None:
     )
 
 
-def _room(model: Model, tokens: list[int]) -> int:
-  """The default length, or less where the model's context ends before."""
-  return min(NEW_TOKENS, max(1, model.config.max_length - len(tokens)))
+def _room(model: Model, tokens: list[int], draft: Model | None) -> int:
+  """The default length, or less where a model's context ends before."""
+  most = min(each.config.max_length for each in (model, draft) if each)
+  return min(NEW_TOKENS, max(1, most - len(tokens)))
 
 
 def _prompt_tokens(model: Model, prompt: str, template: str) -> list[int]:
