@@ -14,6 +14,7 @@ from okd_jax.data.batch import Batch
 from okd_jax.losses import Output, token_weights
 from okd_jax.methods import Models, Teacher
 from okd_jax.methods.base.knobs import knobs_at
+from okd_jax.methods.base.method import told
 from okd_jax.models import Decoder, ModelConfig
 from okd_jax.models.adapters import Lora
 from okd_jax.run import optim
@@ -48,6 +49,7 @@ class Setup:
     steps=20,
     module="",
     one_row_in=1,
+    module_tokens=None,
     **knobs,
   ):
     self.method = methods.build(name, knobs | {"end": end or {}}, module)
@@ -77,9 +79,16 @@ class Setup:
       self.optimizers[tree] = optax.adam(rate)
     teachers = dict.fromkeys(self.frozen, plain)
     self.models = methods.apply_functions(
-      self.student_decoder, teachers, adapted, chunk=5, one_row_in=one_row_in
+      self.student_decoder,
+      teachers,
+      adapted,
+      chunk=5,
+      one_row_in=one_row_in,
+      module_tokens=module_tokens,
     )
-    self.state = init_state(self.params, self.optimizers, jax.random.key(3))
+    self.state = init_state(
+      self.params, self.optimizers, jax.random.key(3), self.method.carried
+    )
     self.train_step = functools.partial(
       train_step,
       method=self.method,
@@ -93,7 +102,7 @@ class Setup:
   def loss(self, params, batch, key=None, progress=0.0):
     """The method's own loss, on a batch that has its weights."""
     key = jax.random.key(0) if key is None else key
-    now = knobs_at(self.method.knobs, progress)
+    now = knobs_at(self.method.knobs, progress) | told(self.method.carried)
     return self.method.loss(self.models, params, self.frozen, batch, key, now)
 
   def train(self, steps, seed=0):
@@ -143,7 +152,7 @@ class LogitTrial:
     if self.method.several:
       frozen = {"a": base, "b": teacher}
     key = jax.random.key(0) if key is None else key
-    now = knobs_at(self.method.knobs, progress)
+    now = knobs_at(self.method.knobs, progress) | told(self.method.carried)
     batch = self.beside(params, frozen, batch, progress)
     return self.method.loss(self.models, params, frozen, batch, key, now)
 
