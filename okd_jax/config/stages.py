@@ -18,7 +18,12 @@ from okd_jax.errors import UserError
 STAGE = "stage:"  # prefix of a path that means what an earlier stage exported
 _SHARED = ("data", "train", "optim", "mesh", "checkpoint", "eval")
 _OWN = {"eval": ("best", "patience")}  # of shared sections, what is not shared
-_PATHS = (("teacher", "path"), ("student", "path"), ("data", "tokenizer"))
+_PATHS = (
+  ("teacher", "path"),
+  ("teacher", "adapter"),
+  ("student", "path"),
+  ("data", "tokenizer"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

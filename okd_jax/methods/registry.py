@@ -241,7 +241,7 @@ def _unread(method: Method, read: set[str], knobs: Mapping[str, Any]) -> list[st
   """Keys of knobs that were set, or move, to no effect; unknown ones first."""
   known = defaults()
   given = {k: v for k, v in knobs.items() if k not in _NOT_KNOBS}
-  numbers = {*method.knobs, "sampled_share"} & read
+  numbers = {*method.numbers, "sampled_share"} & read
   return [
     *(key for key in given if key not in known),
     *(f"end.{key}" for key in sorted(_moving(knobs)) if key not in numbers),
@@ -257,7 +257,7 @@ def _why_unread(key: str, name: str, knobs: Mapping[str, Any], method: Method) -
   if key.startswith("end."):
     return (
       f"method.{key}: here {name} reads no such number; it reads "
-      f"{', '.join(method.knobs) or 'none'}"
+      f"{', '.join(method.numbers) or 'none'}"
     )
   if key not in defaults():
     near = difflib.get_close_matches(key, defaults(), n=1, cutoff=0.5)
