@@ -24,14 +24,8 @@ def judged(
 ) -> dict[str, float]:
   """KL(q || judge) per token of texts that the student q draws at temperature 1.
 
-  The expectation over the next token is exact, that over the text one continuation a
-  prompt. Less is better: the text of a model that says nothing the judge would not
-  say, and as varied as that, has 0.
-
-  Args:
-    prompts: texts whose first `prompt_length` tokens are continued.
-    length: new tokens of each.
-    seed: of the draws.
+  The expectation over the next token is exact, that over the text one continuation of
+  `length` tokens a prompt. Less is better; a copy of the judge has 0.
 
   Returns:
     {'kl': the mean over tokens in nats, 'cross_entropy': of the judge on these texts,

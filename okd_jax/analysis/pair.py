@@ -88,17 +88,13 @@ def analyse(
   """What is found, as it goes into JSON.
 
   Args:
-    student: q.
-    teacher: p, frozen.
     adapter: folder of the teacher's online module, or of the whole adapted teacher.
-    records: held-out rows.
-    judge: a model that knows none of them, over the same tokens.
+    records: held-out rows, of which `judge` knows none.
 
   Returns:
     'tokens' (how many in each group of difficulty); 'teacher' and, with an adapter,
     'adapted': the figures of `agreement.compare` by group; 'calibration' of each model;
-    'exposure_bias' against each teacher; 'judge' of the student's own text
-    (`judge.judged`); 'top_tokens' at some positions.
+    'exposure_bias' against each teacher; `judged`; 'top_tokens' at some positions.
 
   Raises:
     UserError: for models or rows that do not fit one another.
@@ -117,11 +113,10 @@ def analyse(
     found["exposure_bias"] = _exposure_bias(sides, prompts, student, options)
   if judge:
     found["judge"] = _judged(judge, sides["student"], prompts, student, options)
-  places = options.positions or agreement.chosen_positions(values["teacher/unc"], mask)
-  found["top_tokens"] = [
-    _top_tokens(sides, examples, place, student.tokenizer) for place in places
-  ]
-  return found
+  places = options.positions
+  places = places or agreement.chosen_positions(values["teacher/unc"], mask)
+  said = [_top_tokens(sides, examples, student.tokenizer, place) for place in places]
+  return found | {"top_tokens": said}
 
 
 def _check_tokenizers(student: Model, teacher: Model) -> None:
@@ -238,8 +233,8 @@ def _judged(
 def _top_tokens(
   sides: Mapping[str, Side],
   examples: Sequence[Example],
-  place: tuple[int, int],
   tokenizer: Any,
+  place: tuple[int, int],
 ) -> dict[str, Any]:
   """What every model says at one place (Figures 10 to 12)."""
   row, position = place

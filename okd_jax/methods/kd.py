@@ -59,6 +59,12 @@ class Knobs(TargetKnobs):
     check_weight("method.gold_weight", self.gold_weight)
     check_least("method.top_k", self.top_k, 0)
 
+  @property
+  def numbers(self) -> dict[str, Knob]:
+    """Those that the loss reads, by key."""
+    names = ("kd_ratio", "temperature", "gold_weight")
+    return {name: getattr(self, name) for name in names} | dict(self.shape)
+
 
 def build(knobs: Knobs) -> Method:
   """loss = r D(p, q) + (1 - r + g) CE(y; q), the token mean."""
@@ -94,14 +100,9 @@ def build(knobs: Knobs) -> Method:
     nll = gold_nll(models, params, batch.gold, jax.random.fold_in(key, 1))
     return value + weight * nll, metrics | {"gold_nll": nll}
 
-  numbers = {
-    "kd_ratio": knobs.kd_ratio,
-    "temperature": knobs.temperature,
-    "gold_weight": knobs.gold_weight,
-  }
   # Whoever asks for K of the tokens must find a whole distribution.
   whole = not (knobs.top_k or how)
-  return knobs.mixed(Method(loss, numbers | knobs.shape, takes_stored=whole))
+  return knobs.mixed(Method(loss, knobs.numbers, takes_stored=whole))
 
 
 def _token_loss(distance: Distance) -> TokenLoss:

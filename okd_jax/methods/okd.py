@@ -101,6 +101,13 @@ class Knobs(online_module.Knobs, TargetKnobs):
     """Whether the student also learns from the frozen teacher."""
     return min(ends(self.target_mix)) < 1
 
+  @property
+  def numbers(self) -> dict[str, Knob]:
+    """Those that both losses read, by key, but for what is carried."""
+    names = ["student_kl_weight", "gold_weight"]
+    names += ["target_mix"] if self.mixes_teachers else []
+    return {name: getattr(self, name) for name in names} | self.module_numbers()
+
 
 def build(knobs: Knobs) -> Method:
   """The sum of both losses; one gradient of it is both separate gradients."""
@@ -130,15 +137,9 @@ def build(knobs: Knobs) -> Method:
     how = knobs.weighing
     return _by_rows(models, losses, how, student, taught, pulled, batch, now)
 
-  numbers = {
-    "student_kl_weight": knobs.student_kl_weight,
-    "gold_weight": knobs.gold_weight,
-  }
-  if knobs.mixes_teachers:
-    numbers["target_mix"] = knobs.target_mix
   method = Method(
     loss,
-    numbers | knobs.module_numbers(),
+    knobs.numbers,
     adapts=True,
     updates=UPDATES[knobs.update_order],
     takes_rows=True,

@@ -46,9 +46,10 @@ def wrap(method: Method, knobs: online_module.Knobs) -> Method:
   ) -> Loss:
     theirs = {name: now[name] for name in method.numbers}
     adapted = with_adapters(models, stop_gradient(params["adapter"]))
-    value, metrics = method.loss(adapted, params, frozen, batch, key, theirs)
+    found = method.loss(adapted, params, frozen, batch, key, theirs)
     if not models.one_row_in:
-      return value, metrics
+      return found
+    value, metrics = found
     gold = _teaching(batch if batch.gold is None else batch.gold, models.one_row_in)
     student = jax.tree.map(stop_gradient, params["student"])
     again = models.student(student, gold, jax.random.fold_in(key, _DROPOUT))
@@ -57,22 +58,19 @@ def wrap(method: Method, knobs: online_module.Knobs) -> Method:
       both = online_module.adapted_outputs(
         models, name, params, frozen, gold, knobs.anchored
       )
-      outputs, rows = {"student": again} | both, gold
-      if models.module_tokens:
-        weights = weigh(models.module_tokens, models, outputs, gold.weights)
-        rows = gold.replace(weights=weights)
+      outputs = {"student": again} | both
+      rows = _gated(models, outputs, gold)
       own_loss, more = token_sums(models, module_loss, outputs, rows, rest)
       value += own_loss
       metrics |= {f"{k}{models.suffix(name)}": v for k, v in more.items()}
     return value, metrics
 
-  first, *others = method.updates
   return dataclasses.replace(
     knobs.held(method),
     loss=loss,
     adapts=True,
     knobs=dict(method.knobs) | own,
-    updates=((*first, "adapter"), *others),
+    updates=((*method.updates[0], "adapter"), *method.updates[1:]),
     sequences=_with_gold(method.sequences),
     takes_stored=False,
     takes_rows=True,
@@ -85,6 +83,14 @@ def _teaching(rows: Batch, one_row_in: int) -> Batch:
     return rows
   first = first_rows(rows, one_row_in)
   return first.replace(weights=first.module_weights)
+
+
+def _gated(models: Models, outputs: Mapping[str, Output], rows: Batch) -> Batch:
+  """The rows, weights on those of their tokens that teach the adapter."""
+  gate = models.module_tokens
+  if gate is None:
+    return rows
+  return rows.replace(weights=weigh(gate, models, outputs, rows.weights))
 
 
 def _with_gold(plan: Sequences) -> Sequences:

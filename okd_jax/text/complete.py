@@ -1,10 +1,13 @@
 """One prompt continued, as text."""
 
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jinja2
+import numpy as np
+from jaxtyping import Int
 
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
@@ -32,53 +35,59 @@ def complete(
   """The text that `model` puts after `prompt`, without special tokens.
 
   Args:
-    model: with a tokenizer.
-    prompt: the text, an instruction to every template but RAW.
-    template: as data.template, or RAW: the model goes on with the prompt itself.
+    prompt, template: a text to go on with under RAW, an instruction under another.
     max_new_tokens: None is NEW_TOKENS, or less where the context ends before.
-    sampling: how to draw.
-    seed: of the draws.
+    sampling, seed: how to draw.
     dtype: of the matrix products.
-    draft: a smaller model that writes ahead (`speculative`): the text is the same, or
-      as likely, and is there sooner if the two agree.
-    draft_tokens: how far ahead.
+    draft: a smaller model that writes so many `draft_tokens` ahead (`speculative`).
 
   Raises:
-    UserError: if the template cannot be used, the prompt has no token, or the
-      tokenizer is another model's.
+    UserError: for an unusable template, an empty prompt, another model's tokenizer.
   """
   tokens = _prompt_tokens(model, prompt, template)
   _check(tokens, model.config.vocab_size)
-  side, key = _side(model, dtype), jax.random.key(seed)
   settings = {
+    "key": jax.random.key(seed),
     "max_new_tokens": max_new_tokens or _room(model, tokens, draft),
     "sampling": sampling,
     "eos_ids": _stop_ids(model, template == "chat"),
   }
-  if draft is None:
+  small = draft and _side(_fitting(draft, model), dtype)
+  new = _continue(_side(model, dtype), small, tokens, draft_tokens, settings)
+  return model.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def _continue(
+  side: Side,
+  small: Side | None,
+  tokens: list[int],
+  draft_tokens: int,
+  settings: dict[str, Any],
+) -> Int[np.ndarray, " T"]:
+  """The new tokens; where a small model drafts, it is told how that went."""
+  if small is None:
     source = decoder_source(side.decoder)
-    [found] = rollout.generate(source, side.variables, [tokens], key, **settings)
-  else:
-    _check_draft(model, draft)
-    found = speculative.generate(
-      side, _side(draft, dtype), tokens, key, draft_tokens=draft_tokens, **settings
-    )
-    _log.info("%s", _told(found))
-  return model.tokenizer.decode(found.tokens, skip_special_tokens=True)
+    [completion] = rollout.generate(source, side.variables, [tokens], **settings)
+    return completion.tokens
+  settings["draft_tokens"] = draft_tokens
+  found = speculative.generate(side, small, tokens, **settings)
+  _log.info("%s", _told(found))
+  return found.tokens
 
 
 def _side(model: Model, dtype: str) -> Side:
   return Side(Decoder(model.config, dtype=jnp.dtype(dtype)), {"params": model.params})
 
 
-def _check_draft(model: Model, draft: Model) -> None:
-  """Both must mean the same by their tokens."""
+def _fitting(draft: Model, model: Model) -> Model:
+  """The draft, if both mean the same by their tokens; else a UserError."""
   if draft.tokenizer is not None:
     # Here, because the data pipeline takes half a second to import.
     from okd_jax.data import compare_tokenizers
 
     remedy = "name a --draft that was distilled from the model"
     compare_tokenizers(model.tokenizer, draft.tokenizer, remedy)
+  return draft
 
 
 def _told(found: speculative.Drafted) -> str:

@@ -87,9 +87,7 @@ def generate(
   """Continues a prompt as `model` would.
 
   Args:
-    model: the large model, whose text it is.
-    draft: the small one, over the same tokens; ids that it does not know are never
-      drafted, those that the large one does not know neither.
+    draft: the small model; what one of the two has no id for is never drafted.
     draft_tokens: how many are drafted before each pass of the large model.
 
   Raises:
@@ -97,15 +95,7 @@ def generate(
   """
   prompt = np.asarray(prompt, np.int32)
   most = min(side.decoder.config.max_length for side in (model, draft))
-  if not prompt.size:
-    raise UserError("cannot generate: the prompt is empty")
-  if min(max_new_tokens, draft_tokens) < 1:
-    raise UserError("cannot generate: there must be a token to draft and one to keep")
-  if prompt.size + max_new_tokens > most:
-    raise UserError(
-      f"cannot generate: the prompt has {prompt.size} tokens and {max_new_tokens} new "
-      f"ones are asked for, but one of the two models takes at most {most} in all"
-    )
+  _check(prompt, most, max_new_tokens, draft_tokens)
   # A place before the first token, where the draft's first step finds nothing.
   width = max(_SMALLEST_BUCKET, power_of_two(prompt.size + 1))
   tokens = np.zeros(width, np.int32)
@@ -121,6 +111,29 @@ def generate(
     max_new_tokens=max_new_tokens,
     draft_tokens=draft_tokens,
   )
+  return _drafted(loop, max_new_tokens, eos_ids)
+
+
+def _check(
+  prompt: Int[np.ndarray, " L"], most: int, max_new_tokens: int, draft_tokens: int
+) -> None:
+  """Raises a UserError for a request that cannot be met."""
+  problem = ""
+  if not prompt.size:
+    problem = "the prompt is empty"
+  elif min(max_new_tokens, draft_tokens) < 1:
+    problem = "there must be a token to draft and one to keep"
+  elif prompt.size + max_new_tokens > most:
+    problem = (
+      f"the prompt has {prompt.size} tokens and {max_new_tokens} new ones are asked "
+      f"for, but one of the two models takes at most {most} in all"
+    )
+  if problem:
+    raise UserError(f"cannot generate: {problem}")
+
+
+def _drafted(loop: Loop, max_new_tokens: int, eos_ids: Sequence[int]) -> Drafted:
+  """In host memory, cut after the limit and after an EOS."""
   text = loop.count, loop.tokens, loop.passes, loop.judged, loop.kept, loop.expected
   count, tokens, *figures, expected = jax.device_get(text)
   new = tokens[: min(int(count), max_new_tokens)]
@@ -154,20 +167,7 @@ def speculate(
     Its last state; `tokens` may hold more than were asked for, and go on after an end.
   """
   model, draft = map(Side, decoders, variables)
-  slots = len(tokens) + max_new_tokens + draft_tokens
-  zero = jnp.zeros((), jnp.int32)
-  loop = Loop(
-    count=zero,
-    ended=jnp.zeros((), bool),
-    tokens=jnp.zeros(max_new_tokens + draft_tokens, jnp.int32),
-    recent=tokens[-2:],
-    model_cache=_read(model, tokens[:-1], length - 1, slots),
-    draft_cache=_read(draft, tokens[:-2], length - 2, slots),
-    passes=zero,
-    judged=zero,
-    kept=zero,
-    expected=jnp.zeros(()),
-  )
+  loop = _begin(model, draft, tokens, length, max_new_tokens + draft_tokens)
 
   def advance(loop: Loop) -> Loop:
     own_key = jax.random.fold_in(key, loop.passes)
@@ -197,7 +197,7 @@ def _advance(
   """
   size = model.decoder.config.vocab_size
   draft_key, judge_key = jax.random.split(key)
-  drafted, q, draft_cache = _drafted(
+  drafted, q, draft_cache = _draft(
     draft, loop, newest, draft_key, sampling, draft_tokens, size
   )
   row = jnp.concatenate([loop.recent[1:], drafted])
@@ -218,6 +218,26 @@ def _advance(
     judged=loop.judged + jnp.minimum(kept + 1, len(drafted)),
     kept=loop.kept + kept,
     expected=loop.expected + expected,
+  )
+
+
+def _begin(
+  model: Side, draft: Side, tokens: Int[Array, " L"], length: Int[Array, ""], room: int
+) -> Loop:
+  """The prompt read, and room for so many tokens more."""
+  zero = jnp.zeros((), jnp.int32)
+  slots = len(tokens) + room
+  return Loop(
+    count=zero,
+    ended=jnp.zeros((), bool),
+    tokens=jnp.zeros(room, jnp.int32),
+    recent=tokens[-2:],
+    model_cache=_read(model, tokens[:-1], length - 1, slots),
+    draft_cache=_read(draft, tokens[:-2], length - 2, slots),
+    passes=zero,
+    judged=zero,
+    kept=zero,
+    expected=jnp.zeros(()),
   )
 
 
@@ -271,7 +291,7 @@ def distribution(
   )
 
 
-def _drafted(
+def _draft(
   draft: Side,
   loop: Loop,
   newest: Int[Array, ""],
