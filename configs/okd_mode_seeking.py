@@ -31,5 +31,6 @@ def get_config(recipe: str = "quickstart"):
     anchor_weight=0.3,
     update_order="simultaneous",
   )
-  config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})
+  module = {"kind": "lora", "rank": 32, "targets": ("query", "value"), "rows": 0.25}
+  config.adapter.update(module)
   return config

@@ -27,5 +27,6 @@ def get_config(recipe: str = "quickstart"):
     gold_weight=0.15,
     anchor_weight=0.3,
   )
-  config.adapter.update({"kind": "lora", "rank": 32, "targets": ("query", "value")})
+  module = {"kind": "lora", "rank": 32, "targets": ("query", "value"), "rows": 0.25}
+  config.adapter.update(module)
   return config

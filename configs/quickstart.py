@@ -29,6 +29,7 @@ def get_config():
   config.eval.limit = 320
   config.eval.batch_size = 64
   config.eval.max_new_tokens = 24
+  config.adapter.rows = 0.25  # loses nothing, costs half of what a module costs
 
   config.stages.teacher = {
     "method": {"name": "sft"},

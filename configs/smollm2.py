@@ -20,6 +20,7 @@ def get_config():
   config.teacher.path = _packaged() or "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.student.layers = 8
   config.adapter.rank = 16
+  config.adapter.rows = 0.25
   config.data.train = "databricks/databricks-dolly-15k"
   config.data.template = "chat"
   config.data.max_length = 256

@@ -52,6 +52,7 @@ def get_config():
   config.data.max_length = _LENGTH
   config.data.max_prompt_length = 64
   config.train.batch_size = 32
+  config.adapter.rows = 0.25
   config.train.steps = 200
   config.train.log_every = 20
   config.optim.lr = 5e-3

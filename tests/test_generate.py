@@ -55,6 +55,24 @@ def test_prints_the_completion_alone_up_to_the_end_of_the_text(folder, printed):
   assert printed(f"--model={folder}", "--prompt=b", "--max_new_tokens=3") == "cde"
 
 
+def test_a_draft_changes_nothing_but_the_time(folder, tmp_path, printed, caplog):
+  """The alphabet drafts for one that ends its text another way."""
+  other = save(tmp_path / "other", end=ord("!"))
+  caplog.set_level("INFO")
+  flags = (f"--draft={folder}", "--draft_tokens=3", "--max_new_tokens=7")
+  assert printed(f"--model={other}", *flags, "--prompt=u") == "vwxyz!a"
+  assert "kept 7 of 8 drafted tokens (88%)" in caplog.text
+  assert printed(f"--model={folder}", f"--draft={other}", "--prompt=u") == "vwxyz"
+
+
+def test_a_draft_of_other_tokens(folder, tmp_path, printed):
+  tokenizer = alphabet_tokenizer()
+  tokenizer.add_tokens(["zz"])
+  other = save(tmp_path / "other", tokenizer)
+  with pytest.raises(UserError, match="name a --draft that was distilled"):
+    printed(f"--model={folder}", f"--draft={other}", "--prompt=u")
+
+
 def test_continues_the_prompt_as_it_is(folder, printed):
   assert printed(f"--model={folder}", "--prompt=Über, w") == "xyz"
   assert printed(f"--model={folder}", "--prompt=w ", "--max_new_tokens=2") == "ab"

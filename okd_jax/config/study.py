@@ -139,7 +139,7 @@ def jobs(study: Study, workdir: Path) -> list[Job]:
     UserError: for a key of an arm that does not exist.
   """
   *before, _ = stages(study.config, workdir)
-  judge = stage_path(study.judge, "judge", study.config.stages, workdir)
+  judge = stage_path(study.judge, "judge", dict.fromkeys(study.config.stages), workdir)
   found = [Job(f"stage:{part.name}", part.config, part.workdir) for part in before]
   for seed in range(study.seeds):
     for arm, changes in study.arms.items():

@@ -62,14 +62,16 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
 
 
 def _share_problems(settings: Settings, method: Method) -> Iterator[str]:
-  """What is wrong with adapters that learn from some rows, or in some steps, alone."""
+  """What is wrong with adapters that learn from some rows, or in some steps, alone.
+
+  Of a method without adapters nothing: like their rank, these keys are then idle, so
+  that a recipe that has them serves every method.
+  """
   adapter, name = settings.adapter, settings.method.name
   set_to = {"rows": adapter.rows, "every": adapter.every, "until": adapter.until}
   changed = [f"adapter.{key}={value}" for key, value in set_to.items() if value != 1]
   changed += [f"adapter.tokens={adapter.tokens}"] if adapter.tokens else []
-  if changed and not method.adapts:
-    yield f"{', '.join(changed)}: {name} here has no module that learns; adapter.kind"
-  elif changed and not method.takes_rows:
+  if changed and method.adapts and not method.takes_rows:
     yield f"{', '.join(changed)}: {name}'s module learns from all it reads, always"
 
 

@@ -4,6 +4,7 @@ import json
 
 import families
 import pytest
+from alphabet import save
 from commands import call
 
 from okd_jax import bench
@@ -18,6 +19,31 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp("bench") / "model"
   families.save(NAME, path)
   return path
+
+
+def test_speculate_prints_both_speeds(tmp_path, capsys):
+  """A model that drafts for itself: every token is kept, all texts are the same."""
+  model, output = save(tmp_path / "model"), tmp_path / "result.json"
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(f'{{"prompt": "{c}", "completion": "x"}}\n' for c in "abw"))
+  bench.main(
+    [
+      "speculate",
+      f"--model={model}",
+      f"--draft={model}",
+      f"--data={rows}",
+      "--max_new_tokens=6",
+      "--draft_tokens=2",
+      f"--output={output}",
+    ]
+  )
+  printed = capsys.readouterr().out
+  for title in ("models", "shape", "tokens/s", "ratio", "kept"):
+    assert f"\n{title} " in printed
+  result = json.loads(output.read_text())
+  assert result["accepted"] == result["expected"] == 1 and result["same"] == 3
+  assert 2 < result["tokens_a_pass"] <= 3
+  assert result["tokens_per_s"].keys() == {"plain", "drafted"}
 
 
 def test_generate_prints_a_table_and_writes_json(folder, tmp_path, capsys):

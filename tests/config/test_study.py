@@ -49,6 +49,14 @@ def test_the_jobs_are_the_stages_and_then_every_arm_seed_by_seed(recipe, tmp_pat
   assert teachers == {str(tmp_path / "out" / "stages" / "teacher")}
 
 
+def test_a_judge_is_a_model_or_a_stage(recipe, tmp_path):
+  for given, want in (("stage:start", tmp_path / "stages" / "start"), ("gpt2", "gpt2")):
+    *_, last = studies.jobs(studies.load(recipe(arms=ARMS, judge=given), []), tmp_path)
+    assert last.judge == str(want)
+  with pytest.raises(UserError, match="judge='stage:nobody', but the stages are"):
+    studies.jobs(studies.load(recipe(arms=ARMS, judge="stage:nobody"), []), tmp_path)
+
+
 def test_an_arm_may_have_any_name_but_no_folder_s(recipe):
   studies.load(recipe(arms=ARMS | {"okd, alpha 0.5": {}}), [])
   for name in ("a/b", "../up", "a:b", ".hidden"):

@@ -136,6 +136,7 @@ def test_titles_are_unique_and_all_is_said():
     "forward_kl",
     "reverse_kl",
     "top1_agreement",
+    "acceptance",
     "rougeL",
     "exact_match",
   ]

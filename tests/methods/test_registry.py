@@ -299,6 +299,7 @@ def test_used_knobs():
   """Named ones read the knobs of their own divergence, and cannot choose another."""
   assert methods.used_knobs("sft") == []
   common = {"kd_ratio", "temperature", "gold_weight", "top_k"}
+  common |= {"token_weight", "student_mix", "student_mix_adapts"}
   assert {*methods.used_knobs("rkd")} == common
   assert {*methods.used_knobs("jsd")} == common | {"beta", "normalize"}
   assert {*methods.used_knobs("kd")} == common | {"divergence", *shape_knobs()}
