@@ -118,6 +118,7 @@ def test_a_module_that_learns_now_and_then_is_resumed_to_the_last_bit(tmp_path):
   """Two programs: figures of the module in its own steps, and the same end."""
   shares = ("rows=0.5", "every=2", "until=0.5")
   changes = [f"--config.adapter.{share}" for share in shares]
+  changes += ["--config.method.drift_target=0.001", "--config.adapter.tokens=top:0.5"]
   train(tmp_path / "whole", *changes, "--config.train.log_every=1")
   second_half(
     tmp_path / "whole", tmp_path / "cut", *changes, "--config.train.log_every=1"
@@ -125,6 +126,8 @@ def test_a_module_that_learns_now_and_then_is_resumed_to_the_last_bit(tmp_path):
   rows_of = rows(tmp_path / "cut", "train")
   learns = {row["step"]: "module_loss" in row for row in rows_of}
   assert learns == {1: True, 2: False, 3: True, 4: False, 5: False, 6: False}
+  anchors = [row["method.anchor_weight"] for row in rows_of]
+  assert anchors[0] > anchors[1] == anchors[2] != anchors[3] == anchors[4] == anchors[5]
 
 
 def test_sigterm_saves_and_exits_143(finished, tmp_path):

@@ -142,7 +142,7 @@ def test_columns_are_those_of_the_closing_table(tmp_path, no_charts):
   closing = figures.table(report.summary_rows(folder))
   assert re.split("  +", closing.splitlines()[0].strip()) == titles
   assert closing.splitlines()[-1].split() == (
-    "student, step 20 2.500 12.18 0.500 0.750 61.25 18.00 1.500".split()
+    "student, step 20 2.500 12.18 0.500 0.750 61.25 70.50 18.00 1.500".split()
   )
 
 

@@ -263,6 +263,7 @@ def test_diagnostics(name):
     "forward_kl": oracle.forward_kl(teacher, student),
     "reverse_kl": oracle.reverse_kl(teacher, student),
     "top1_agreement": student.argmax(-1) == teacher.argmax(-1),
+    "acceptance": np.minimum(oracle.softmax(teacher), oracle.softmax(student)).sum(-1),
   }.items():
     want = (values * np.asarray(trial.method.weights(batch.mask))).sum()
     np.testing.assert_allclose(metrics[key], want, rtol=1e-5, err_msg=key)

@@ -197,7 +197,7 @@ def test_the_modules_knobs_are_knobs():
   want = LogitTrial("kd", module="lora", anchor_weight=0.5)(*logits, batch)[0]
   np.testing.assert_allclose(got, want, rtol=1e-5)
   read = {field.name for field in dataclasses.fields(Knobs)} - {"shape"}
-  assert read - {*moving.method.knobs} == {"teacher_divergence"}
+  assert read - {*moving.method.knobs} == {"teacher_divergence", "drift_target"}
   for knobs, message in (
     ({"teacher_kl_weight": 1.5}, "method.teacher_kl_weight=1.5 must lie between"),
     ({"anchor_weight": -1.0}, "method.anchor_weight=-1.0 must be at least 0"),
