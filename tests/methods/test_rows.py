@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trial import Setup, grads_and_loss, make_batch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from trial import VOCAB, Setup, grads_and_loss, make_batch
 
 from okd_jax import methods
 from okd_jax.config.schema import AdapterSettings
-from okd_jax.data.batch import first_rows, other_rows
+from okd_jax.data.batch import Batch, first_rows, other_rows
 from okd_jax.errors import UserError
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
@@ -104,6 +106,61 @@ def test_devices_teach_with_the_same_rows(sizes, microbatches):
     _, got = step(state, frozen, rows)
   for name in ("loss", "module_loss", "student_loss", "adapter_grad_norm"):
     np.testing.assert_allclose(got[name], want[name], rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def ways():
+  """Steps over whole rows, in micro-batches, on eight devices: batch -> figures."""
+  alone = setup_of("okd", one_row_in=2, anchor_weight=0.3)
+  cut = setup_of("okd", one_row_in=2, anchor_weight=0.3, microbatches=2)
+  mesh = sharding.make_mesh(2, 2, 2)
+  with jax.set_mesh(mesh):
+    step = compile_step(cut.method, cut.models, cut.optimizers, 2, 20, cut.state, mesh)
+    frozen = jax.device_put(cut.frozen, sharding.shardings(cut.frozen, mesh))
+
+  def on_devices(batch):
+    with jax.set_mesh(mesh):
+      state = jax.device_put(
+        jax.tree.map(jnp.copy, cut.state), sharding.shardings(cut.state, mesh)
+      )
+      return step(state, frozen, sharding.put_batch(batch, mesh))[1]
+
+  return {
+    "whole": lambda batch: alone.step(alone.state, alone.frozen, batch)[1],
+    "cut": lambda batch: cut.step(cut.state, cut.frozen, batch)[1],
+    "devices": on_devices,
+  }
+
+
+def packed(seed, empty):
+  """16 rows of two texts and some padding; nothing is trained on in rows `empty`."""
+  rng = np.random.default_rng(seed)
+  rows, length = 16, 12
+  place = np.arange(length)
+  first, end = rng.integers(2, 7, (rows, 1)), rng.integers(8, length + 1, (rows, 1))
+  segments = np.where(place < first, 1, np.where(place < end, 2, 0))
+  mask = (rng.uniform(size=(rows, length)) < 0.5) & (segments > 0)
+  mask &= np.roll(segments, -1, axis=1) == segments  # no label is another text's
+  mask[sorted(empty)] = False
+  ids = rng.integers(0, VOCAB, (2, rows, length), dtype=np.int32)
+  return Batch(ids[0], ids[1], mask, segments.astype(np.int32))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 10_000), st.sets(st.integers(0, 15), max_size=14))
+@example(0, {0, 2, 4, 6, 8, 10, 12, 14})  # no row that would teach is trained on
+@example(1, {0, 1, 2, 3, 4, 5, 6, 7})
+def test_packed_rows_give_one_loss_however_they_are_cut(ways, seed, empty):
+  """Guards B5, C1, C2."""
+  batch = packed(seed, empty)
+  want = ways["whole"](batch)
+  for name in ("cut", "devices"):
+    got = ways[name](batch)
+    for figure in ("loss", "module_loss", "student_loss", "drift"):
+      np.testing.assert_allclose(got[figure], want[figure], rtol=1e-5, atol=1e-6)
+    for tree in ("student", "adapter"):
+      norm = f"{tree}_grad_norm"
+      np.testing.assert_allclose(got[norm], want[norm], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
