@@ -5,6 +5,7 @@ half-written is never seen again.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -69,7 +70,9 @@ class Checkpoints:
     `data` is the loader's iterator, whose position is saved; `sampler` a tree of
     arrays, what sampled text needs to go on.
     """
-    parts = {"state": state, "data": data} | ({"sampler": sampler} if sampler else {})
+    parts = {"state": _as_tree(state), "data": data} | (
+      {"sampler": sampler} if sampler else {}
+    )
     started = self._checkpointer.save_checkpointables_async(
       step, parts, overwrite=True, metrics=metrics
     )
@@ -99,7 +102,7 @@ class Checkpoints:
         for late in damaged:
           _set_aside(Path(self._checkpointer.directory) / str(late))
         self._checkpointer.reload()
-      return restored["state"], step, restored.get("sampler")
+      return _filled(state, restored["state"]), step, restored.get("sampler")
     raise UserError(
       f"no checkpoint below {self._checkpointer.directory} can be read; "
       "move the folder away to start the run anew"
@@ -107,15 +110,15 @@ class Checkpoints:
 
   def restore_step(self, step: int, state, data, mesh: Mesh):
     """The state of exactly this step, placed by the sharding rules."""
-    return self._load(step, state, data, mesh, None)["state"]
+    return _filled(state, self._load(step, state, data, mesh, None)["state"])
 
   def _load(self, step: int, state, data, mesh: Mesh, sampler):
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
       ),
-      state,
-      shardings(state, mesh),
+      _as_tree(state),
+      _as_tree(shardings(state, mesh)),
     )
     wanted = {"state": abstract} | ({} if data is None else {"data": data})
     if sampler:
@@ -128,6 +131,22 @@ class Checkpoints:
 
   def close(self) -> None:
     self._checkpointer.close()
+
+
+def _as_tree(state: Any) -> Any:
+  """What is saved of a state: a dict, without fields that hold nothing.
+
+  So a checkpoint from before a field was added is read as long as the run has no use
+  for the field.
+  """
+  if not dataclasses.is_dataclass(state):
+    return state
+  return {name: value for name, value in vars(state).items() if jax.tree.leaves(value)}
+
+
+def _filled(state: Any, saved: Any) -> Any:
+  """A state of this kind with what was saved."""
+  return state.replace(**saved) if dataclasses.is_dataclass(state) else saved
 
 
 def _set_aside_unreadable(folder: Path) -> None:

@@ -53,6 +53,25 @@ def test_everything_comes_back(tmp_path):
   chex.assert_trees_all_equal(next(again), next(data))
 
 
+def test_a_state_from_before_it_carried_anything(tmp_path):
+  """Of a run that carries nothing no trace of `carried` is saved, as there was none."""
+  setup, data, mesh = Setup("okd"), loader(), sharding.make_mesh(8, 1, 1)
+  before = {
+    name: value for name, value in vars(setup.state).items() if name != "carried"
+  }
+  assert setup.state.carried == {}
+  with checkpoint.opened(tmp_path, 1) as checkpoints:
+    checkpoints.save(1, before, data, None)
+  state, *_ = restored(setup, tmp_path, 1)
+  assert state.carried == {} and state.params.keys() == setup.params.keys()
+  with checkpoint.opened(tmp_path / "now", 1) as checkpoints:
+    held = setup.state.replace(carried={"anchor_weight": jax.numpy.float32(0.25)})
+    checkpoints.save(1, held, data, None)
+    abstract = jax.eval_shape(lambda: held)
+    state, *_ = checkpoints.restore(abstract, data, mesh)
+  assert state.carried["anchor_weight"] == 0.25
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog):
   """Reliability 2: the one before it, with a clear message."""
   setup, states, _ = saved(tmp_path)
