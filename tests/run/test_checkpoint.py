@@ -67,6 +67,7 @@ def test_a_state_from_before_it_carried_anything(tmp_path):
   with checkpoint.opened(tmp_path / "now", 1) as checkpoints:
     held = setup.state.replace(carried={"anchor_weight": jax.numpy.float32(0.25)})
     checkpoints.save(1, held, data, None)
+    checkpoints.wait()
     abstract = jax.eval_shape(lambda: held)
     state, *_ = checkpoints.restore(abstract, data, mesh)
   assert state.carried["anchor_weight"] == 0.25
