@@ -3,9 +3,11 @@
     python -m configs.studies.scarce                 # once: the data, seconds
     python -m okd_jax.study --config=configs/studies/better.py --workdir=runs/better
 
-All arms but the last two begin with okd_mode_seeking.py's settings and change one thing;
-those two are the paper's OKD and the control of the arms on own text. Beside the held-out loss a judge counts: stories260K fine-tuned on
-5,211 windows that no student and no teacher has seen, reading what each student writes.
+All arms but the last two begin with okd_mode_seeking.py's settings and change one
+thing; those two are the paper's OKD, one row in eight teaching its module, and the
+control of the arms on own text. Beside the held-out loss a judge counts: stories260K
+fine-tuned on 5,211 windows that no student and no teacher has seen, reading what each
+student writes.
 """
 
 from configs.studies import scarce
