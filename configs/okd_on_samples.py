@@ -7,10 +7,10 @@ okd_mode_seeking.py's losses; in a quarter of the steps the student reads its ow
 answers instead of the data's, cross-entropy and the module's loss stay with the data's.
 The adapted teacher corrects what the student really says, and text is sampled four
 times less often than by methods that do so in every step.
-RESULTS.md, `better`: five seeds of a small study, a better held-out loss and better text
-to an independent judge than okd_mode_seeking.py's; more of its own text is better still
-(`--config.method.sampled_share=0.5`). Time and result with the default recipe,
-quickstart: not measured.
+RESULTS.md, `better`: over five seeds of a small study a better held-out loss, and text
+that an independent judge likes better, than okd_mode_seeking.py; half of the steps on
+its own text are better still (`--config.method.sampled_share=0.5`). Time and result
+with the default recipe, quickstart: not measured.
 """
 
 from configs import default
