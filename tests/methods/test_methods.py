@@ -365,6 +365,11 @@ OTHER = {
   "teacher_kl_weight": (0.7, {}),
   "student_kl_weight": (0.7, {}),
   "anchor_weight": (0.5, {}),
+  "drift_target": (0.2, {}),
+  "target_mix": (0.3, {}),
+  "target_kind": ("geometric", {"target_mix": 0.5}),
+  "token_weight": ("top:0.5", {}),
+  "student_mix": (0.4, {}),
   "rank_k": (3, {}),
   "rank_temperature": (0.2, {}),
   "rank_divisor": (1.0, {}),
@@ -400,6 +405,7 @@ USED = [
   (n, k)
   for n in sorted({*CORE, *SAMPLED})
   for k in methods.used_knobs(n)
+  if k != "student_mix_adapts"  # from one step to the next: test_targets.py
   if n == "kd" or k not in (shape_knobs() if n in CORE else methods.used_knobs("kd"))
 ]
 
