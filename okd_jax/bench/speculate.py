@@ -32,6 +32,7 @@ class _Text(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Both models, the prompts, and how they are answered."""
   add = parser.add_argument
   models = "HF folder, hub id, .gguf file or run's workdir"
   needed = {"required": True, "default": argparse.SUPPRESS}

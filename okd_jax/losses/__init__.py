@@ -1,17 +1,10 @@
 """Token-level losses. They know arrays only."""
 
 from okd_jax.losses import stored
-from okd_jax.losses.chunked import (
-  Output,
-  Part,
-  TokenLoss,
-  per_token,
-  sums_of_parts,
-  unembed,
-  weighted_sums,
-)
+from okd_jax.losses.chunked import Part, TokenLoss, sums_of_parts, weighted_sums
 from okd_jax.losses.cross_tokenizer import align, sorted_distance
 from okd_jax.losses.divergences import (
+  acceptance,
   adaptive_kl,
   alpha_beta,
   forward_kl,
@@ -23,7 +16,6 @@ from okd_jax.losses.divergences import (
   weighted_kl,
 )
 from okd_jax.losses.logits import (
-  acceptance,
   cross_entropy,
   entropy,
   log_probs,
@@ -32,6 +24,8 @@ from okd_jax.losses.logits import (
 )
 from okd_jax.losses.mean import Mean, token_weights
 from okd_jax.losses.mixture import mixture
+from okd_jax.losses.outputs import Output, unembed
+from okd_jax.losses.per_token import per_token
 from okd_jax.losses.ranking import rank_correlation
 from okd_jax.losses.sparse import (
   TopK,

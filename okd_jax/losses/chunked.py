@@ -25,62 +25,21 @@ from okd_jax.losses.layout import (
   Name,
   chunk_at,
   counting_first,
-  cut,
-  join,
   per_shard,
   put_back,
   row_shards,
 )
 from okd_jax.losses.logits import Knob
+from okd_jax.losses.outputs import Heads, Logits, Output, fitting_chunk, logits_of
 
 # (logits by model [B, C, V], labels [B, C], **knobs) -> (loss [B, C], metrics [B, C] by
 # name): of any B * C positions, neither rows nor neighbours.
 TokenLoss = Callable[..., tuple[Float[Array, "B C"], dict[str, Float[Array, "B C"]]]]
 Sums = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # of loss and metrics
 
-_Logits = dict[Name, Float[Array, "B C _"]]  # by model, each of its own vocabulary
 _Labels = PyTree[Shaped[Array, "B C ..."]]
 _HeadGrads = dict[Name, Float[Array, "G _ _"]]  # by model, a sum for each group of rows
 _HiddenGrads = dict[Name, Float[Array, "N B C _"]]  # by model, chunk by chunk
-
-_CPU_BUDGET, _BUDGET = 16 << 20, 256 << 20  # bytes of a chunk's float32 logits
-
-
-class Output(NamedTuple):
-  """What a model hands to a loss: logits, not yet multiplied out."""
-
-  hidden: Float[Array, "B L D"]
-  head: Float[Array, "V D"]
-
-
-def unembed(
-  hidden: Float[Array | np.ndarray, "*B D"], head: Float[Array | np.ndarray, "V D"]
-) -> Float[Array, "*B V"]:
-  """Hidden states times the head, in the dtype of the hidden states.
-
-  Args:
-    hidden: the last states of a decoder, after its norm.
-    head: a vector for each token, the embedding where both are tied.
-
-  Returns:
-    float32 logits [*B, V], added up in float32.
-
-  Raises:
-    ValueError: from JAX, if the widths D differ.
-
-  Source: Using the Output Embedding to Improve Language Models, Press and Wolf 2017,
-  arXiv 1608.05859, where head and embedding are one.
-
-  >>> head = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-  >>> print(unembed(jnp.array([1.0, 2.0]), head))
-  [1. 2. 3.]
-  """
-  return jnp.einsum(
-    "...d,vd->...v",
-    hidden,
-    head.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
 
 
 def weighted_sums(
@@ -172,19 +131,6 @@ def sums_of_parts(
   )
 
 
-def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
-  """The power of two whose logits of one model fill the budget of a device, or less.
-
-  On a CPU that is what its caches hold: there a loss is bound by memory, and with
-  eight times as much took 1.5 times as long. Elsewhere it is what keeps the matrix
-  units busy and is small beside any model.
-  """
-  rows = -(-rows // row_shards(rows))
-  vocab = max(output.head.shape[0] for output in outputs.values())
-  budget = _CPU_BUDGET if jax.default_backend() == "cpu" else _BUDGET
-  return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1
-
-
 def _positions(part: Part, chunk: int) -> int:
   """How many positions of each device's rows have logits at once."""
   rows, length = part.weights.shape
@@ -192,15 +138,12 @@ def _positions(part: Part, chunk: int) -> int:
   return min(chunk * rows or fitting_chunk(part.outputs, 1), length * rows)
 
 
-_Heads = dict[Name, Float[Array, "V D"]]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sums(
   token_losses: tuple[TokenLoss, ...],
   sizes: tuple[int, ...],
   hidden: tuple[Hidden, ...],
-  heads: _Heads,
+  heads: Heads,
   labels: tuple[Labels, ...],
   weights: tuple[Float[Array | np.ndarray, "B L"], ...],
   knobs: dict[str, Knob],
@@ -219,7 +162,7 @@ def _part_sums(
   hidden: Hidden,
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
-  heads: _Heads,
+  heads: Heads,
   knobs: dict[str, Knob],
 ) -> Sums:
   token_loss = functools.partial(token_loss, **knobs)
@@ -227,7 +170,7 @@ def _part_sums(
 
   def body(i: Int[Array, ""], sums: Sums) -> Sums:
     hidden, labels, weights = chunk_at(chunks, i)
-    new = _chunk_sums(token_loss, _logits(hidden, heads), labels, weights)
+    new = _chunk_sums(token_loss, logits_of(hidden, heads), labels, weights)
     return jax.tree.map(jnp.add, sums, new)
 
   return jax.lax.fori_loop(0, used, body, _zeros(token_loss, heads, chunks))
@@ -289,7 +232,7 @@ def _part_grads(
   hidden: Hidden,
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
-  heads: _Heads,
+  heads: Heads,
   trained: list[Name],
   learned: list[Name],
   head_grads: _HeadGrads,
@@ -324,15 +267,15 @@ def _part_grads(
 
 def _chunk_grads(
   token_loss: TokenLoss,
-  heads: _Heads,
+  heads: Heads,
   chunk: Chunk,
   fitted: list[Name],
-) -> tuple[Sums, _Logits]:
+) -> tuple[Sums, Logits]:
   """A chunk's sums, and the gradient of its loss in the logits of those `fitted`."""
   hidden, labels, weights = chunk
-  logits = _logits(hidden, heads)
+  logits = logits_of(hidden, heads)
 
-  def loss_of(fitted_logits: _Logits) -> Sums:
+  def loss_of(fitted_logits: Logits) -> Sums:
     return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
 
   loss, pull, metrics = jax.vjp(
@@ -344,9 +287,9 @@ def _chunk_grads(
 def _add_grads(
   i: Int[Array, ""],
   sums: tuple[_HeadGrads, _HiddenGrads],
-  grads: _Logits,
+  grads: Logits,
   hidden: Hidden,
-  heads: _Heads,
+  heads: Heads,
 ) -> tuple[_HeadGrads, _HiddenGrads]:
   """Chunk i's gradients, taken from the logits to the heads and hidden states."""
   head_grads, hidden_grads = map(dict, sums)
@@ -380,13 +323,9 @@ def _sums_bwd(
 _sums.defvjp(_sums_fwd, _sums_bwd, symbolic_zeros=True)
 
 
-def _logits(hidden: Hidden, heads: _Heads) -> _Logits:
-  return {name: unembed(h, heads[name]) for name, h in hidden.items()}
-
-
 def _chunk_sums(
   token_loss: TokenLoss,
-  logits: _Logits,
+  logits: Logits,
   labels: _Labels,
   weights: Float[Array, "B C"],
 ) -> Sums:
@@ -398,12 +337,12 @@ def _chunk_sums(
   return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
 
 
-def _zeros(token_loss: TokenLoss, heads: _Heads, chunks: Chunks) -> Sums:
+def _zeros(token_loss: TokenLoss, heads: Heads, chunks: Chunks) -> Sums:
   """Zeros shaped like one chunk's sums, found without computing one."""
 
-  def first(heads: _Heads, chunks: Chunks) -> Sums:
+  def first(heads: Heads, chunks: Chunks) -> Sums:
     hidden, labels, weights = chunk_at(chunks, 0)
-    return _chunk_sums(token_loss, _logits(hidden, heads), labels, weights)
+    return _chunk_sums(token_loss, logits_of(hidden, heads), labels, weights)
 
   shapes = jax.eval_shape(first, heads, chunks)
   return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -411,43 +350,3 @@ def _zeros(token_loss: TokenLoss, heads: _Heads, chunks: Chunks) -> Sums:
 
 def _is_primal(leaf: object) -> bool:
   return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
-
-
-def per_token(
-  function: Callable[[_Logits, _Labels], PyTree[Array]],
-  outputs: Mapping[Name, Output],
-  labels: Labels,
-  chunk: int,
-) -> PyTree[Shaped[Array, "B L ..."]]:
-  """A function of the logits at every position, chunk by chunk; not differentiated.
-
-  Args:
-    function: (logits by model [B, C, V], labels [B, C]) -> any tree of [B, C, …].
-    outputs: hidden states and head of each model, by name.
-    labels: any tree of arrays [B, L, …].
-    chunk: positions of a row that have their logits in memory at once; 0 is
-      `fitting_chunk`.
-
-  Returns:
-    The tree of the function's values at all positions [B, L, …].
-
-  Source: as `weighted_sums`.
-
-  >>> outputs = {"student": Output(jnp.array([[[1.0], [2.0]]]), jnp.array([[3.0]]))}
-  >>> first = lambda logits, labels: logits["student"][..., 0] + labels
-  >>> print(per_token(first, outputs, jnp.array([[0.5, 0.25]]), chunk=1))
-  [[3.5  6.25]]
-  """
-  rows, length = jax.tree.leaves(labels)[0].shape[:2]
-  chunk = chunk or fitting_chunk(outputs, rows)
-  outputs = jax.lax.stop_gradient(dict(outputs))
-  heads = {name: output.head for name, output in outputs.items()}
-  states = {name: output.hidden for name, output in outputs.items()}
-
-  def body(_: None, inputs: tuple[Hidden, _Labels]) -> tuple[None, PyTree[Array]]:
-    hidden, labels = inputs
-    return None, function(_logits(hidden, heads), labels)
-
-  pieces = functools.partial(cut, size=min(chunk, length))
-  _, values = jax.lax.scan(body, None, jax.tree.map(pieces, (states, labels)))
-  return jax.tree.map(lambda x: join(x, length), values)

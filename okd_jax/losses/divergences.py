@@ -213,6 +213,24 @@ def total_variation(
   return temperature**2 * 0.5 * jnp.sum(gap, axis=-1)
 
 
+def acceptance(teacher_logits: Logits, student_logits: Logits) -> PerToken:
+  """sum min(p, q): how often the teacher would keep a token drawn from the student.
+
+  Args, Raises: as `forward_kl`.
+
+  Returns:
+    A share at each position [*B]; 1 is p = q.
+
+  Source: Fast Inference from Transformers via Speculative Decoding, Leviathan et al.
+  2023, arXiv 2211.17192, Theorem 3.5.
+
+  >>> p, q = jnp.log(jnp.array([[0.75, 0.25], [0.5, 0.5]]))
+  >>> print(f"{acceptance(p, q):.2f}")
+  0.75
+  """
+  return 1 - total_variation(teacher_logits, student_logits)
+
+
 def adaptive_kl(
   teacher_logits: Logits,
   student_logits: Logits,

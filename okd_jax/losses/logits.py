@@ -102,25 +102,6 @@ def top1_agreement(teacher_logits: Logits, student_logits: Logits) -> PerToken:
   return jnp.any(best[0] & best[1], axis=-1).astype(jnp.float32)
 
 
-def acceptance(teacher_logits: Logits, student_logits: Logits) -> PerToken:
-  """sum min(p, q): how often the teacher would keep a token drawn from the student.
-
-  Args, Raises: as `top1_agreement`.
-
-  Returns:
-    A share at each position [*B]; 1 is p = q.
-
-  Source: Fast Inference from Transformers via Speculative Decoding, Leviathan et al.
-  2023, arXiv 2211.17192, Theorem 3.5: 1 less the total variation.
-
-  >>> p, q = jnp.log(jnp.array([[0.75, 0.25], [0.5, 0.5]]))
-  >>> print(f"{acceptance(p, q):.2f}")
-  0.75
-  """
-  p, q = jnp.exp(log_probs(teacher_logits)), jnp.exp(log_probs(student_logits))
-  return jnp.sum(jnp.minimum(p, q), axis=-1)
-
-
 def top_k_overlap(
   teacher_logits: Logits, student_logits: Logits, k: int = 10
 ) -> PerToken:

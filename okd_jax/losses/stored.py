@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from okd_jax.losses.chunked import Output, per_token
 from okd_jax.losses.divergences import forward_kl, reverse_kl
 from okd_jax.losses.logits import cross_entropy, entropy, log_probs
+from okd_jax.losses.outputs import Output
+from okd_jax.losses.per_token import per_token
 from okd_jax.losses.sparse import TopK, buckets, top_k
 
 # What is known of a token, by name.

@@ -23,9 +23,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt32
 
 from okd_jax.errors import UserError
 from okd_jax.text.filters import ban_repeats, keep_top_k, keep_top_p
+from okd_jax.text.prompts import Tokens, in_batches, left_padded
 from okd_jax.text.source import Source
 
-_SMALLEST_BUCKET = 32
 _SMALLEST_TEMPERATURE = 1e-6
 
 
@@ -42,9 +42,6 @@ class Sampling(NamedTuple):
 
 
 Settings = tuple[Any, ...]  # `Sampling`, or whichever NamedTuple `choose` reads
-Tokens = Int[np.ndarray, " _"]
-# One number a row, traced or in host memory.
-_Lengths = Int[Array | np.ndarray, " B"]
 
 
 class Rollout(NamedTuple):
@@ -190,9 +187,9 @@ def generate(
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
   settings = (key, traced(sampling), eos_ids, np.int32(pad_id))
   completions = {}
-  for chosen, size in _plan(prompts, batch_size, sharding):
+  for chosen, size in in_batches(prompts, batch_size, sharding):
     some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
-    inputs = _batch(some, rows[chosen], size, room, sharding)
+    inputs = left_padded(some, rows[chosen], size, room, sharding)
     out = sample(source, variables, *inputs, *settings, choose=choose, **limits)
     completions.update(zip(chosen, _rows(out), strict=False))  # no rows that only fill
   return [completions[i] for i in range(len(prompts))]
@@ -301,47 +298,6 @@ def _everywhere(tree: PyTree) -> PyTree:
   return jax.lax.with_sharding_constraint(tree, jax.P())
 
 
-def _plan(
-  prompts: Sequence[Tokens], batch_size: int, sharding: jax.sharding.Sharding | None
-) -> Iterator[tuple[list[int], int]]:
-  """(indices of a batch's prompts, its rows) for each batch, the longest first.
-
-  If memory is short, it then shows at once. No batch is larger than needed; a sharded
-  one is a multiple of its shards.
-  """
-  if not prompts:
-    return
-  size = min(batch_size, power_of_two(len(prompts)))
-  if sharding is not None:
-    devices = sharding.num_devices
-    shards = devices // sharding.shard_shape((devices,))[0]
-    size = -(-size // shards) * shards
-  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-  for first in range(0, len(order), size):
-    yield order[first : first + size], size
-
-
-def _batch(
-  prompts: Sequence[Tokens],
-  rows: Int[np.ndarray, " _"],
-  size: int,
-  room: int,
-  sharding: jax.sharding.Sharding | None,
-) -> tuple[Int[Array | np.ndarray, "B L"], _Lengths, UInt32[Array | np.ndarray, " B"]]:
-  """(tokens, lengths, rows) of one batch, with empty rows where prompts are too few.
-
-  Prompts are padded on the left to a power of two, so that there is at most one
-  program a bucket.
-  """
-  lengths = np.array([len(p) for p in prompts] + [0] * (size - len(prompts)), np.int32)
-  width = min(max(_SMALLEST_BUCKET, power_of_two(lengths.max())), room)
-  tokens = np.zeros((size, width), np.int32)
-  for i, prompt in enumerate(prompts):
-    tokens[i, width - len(prompt) :] = prompt
-  batch = (tokens, lengths, np.resize(rows, size).astype(np.uint32))
-  return batch if sharding is None else jax.device_put(batch, sharding)
-
-
 def _rows(out: Rollout) -> Iterator[Completion]:
   out = jax.device_get(out)
   for tokens, length, logprobs, ended in zip(*out, strict=True):
@@ -354,10 +310,6 @@ def traced(sampling: Settings) -> Settings:
     return sampling
   temperature, top_k, top_p = sampling
   return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p))
-
-
-def power_of_two(n: int | np.integer) -> int:
-  return 1 << (int(n) - 1).bit_length()
 
 
 def _check(

@@ -28,10 +28,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from okd_jax.errors import UserError
 from okd_jax.losses import unembed
 from okd_jax.models import Cache, Decoder, head_kernel, init_cache
-from okd_jax.text.rollout import Sampling, power_of_two, traced, warp
+from okd_jax.text.prompts import bucket
+from okd_jax.text.rollout import Sampling, traced, warp
 from okd_jax.text.source import Side
-
-_SMALLEST_BUCKET = 32
 
 
 class Drafted(NamedTuple):
@@ -97,7 +96,7 @@ def generate(
   most = min(side.decoder.config.max_length for side in (model, draft))
   _check(prompt, most, max_new_tokens, draft_tokens)
   # A place before the first token, where the draft's first step finds nothing.
-  width = max(_SMALLEST_BUCKET, power_of_two(prompt.size + 1))
+  width = bucket(prompt.size + 1)
   tokens = np.zeros(width, np.int32)
   tokens[width - prompt.size :] = prompt
   loop = speculate(

@@ -22,7 +22,7 @@ from okd_jax.losses import (
   unembed,
   weighted_sums,
 )
-from okd_jax.losses.chunked import fitting_chunk
+from okd_jax.losses.outputs import fitting_chunk
 
 BATCH, LENGTH, VOCAB = 3, 10, 31
 LOSSES = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}

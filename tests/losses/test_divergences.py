@@ -20,6 +20,7 @@ from okd_jax.losses import (
   reverse_kl,
   skew_forward_kl,
   skew_reverse_kl,
+  top_k_overlap,
   total_variation,
   weighted_kl,
 )
@@ -635,3 +636,15 @@ def test_cross_entropy_extremes():
     got = cross_entropy(wide, labels)
     want = oracle.cross_entropy(exact(a)[0], np.asarray(labels))
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_overlap_of_the_likeliest_tokens():
+  """Sets of the k best of each, counted one by one; k beyond the vocabulary is all."""
+  rng = np.random.default_rng(0)
+  p, q = rng.normal(size=(2, 3, 4, 12)).astype(np.float32)
+  for k in (1, 5, 20):
+    got = top_k_overlap(jnp.asarray(p), jnp.asarray(q), k)
+    size = min(k, 12)
+    for place in np.ndindex(3, 4):
+      best = [{*np.argsort(-z[place])[:size].tolist()} for z in (p, q)]
+      assert got[place] == pytest.approx(len(best[0] & best[1]) / size)

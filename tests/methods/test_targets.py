@@ -132,7 +132,7 @@ def test_a_gate_is_the_modules_alone():
     loss = lambda s, t: trial(s, t, base, batch)  # noqa: E731
     return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(student, teacher)
 
-  (s, t), metrics = grads(gated)
+  (s, t), _ = grads(gated)
   (s_all, t_all), _ = grads(plain)
   chex.assert_trees_all_close(s, s_all, **CLOSE)
   mask = np.asarray(batch.mask)
@@ -145,7 +145,6 @@ def test_a_gate_is_the_modules_alone():
     # The kept ones share what the row's tokens weigh together.
     factor = mask[row].sum() / len(kept)
     np.testing.assert_allclose(t[row, kept], factor * t_all[row, kept], rtol=1e-4)
-  assert metrics["finite" if "finite" in metrics else "module_loss"] > 0
 
 
 @pytest.mark.parametrize("name", ["kd", "okd"])
