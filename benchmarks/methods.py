@@ -58,7 +58,6 @@ class Racer:
   """One method, ready to make steps."""
 
   def __init__(self, run: Run, rows: Sequence, folder: Path):
-    self.run = run
     self._rows, self._step = rows, 0
     start = time.perf_counter()
     answers = beforehand.answers(run, Workdir(folder))
@@ -69,6 +68,9 @@ class Racer:
       kept = trunk.complete(run.cast, run.data, run.settings, run.mesh, kept)
     self._batches = Batches(run, answers, kept)
     self._state = run.init()
+    if kept and kept.eval is not None:
+      run = run.only_top()
+    self.run = run
     self._train_step = compile_step(
       run.method,
       run.plan.models,

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   # What `python -m okd_jax.cache_teacher` stored: read in place of the teacher.
   config.teacher.cache = ""
   # With adapter.layers=k: keep what enters the top k layers, 'memory' or a folder, so
-  # that the layers below run once for every row and not once an epoch.
+  # that the layers below run once for every row and then leave the devices.
   config.teacher.trunk = ""
   config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
   config.teacher.model = _random_model()  # at random; its keys: see student.model

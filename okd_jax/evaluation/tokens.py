@@ -130,7 +130,13 @@ def compile_token_step(
 
   def step(variables: Mapping[Who, PyTree], batch: Batch):
     outputs = {
-      who: output(decoder, variables[who], batch) for who, decoder in decoders.items()
+      who: output(
+        decoder,
+        variables[who],
+        batch,
+        **({"hidden": batch.trunk} if decoder.only_top else {}),
+      )
+      for who, decoder in decoders.items()
     }
     size = vocab_size or min(o.head.shape[0] for o in outputs.values())
     outputs = {who: o._replace(head=o.head[:size]) for who, o in outputs.items()}

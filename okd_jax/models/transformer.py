@@ -12,7 +12,8 @@ Notable features:
   virtual tokens come before all others and so depend on none of them: they run through
     the layers once, in a batch of one, and the real tokens see their keys and values as
     a prefix. Lengths and the cache stay as they are;
-  a pass may stop below some layer and go on from there later.
+  a pass may stop below some layer and go on from there later, even in a decoder of
+    nothing but the layers above.
 
 No sharding annotations here: `sharding.py` does it by parameter path.
 """
@@ -82,6 +83,8 @@ class Decoder(nn.Module):
     dropout: rate on the embeddings and on each residual branch's output; needs
       the rng 'dropout' unless it is 0.
     attention: the kernel, of `kernels.KERNELS`; '' is the platform's.
+    only_top: whether these are the top layers of a deeper model, to be entered by
+      `hidden` alone.
   """
 
   config: ModelConfig
@@ -90,6 +93,7 @@ class Decoder(nn.Module):
   remat: bool = False
   dropout: float = 0.0
   attention: str = ""
+  only_top: bool = False
 
   @nn.compact
   def __call__(
@@ -141,6 +145,8 @@ class Decoder(nn.Module):
       raise ValueError(f"layers {start} to {stop} of {total} are none")
     if hidden is None and start:
       raise ValueError(f"start={start} needs the hidden states that enter that layer")
+    if self.only_top and hidden is None:
+      raise ValueError("the layers below were dropped; give what enters these")
     if hidden is not None and mix is not None:
       raise ValueError("mix is of embeddings, which hidden takes the place of")
     if cache is not None and (hidden is not None or stop < total):

@@ -98,7 +98,7 @@ class Batches:
     beside: dict[str, Any] = {}
     trunk = None
     if self._trunk:
-      trunk = self._trunk.read(texts, gold["segment_ids"] > 0)["hidden"]
+      trunk = self._trunk.train.read(texts, gold["segment_ids"] > 0)["hidden"]
     if plan.gold:
       beside["gold"] = Batch.of(gold).replace(trunk=trunk)
     elif trunk is not None:

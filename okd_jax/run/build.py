@@ -16,11 +16,11 @@ from okd_jax.run.cast import Cast, kernel, make_cast, shapes
 from okd_jax.run.data import Data, read_data
 from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline, outline
-from okd_jax.run.plan import Plan, make_plan
+from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
-from okd_jax.teachers import saliency
+from okd_jax.teachers import saliency, trunk
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,12 @@ class Run:
     """The state of step 0; not needed by a run that resumes."""
     student, plan = self.settings.student, self.plan
     return first_state(student, self.cast, plan.random, plan.abstract, self.mesh)
+
+  def only_top(self) -> "Run":
+    """The run without its teacher's trunk, which is deleted from the devices."""
+    cast = trunk.only_top(self.cast)
+    plan = dataclasses.replace(self.plan, models=make_models(self.job, cast))
+    return dataclasses.replace(self, cast=cast, plan=plan)
 
 
 def build(config: ConfigDict, workdir: Workdir) -> Run:

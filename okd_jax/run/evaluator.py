@@ -26,17 +26,18 @@ from okd_jax.evaluation.tokens import (
 from okd_jax.run.build import Run
 from okd_jax.run.data import Reading
 from okd_jax.runtime import sharding
-from okd_jax.teachers.store import Store
+from okd_jax.teachers.store import Memory, Store
 
 
 class Evaluator:
   """Everything measured during training, on the held-out rows; compiled once.
 
+  trunk: what enters the teacher's top layers, where these are all that is left of it.
   said: everybody's newest answers, by the place that their row came from.
   """
 
-  def __init__(self, run: Run):
-    self._run, self._cast = run, run.cast
+  def __init__(self, run: Run, trunk: Store | Memory | None = None):
+    self._run, self._cast, self._trunk = run, run.cast, trunk
     self.said: dict[Who, dict[str, str]] = {}
     self._beside = {(STUDENT, ""): run.cast.student}  # who can be compared with it
     if not run.data.other:  # else there is no vocabulary to compare in
@@ -111,10 +112,13 @@ class Evaluator:
 
     def batch(rows: Mapping[str, np.ndarray]) -> Batch:
       own, numbers = Batch.of(rows), rows["row"]
-      if not stored:
-        return own
-      said = stored.read(numbers[numbers >= 0][:, None], rows["mask"])
-      return own.replace(stored=said)
+      texts = numbers[numbers >= 0][:, None]
+      if stored:
+        own = own.replace(stored=stored.read(texts, rows["mask"]))
+      if self._trunk:
+        kept = self._trunk.read(texts, rows["segment_ids"] > 0)
+        own = own.replace(trunk=kept["hidden"])
+      return own
 
     where = sharding.batch_sharding(self._run.mesh)
     return evaluate_tokens(

@@ -36,9 +36,9 @@ class Place(NamedTuple):
 
 
 class Evaluations:
-  """The student's scores: found, written down and told to the batches.
+  """Scores: found, written down and told to the batches.
 
-  scores: by step, those of the run's earlier parts among them.
+  scores: the student's by step, those of the run's earlier parts among them.
   """
 
   def __init__(
@@ -54,17 +54,16 @@ class Evaluations:
     self._samples = about.Samples(run, workdir)
     self.scores = {row["step"]: row for row in writer.kept if row["kind"] == "eval"}
 
-  def begin(self, step: int, params: Mapping[str, PyTree]) -> bool:
-    """Scores the teachers, at step 0, and the student where that is still missing."""
-    if step == 0:
-      found = self._evaluator.teachers()
-      for name, scores in found.items():
-        self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
-        self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
-    due = self.due(step)
-    if due:
-      self(step, params)
-    return due
+  def teachers(self) -> None:
+    """Scores the frozen teachers, which are whole."""
+    found = self._evaluator.teachers()
+    for name, scores in found.items():
+      self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
+      self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
+
+  def go_on_with(self, run: Run, kept: trunk.Kept) -> None:
+    """From now on the teacher is the top of itself that `run` has."""
+    self._evaluator = Evaluator(run, kept.eval)
 
   def due(self, step: int) -> bool:
     every = self._settings.every
@@ -115,7 +114,7 @@ def train(
   writer = _writer(run, workdir, place.step if checkpoints.steps() else -1, config)
   try:
     evaluations = Evaluations(run, workdir, writer, batches)
-    _begin(evaluations, checkpoints, batches, place)
+    run = _begin(run, evaluations, checkpoints, batches, kept, place)
     stop.check()
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)
     with Progress(run, writer, place.step) as progress, trace:
@@ -131,12 +130,29 @@ def train(
 
 
 def _begin(
-  evaluations: Evaluations, checkpoints: Checkpoints, batches: Batches, place: Place
-) -> None:
-  """Evaluates before the first step, or what a signal had cut off."""
+  run: Run,
+  evaluations: Evaluations,
+  checkpoints: Checkpoints,
+  batches: Batches,
+  kept: trunk.Kept | None,
+  place: Place,
+) -> Run:
+  """Evaluates before the first step, or what a signal had cut off.
+
+  Returns:
+    The run that goes on: without the teacher's lower layers where nobody needs them.
+  """
   state, step, loader = place
-  if evaluations.begin(step, state.params) and step:
-    checkpoints.save(step, state, loader, evaluations.scores[step], batches.state())
+  if step == 0:
+    evaluations.teachers()
+  if kept and kept.eval is not None:
+    run = run.only_top()
+    evaluations.go_on_with(run, kept)
+  if evaluations.due(step):
+    scores = evaluations(step, state.params)
+    if step:
+      checkpoints.save(step, state, loader, scores, batches.state())
+  return run
 
 
 def _whole(run: Run, kept: trunk.Kept) -> trunk.Kept:
@@ -146,7 +162,7 @@ def _whole(run: Run, kept: trunk.Kept) -> trunk.Kept:
   if seen < 2 * rows:
     _log.warning(
       "%s: the run sees its %d rows %.1f times; a trunk pays from the second time on",
-      kept.name,
+      kept.train.name,
       rows,
       seen / rows,
     )

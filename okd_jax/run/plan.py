@@ -62,8 +62,14 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     method.trees,
     method.carried,
   )
-  stored = cast.stored.get("train")
-  models = methods.apply_functions(
+  models = make_models(job, cast)
+  return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))
+
+
+def make_models(job: Job, cast: Cast) -> Models:
+  """What a method sees of the cast."""
+  settings, stored = job.settings, cast.stored.get("train")
+  return methods.apply_functions(
     cast.student.clone(dropout=settings.train.dropout),
     cast.teachers,
     cast.adapted,
@@ -72,7 +78,6 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     settings.adapter.one_row_in,
     settings.adapter.module_tokens,
   )
-  return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))
 
 
 def count_steps(train: TrainSettings, rows: int) -> int:

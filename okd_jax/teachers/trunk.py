@@ -2,14 +2,16 @@
 
 With `adapter.layers=k` only the top k layers of the teacher hold adapters, so what
 enters them depends on the text alone. Kept in bfloat16, 2 D bytes a token, in memory or
-on disk, it leaves k layers and the head of the teacher's work. Computing it costs one
-pass of the trunk, so it pays from the second epoch on; rows that a method samples have
-no trunk to keep, and evaluation runs the whole teacher.
+on disk, it leaves k layers and the head of the teacher's work, and of its weights.
+Computing it costs one pass of the trunk, so it pays from the second epoch on. Rows that
+a method samples have no trunk to keep: there the teacher stays whole.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,18 @@ from okd_jax.teachers import load, precompute, store
 
 MEMORY = "memory"
 
-Kept = store.Store | store.Memory
+_INPUTS = ("embed", "position_embed")  # what only the embedding of tokens reads
+
+
+class Kept(NamedTuple):
+  """What enters the adapted layers.
+
+  train: of the training rows, by their numbers.
+  eval: of the held-out rows; None where the teacher stays whole and needs none.
+  """
+
+  train: store.Store | store.Memory
+  eval: store.Store | store.Memory | None
 
 
 @runtime_checkable
@@ -40,9 +53,13 @@ class Adapted(Protocol):
 
 @runtime_checkable
 class Rows(Protocol):
-  """The training rows."""
+  """The training rows and the held-out ones."""
 
   train: Sequence[Example]
+  eval: Sequence[Example]
+
+
+Whole = TypeVar("Whole", bound=Adapted)
 
 
 def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kept:
@@ -54,15 +71,20 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
   where, start = settings.teacher.trunk, _layers(cast)
   if problem := _problem(method, cast, start, settings.method.name):
     raise UserError(f"teacher.trunk={where}: {problem}")
-  if where == MEMORY:
-    if jax.process_count() > 1:
-      raise UserError(
-        "teacher.trunk=memory is for one process; name a folder that all can read"
-      )
-    return store.Memory(len(data.train), "trunk")
-  about = load.teacher_key(settings, data.train)
-  about |= {"layers": start} | load.dtypes(settings)
-  return store.begin(Path(where), len(data.train), about)
+  if where == MEMORY and jax.process_count() > 1:
+    raise UserError(
+      "teacher.trunk=memory is for one process; name a folder that all can read"
+    )
+
+  def begun(rows: Sequence[Example], *folder: str) -> store.Store | store.Memory:
+    if where == MEMORY:
+      return store.Memory(len(rows), " ".join(["trunk", *folder]))
+    about = load.teacher_key(settings, rows)
+    about |= {"layers": start} | load.dtypes(settings)
+    return store.begin(Path(where, *folder), len(rows), about)
+
+  train = begun(data.train)
+  return Kept(train, None if _needs_all(method, cast) else begun(data.eval, "eval"))
 
 
 def complete(
@@ -77,17 +99,54 @@ def complete(
     hidden = output(decoder, {"params": frozen}, batch, stop=start).hidden
     return {"hidden": hidden.astype(jnp.bfloat16)}
 
-  precompute.fill(
-    data.train,
-    kept,
-    below,
-    "segment_ids",
-    frozen=cast.frozen[name],
-    mesh=mesh,
-    length=settings.data.max_length,
-    batch_size=settings.eval.batch_size,
-  )
+  for rows, part in ((data.train, kept.train), (data.eval, kept.eval)):
+    if part is not None:
+      precompute.fill(
+        rows,
+        part,
+        below,
+        "segment_ids",
+        frozen=cast.frozen[name],
+        mesh=mesh,
+        length=settings.data.max_length,
+        batch_size=settings.eval.batch_size,
+      )
   return kept
+
+
+def only_top(cast: Whole) -> Whole:
+  """The cast with the adapted layers and the head alone of its teacher.
+
+  What lies below is deleted from the devices, whoever still refers to it; outputs then
+  need the trunk's rows, and the decoders refuse to do without.
+  """
+  [(name, decoder)] = cast.teachers.items()
+  start, config = _layers(cast), decoder.config
+  config = dataclasses.replace(config, num_layers=config.num_layers - start)
+
+  def short(decoders: Mapping[str, Decoder]) -> dict[str, Decoder]:
+    return {n: d.clone(config=config, only_top=True) for n, d in decoders.items()}
+
+  params = dict(cast.frozen[name])
+  for part in _INPUTS:
+    if part in params and not (part == "embed" and config.tie_embeddings):
+      jax.tree.map(lambda x: x.delete(), params.pop(part))
+  params["layers"] = jax.tree.map(
+    functools.partial(_cut, start=start), params["layers"]
+  )
+  return dataclasses.replace(
+    cast,
+    teachers=short(cast.teachers),
+    adapted=short(cast.adapted),
+    frozen={name: params},
+  )
+
+
+def _cut(stack: Array, start: int) -> Array:
+  """The layers from `start` on, in the same sharding; the others are deleted."""
+  top = jax.jit(lambda x: x[start:], out_shardings=stack.sharding)(stack)
+  stack.delete()
+  return top
 
 
 def _layers(cast: Adapted) -> int:
@@ -95,6 +154,14 @@ def _layers(cast: Adapted) -> int:
   for decoder in cast.adapted.values():
     return decoder.adapter.trunk_layers(decoder.config.num_layers)
   return 0
+
+
+def _needs_all(method: Method, cast: Adapted) -> bool:
+  """Whether the whole teacher is wanted: for rows that nobody keeps, or to export."""
+  plan: Any = method.sequences
+  unkept = plan.sampled or plan.beforehand or plan.prepare or plan.own_tokens
+  [decoder] = cast.adapted.values()
+  return bool(unkept) or decoder.adapter.folder == "teacher"
 
 
 def _problem(method: Method, cast: Adapted, start: int, name: str) -> str:
