@@ -3,7 +3,7 @@
 python -m okd_jax.generate --model=M --prompt="Once upon a time"
 python -m okd_jax.generate --model=RUN --prompt="Name three colours."  # RUN's template
 python -m okd_jax.generate --model=M --prompt=- --chat --temperature=0.8 <prompt.txt
-python -m okd_jax.generate --model=TEACHER --draft=STUDENT --prompt=…  # sooner
+python -m okd_jax.generate --model=TEACHER --draft=STUDENT --prompt=…  # speculatively
 """
 
 import argparse
@@ -15,11 +15,16 @@ from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
 from okd_jax.text.complete import NEW_TOKENS, RAW, complete
 from okd_jax.text.rollout import Sampling
+from okd_jax.text.speculative import DRAFT_TOKENS
 
 
 def main(arguments: list[str]) -> None:
   """Prints the completion that the arguments ask for."""
   flags = _parser().parse_args(arguments)
+  if flags.draft_tokens and not flags.draft:
+    raise UserError(
+      "--draft_tokens is the length of a draft; name its model by --draft"
+    )
   cli.use_compilation_cache()
   prompt = cli.text_or_stdin(flags.prompt, "the prompt")
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
@@ -36,7 +41,7 @@ def main(arguments: list[str]) -> None:
     seed=flags.seed,
     dtype=flags.dtype,
     draft=draft,
-    draft_tokens=flags.draft_tokens,
+    draft_tokens=flags.draft_tokens or DRAFT_TOKENS,
   )
   print(completion, flush=True)
 
@@ -51,15 +56,18 @@ def _parser() -> cli.Parser:
   needed = {"required": True, "default": argparse.SUPPRESS}
   add("--model", **needed, help="HF folder, hub id, .gguf file or run's workdir")
   add("--prompt", **needed, help="text to continue; - reads standard input")
-  add("--template", help=f"as data.template, or {RAW}: the prompt as it is; {own}")
-  add("--chat", action="store_true", help="the same as --template=chat")
+  form = parser.add_mutually_exclusive_group().add_argument
+  form("--template", help=f"as data.template, or {RAW}: the prompt as it is; {own}")
+  form("--chat", action="store_true", help="the same as --template=chat")
   most = f"{NEW_TOKENS}, or less where the model's context is full before"
   count = cli.number(int, "at least 1", lambda n: n >= 1)
   add("--max_new_tokens", type=count, metavar="N", help=most)
   cli.add_sampling(parser, temperature=0.0)
   add("--draft", default="", help="a smaller model of the same tokens: it writes ahead")
-  ahead = "tokens that --draft writes before each pass of the model"
-  add("--draft_tokens", type=count, default=4, metavar="N", help=ahead)
+  ahead = (
+    f"tokens that it writes before each pass of the model, {DRAFT_TOKENS} if unset"
+  )
+  add("--draft_tokens", type=count, metavar="N", help=ahead)
   cli.add_dtype(parser)
   return parser
 

@@ -65,6 +65,17 @@ def test_a_draft_changes_nothing_but_the_time(folder, tmp_path, printed, caplog)
   assert printed(f"--model={folder}", f"--draft={other}", "--prompt=u") == "vwxyz"
 
 
+def test_what_needs_a_draft_is_refused_without_one(folder, printed):
+  with pytest.raises(UserError, match="name its model by --draft"):
+    printed(f"--model={folder}", "--draft_tokens=3", "--prompt=u")
+
+
+def test_two_templates(folder, printed, capsys):
+  with pytest.raises(SystemExit):
+    printed(f"--model={folder}", "--chat", "--template=alpaca", "--prompt=u")
+  assert "not allowed with" in capsys.readouterr().err
+
+
 def test_a_draft_of_other_tokens(folder, tmp_path, printed):
   tokenizer = alphabet_tokenizer()
   tokenizer.add_tokens(["zz"])

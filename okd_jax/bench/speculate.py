@@ -43,7 +43,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   add("--limit", type=at_least(1), default=16, help="prompts, the first so many")
   add("--max_prompt_length", type=at_least(1), default=128, help="of them the last")
   add("--max_new_tokens", type=at_least(1), default=64, help="of an answer")
-  add("--draft_tokens", type=at_least(1), default=4, help="drafted before each pass")
+  add(
+    "--draft_tokens",
+    type=at_least(1),
+    default=speculative.DRAFT_TOKENS,
+    help="drafted before each pass",
+  )
   add("--temperature", type=measure.temperature, default=0.0, help="0 is greedy")
   add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of all")
 

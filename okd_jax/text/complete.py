@@ -30,7 +30,7 @@ def complete(
   seed: int = 0,
   dtype: str = "float32",
   draft: Model | None = None,
-  draft_tokens: int = 4,
+  draft_tokens: int = speculative.DRAFT_TOKENS,
 ) -> str:
   """The text that `model` puts after `prompt`, without special tokens.
 

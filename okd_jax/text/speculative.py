@@ -32,6 +32,8 @@ from okd_jax.text.prompts import bucket
 from okd_jax.text.rollout import Sampling, traced, warp
 from okd_jax.text.source import Side
 
+DRAFT_TOKENS = 4  # before each pass of the large model, where nobody says
+
 
 class Drafted(NamedTuple):
   """A text, and how its drafts fared.
@@ -81,7 +83,7 @@ def generate(
   max_new_tokens: int,
   sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
   eos_ids: Sequence[int] = (),
-  draft_tokens: int = 4,
+  draft_tokens: int = DRAFT_TOKENS,
 ) -> Drafted:
   """Continues a prompt as `model` would.
 
