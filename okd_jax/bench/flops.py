@@ -5,6 +5,7 @@ for each side that somebody differentiates. Attention is counted as it is comput
 CPU, all pairs of a row. Norms, activations and softmax are not counted.
 """
 
+from okd_jax.methods.base import TokenWeight
 from okd_jax.models import ModelConfig
 
 
@@ -17,29 +18,48 @@ def step(
   adapted_layers: int = 0,
   module_size: int = 0,
   taught: float = 1.0,
+  token_weight: TokenWeight | None = None,
+  module_tokens: TokenWeight | None = None,
 ) -> dict[str, float]:
   """{part: operations} of one step on `tokens` tokens in rows of `length`.
 
   adapted_layers: how many of the teacher's top layers hold modules. The backward pass
     goes through these and the head, and takes no gradient of a frozen weight.
   module_size: parameters of all modules together.
-  taught: the share of all tokens that modules learn from, over the steps.
+  taught: the share of the rows that modules learn from, over the steps.
+  token_weight, module_tokens: how the student's loss and the modules' weigh tokens,
+    which takes logits of its own; what neither of them keeps has none in the losses.
   """
   forward, backward = 1, 2
   parts = {"student": (forward + backward) * _layers(student, tokens, length)}
-  heads = (forward + backward) * _head(student, tokens)
-  if teacher:
-    parts["teacher forward"] = _layers(teacher, tokens, length)
-    heads += _head(teacher, tokens)
-  if teacher and adapted_layers:
+  own = (forward + backward) * _head(student, tokens)
+  if not teacher:
+    return parts | {"heads": own}
+  parts["teacher forward"] = _layers(teacher, tokens, length)
+  own += _head(teacher, tokens)
+  kept = token_weight.share if token_weight else 1.0
+  heads = kept * own + _scores(token_weight, student, teacher, tokens)
+  if adapted_layers:
     share = adapted_layers / teacher.num_layers
     attention = _attention(teacher, tokens, length) * adapted_layers
     # Of a product with a frozen weight one side, of attention's products both.
     backward_layers = share * _layers(teacher, tokens, length) + attention
     parts["teacher backward"] = taught * backward_layers
     parts["modules"] = (forward + backward * taught) * 2 * module_size * tokens
-    heads += taught * _head(teacher, tokens)
+    both = max(kept, module_tokens.share if module_tokens else 1.0)
+    heads += taught * ((both - kept) * own + both * _head(teacher, tokens))
+    heads += taught * _scores(module_tokens, student, teacher, tokens)
   return parts | {"heads": heads}
+
+
+def _scores(
+  how: TokenWeight | None, student: ModelConfig, teacher: ModelConfig, tokens: int
+) -> float:
+  """Logits that tokens are weighed by, where they are."""
+  if not how:
+    return 0.0
+  models = [teacher] if how.kind == "entropy" else [teacher, student]
+  return sum(_head(model, tokens) for model in models)
 
 
 def _layers(config: ModelConfig, tokens: int, length: int) -> float:

@@ -20,6 +20,7 @@ from okd_jax.bench.measure import at_least
 from okd_jax.config.read import defaults
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
+from okd_jax.methods.base import TokenWeight
 from okd_jax.methods.base.knobs import at_start
 from okd_jax.models import ModelConfig, adapters
 from okd_jax.run import checks
@@ -229,6 +230,7 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
   if cast.adapter:
     layers = teacher.num_layers - cast.adapter.trunk_layers(teacher.num_layers)
   adapters = state.params.get("adapter", {})
+  weight = settings.method.knobs.get("token_weight") or ""
   return flops.step(
     cast.student.config,
     teacher,
@@ -237,6 +239,8 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
     adapted_layers=layers,
     module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
     taught=settings.adapter.rows / settings.adapter.every,
+    token_weight=TokenWeight.read("method.token_weight", weight),
+    module_tokens=settings.adapter.module_tokens,
   )
 
 

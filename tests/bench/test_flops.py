@@ -3,6 +3,7 @@
 import pytest
 
 from okd_jax.bench import flops
+from okd_jax.methods.base import TokenWeight
 from okd_jax.models import ModelConfig
 
 LLAMA = ModelConfig(
@@ -48,6 +49,31 @@ def test_modules_in_the_top_layers(layers):
       "heads": 3 * head(4) + 2 * head(8),
     }
   )
+
+
+@pytest.mark.parametrize(
+  ("weight", "gate", "heads"),
+  [
+    # Scored by both heads; a fifth of the tokens in the loss, in taught rows half.
+    ("top:0.2", "top:0.5", 12 + 0.2 * 20 + 0.5 * (12 + 0.3 * 20 + 0.5 * 8)),
+    # The teacher's entropy takes its own head; the student's loss has all tokens.
+    ("entropy", "top:0.1", 8 + 20 + 0.5 * (12 + 8)),
+    ("", "divergence", 20 + 0.5 * (12 + 8)),
+  ],
+)
+def test_weighed_tokens(weight, gate, heads):
+  """In units of a head of one channel; half of the rows teach the modules."""
+  parts = flops.step(
+    GPT,
+    LLAMA,
+    TOKENS,
+    LENGTH,
+    adapted_layers=1,
+    taught=0.5,
+    token_weight=TokenWeight.read("method.token_weight", weight),
+    module_tokens=TokenWeight.read("adapter.tokens", gate),
+  )
+  assert parts["heads"] == pytest.approx(heads * head(1))
 
 
 def test_a_frozen_teacher_runs_forwards_only():
