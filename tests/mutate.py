@@ -375,6 +375,22 @@ BUGS = (
     "tests/teachers/test_trunk.py -k changes_no_loss",
   ),
   Bug(
+    "embeddings fed to the top of a teacher without its trunk",
+    "planted",
+    "okd_jax/models/transformer.py",
+    "if self.only_top and hidden is None:",
+    "if False:",
+    "tests/teachers/test_trunk.py -k dropped",
+  ),
+  Bug(
+    "the trunk of other rows beside the held-out ones",
+    "planted",
+    "okd_jax/run/loop.py",
+    "self._evaluator = Evaluator(run, kept.eval)",
+    "self._evaluator = Evaluator(run, kept.train)",
+    "tests/teachers/test_trunk.py -m slow -k drops",
+  ),
+  Bug(
     "ULD without the tokens that only one vocabulary has",
     "planted",
     f"{LOSSES}/cross_tokenizer.py",

@@ -5,7 +5,7 @@ So what a token weighs depends on its own row alone, and not on how a batch is c
 micro-batches, devices or chunks.
 
 It takes logits that are computed a second time, without a gradient, but no forward
-pass; and tokens of weight 0 then have no logits in the loss.
+pass; and tokens of weight 0 in all losses have no logits there.
 """
 
 import dataclasses
