@@ -21,10 +21,6 @@ from okd_jax.text.speculative import DRAFT_TOKENS
 def main(arguments: list[str]) -> None:
   """Prints the completion that the arguments ask for."""
   flags = _parser().parse_args(arguments)
-  if flags.draft_tokens and not flags.draft:
-    raise UserError(
-      "--draft_tokens is the length of a draft; name its model by --draft"
-    )
   cli.use_compilation_cache()
   prompt = cli.text_or_stdin(flags.prompt, "the prompt")
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
@@ -41,7 +37,7 @@ def main(arguments: list[str]) -> None:
     seed=flags.seed,
     dtype=flags.dtype,
     draft=draft,
-    draft_tokens=flags.draft_tokens or DRAFT_TOKENS,
+    draft_tokens=flags.draft_tokens,
   )
   print(completion, flush=True)
 

@@ -66,7 +66,7 @@ def test_a_draft_changes_nothing_but_the_time(folder, tmp_path, printed, caplog)
 
 
 def test_what_needs_a_draft_is_refused_without_one(folder, printed):
-  with pytest.raises(UserError, match="name its model by --draft"):
+  with pytest.raises(UserError, match="name who writes it by --draft"):
     printed(f"--model={folder}", "--draft_tokens=3", "--prompt=u")
 
 

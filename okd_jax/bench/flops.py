@@ -32,13 +32,9 @@ def step(
   """
   forward, backward = 1, 2
   parts = {"student": (forward + backward) * _layers(student, tokens, length)}
-  own = (forward + backward) * _head(student, tokens)
   if not teacher:
-    return parts | {"heads": own}
+    return parts | {"heads": (forward + backward) * _head(student, tokens)}
   parts["teacher forward"] = _layers(teacher, tokens, length)
-  own += _head(teacher, tokens)
-  kept = token_weight.share if token_weight else 1.0
-  heads = kept * own + _scores(token_weight, student, teacher, tokens)
   if adapted_layers:
     share = adapted_layers / teacher.num_layers
     attention = _attention(teacher, tokens, length) * adapted_layers
@@ -46,10 +42,28 @@ def step(
     backward_layers = share * _layers(teacher, tokens, length) + attention
     parts["teacher backward"] = taught * backward_layers
     parts["modules"] = (forward + backward * taught) * 2 * module_size * tokens
-    both = max(kept, module_tokens.share if module_tokens else 1.0)
-    heads += taught * ((both - kept) * own + both * _head(teacher, tokens))
-    heads += taught * _scores(module_tokens, student, teacher, tokens)
+  else:
+    taught = 0.0
+  heads = _heads(student, teacher, tokens, taught, token_weight, module_tokens)
   return parts | {"heads": heads}
+
+
+def _heads(
+  student: ModelConfig,
+  teacher: ModelConfig,
+  tokens: int,
+  taught: float,
+  token_weight: TokenWeight | None,
+  module_tokens: TokenWeight | None,
+) -> float:
+  """Logits: of both models forwards, the student's and, for its modules, the teacher's
+  backwards; and those that tokens are weighed by."""
+  own = 3 * _head(student, tokens) + _head(teacher, tokens)
+  kept, pulls = (how.share if how else 1.0 for how in (token_weight, module_tokens))
+  both = max(kept, pulls)
+  total = kept * own + _scores(token_weight, student, teacher, tokens)
+  total += taught * ((both - kept) * own + both * _head(teacher, tokens))
+  return total + taught * _scores(module_tokens, student, teacher, tokens)
 
 
 def _scores(

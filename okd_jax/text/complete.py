@@ -30,7 +30,7 @@ def complete(
   seed: int = 0,
   dtype: str = "float32",
   draft: Model | None = None,
-  draft_tokens: int = speculative.DRAFT_TOKENS,
+  draft_tokens: int | None = None,
 ) -> str:
   """The text that `model` puts after `prompt`, without special tokens.
 
@@ -39,10 +39,12 @@ def complete(
     max_new_tokens: None is NEW_TOKENS, or less where the context ends before.
     sampling, seed: how to draw.
     dtype: of the matrix products.
-    draft: a smaller model that writes so many `draft_tokens` ahead (`speculative`).
+    draft: a smaller model that writes so many `draft_tokens` ahead (`speculative`);
+      None of them are DRAFT_TOKENS.
 
   Raises:
-    UserError: for an unusable template, an empty prompt, another model's tokenizer.
+    UserError: for an unusable template, an empty prompt, another model's tokenizer,
+      `draft_tokens` without a draft.
   """
   tokens = _prompt_tokens(model, prompt, template)
   _check(tokens, model.config.vocab_size)
@@ -61,15 +63,19 @@ def _continue(
   side: Side,
   small: Side | None,
   tokens: list[int],
-  draft_tokens: int,
+  draft_tokens: int | None,
   settings: dict[str, Any],
 ) -> Int[np.ndarray, " T"]:
   """The new tokens; where a small model drafts, it is told how that went."""
   if small is None:
+    if draft_tokens:
+      raise UserError(
+        "--draft_tokens is the length of a draft; name who writes it by --draft"
+      )
     source = decoder_source(side.decoder)
     [completion] = rollout.generate(source, side.variables, [tokens], **settings)
     return completion.tokens
-  settings["draft_tokens"] = draft_tokens
+  settings["draft_tokens"] = draft_tokens or speculative.DRAFT_TOKENS
   found = speculative.generate(side, small, tokens, **settings)
   _log.info("%s", _told(found))
   return found.tokens
