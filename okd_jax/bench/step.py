@@ -158,8 +158,7 @@ def build(flags: argparse.Namespace) -> Trial:
   if text.sampled or text.beforehand or job.method.several:
     raise UserError(f"--method={flags.method} is more than a step on given rows")
   mesh = sharding.make_mesh()
-  adapter = job.settings.adapter
-  sharding.check_batch(train.batch_size, train.microbatches, mesh, adapter.one_row_in)
+  sharding.check_batch(train.batch_size, train.microbatches, mesh, job.one_row_in)
   cast = _cast(job, student, teacher, mesh)
   length = job.settings.data.max_length
   checks.check_attention(train.attention, length, cast.decoders)
@@ -172,7 +171,7 @@ def build(flags: argparse.Namespace) -> Trial:
     batch = text.prepare(plan.models, state.params, cast.frozen, batch, key, now)
   begun, takes = time.perf_counter(), (state, cast.frozen, batch)
   program = _compiled(job, plan, mesh, *takes)
-  elapsed, every = time.perf_counter() - begun, adapter.every
+  elapsed, every = time.perf_counter() - begun, job.settings.adapter.every
   held = _compiled(job, plan, mesh, *takes, learns=False) if every > 1 else None
   return Trial(program, held, every, *takes, elapsed, _operations(job, cast, state))
 
@@ -238,7 +237,7 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
     settings.data.max_length,
     adapted_layers=layers,
     module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
-    taught=settings.adapter.rows / settings.adapter.every,
+    taught=1 / job.one_row_in / settings.adapter.every,
     token_weight=TokenWeight.read("method.token_weight", weight),
     module_tokens=settings.adapter.module_tokens,
   )

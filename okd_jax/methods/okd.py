@@ -164,7 +164,9 @@ def _student_loss(knobs: Knobs) -> TokenLoss:
     student, target = logits["student"], stop_gradient(logits["teacher"])
     if knobs.mixes_teachers:
       base = stop_gradient(logits["base"])
-      target = between_teachers(target, base, target_mix, knobs.target_kind)
+      target = between_teachers(
+        target, base, target_mix, knobs.target_kind, rest["temperature"]
+      )
     if not is_zero(student_mix):
       target = towards_student(target, student, student_mix)
     d = distance(target, student, **rest)

@@ -65,9 +65,8 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   job = check(config)
   settings = job.settings
   mesh = sharding.make_mesh(**vars(settings.mesh))
-  group = settings.adapter.one_row_in
   sharding.check_batch(
-    settings.train.batch_size, settings.train.microbatches, mesh, group
+    settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
   sources = source_list(settings.data.train)
   records = functools.cache(lambda: load_records(sources))

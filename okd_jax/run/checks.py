@@ -1,5 +1,6 @@
 """What can be wrong between the parts of a run, before anything is loaded and after."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,6 +12,8 @@ from okd_jax.evaluation.answers import answerable
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
 from okd_jax.models import Decoder, kernels
+
+_log = logging.getLogger(__name__)
 
 # Figures are named after teachers, beside those of these.
 _TEACHER_NAME = re.compile(r"(?!(student|teacher|.*adapted)$)\w[\w-]*")
@@ -26,6 +29,8 @@ def before(settings: Settings, method: Method) -> None:
     *_length_problems(settings, method),
     *_share_problems(settings, method),
   ]
+  if settings.teacher.trunk:
+    problems += _trunk_problems(settings, method)
   if settings.teacher.cache:
     problems += _stored_problems(settings, method)
   if problems:
@@ -65,14 +70,36 @@ def _share_problems(settings: Settings, method: Method) -> Iterator[str]:
   """What is wrong with adapters that learn from some rows, or in some steps, alone.
 
   Of a method without adapters nothing: like their rank, these keys are then idle, so
-  that a recipe that has them serves every method.
+  that a recipe that has them serves every method. Recipes set `rows`, which is idle
+  for any method that cannot do it.
   """
   adapter, name = settings.adapter, settings.method.name
-  set_to = {"rows": adapter.rows, "every": adapter.every, "until": adapter.until}
+  if not method.adapts or method.takes_rows:
+    return
+  why = f"{name}'s module learns from all it reads, always"
+  if adapter.rows != 1:
+    _log.info("adapter.rows=%s is idle: %s", adapter.rows, why)
+  set_to = {"every": adapter.every, "until": adapter.until}
   changed = [f"adapter.{key}={value}" for key, value in set_to.items() if value != 1]
   changed += [f"adapter.tokens={adapter.tokens}"] if adapter.tokens else []
-  if changed and method.adapts and not method.takes_rows:
-    yield f"{', '.join(changed)}: {name}'s module learns from all it reads, always"
+  if changed:
+    yield f"{', '.join(changed)}: {why}"
+
+
+def _trunk_problems(settings: Settings, method: Method) -> Iterator[str]:
+  """Why there is no trunk to keep, as far as no model's depth is needed to know."""
+  plan, name, adapter = method.sequences, settings.method.name, settings.adapter
+  where = f"teacher.trunk={settings.teacher.trunk}"
+  if method.several:
+    yield f"{where}: method {name} keeps no trunk"
+  elif not method.adapts:
+    yield f"{where}: {name} has no adapter here"
+  elif plan.sampled and not plan.gold:
+    yield f"{where}: {name} trains on sampled rows alone"
+  elif not adapter.layers and (adapter.kind or method.adapter) != "blocks":
+    yield (
+      f"{where}: no layer is below the adapters; set adapter.layers=k for the top k"
+    )
 
 
 def _several_problems(settings: Settings, method: Method) -> Iterator[str]:
@@ -104,8 +131,6 @@ def _problems_of_several(settings: Settings, names: list[str]) -> Iterator[str]:
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
     if settings.student.layers:
       yield "student.layers takes layers from a single teacher; set student.path"
-  if one.trunk:
-    yield f"teacher.trunk={one.trunk}: method {name} keeps no trunk"
   if settings.adapter.text or settings.adapter.kind == "blocks":
     yield "adapter.text and adapter.kind=blocks are for a single teacher"
   weights = settings.method.knobs.get("teacher_weights", ())
@@ -172,7 +197,7 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
   elif not method.takes_stored or plan.sampled or plan.beforehand:
     problem = (
       f"method {name} needs the teacher itself, not what it said; use kd or one of its "
-      "named forms, with method.top_k=0 and no adapter.kind"
+      "named forms, without method.top_k, token_weight, student_mix and adapter.kind"
     )
   elif isinstance(method.knobs["temperature"], Linear):
     problem = "method.end.temperature: what is stored has one temperature"

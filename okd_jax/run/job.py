@@ -25,6 +25,12 @@ class Job:
       return ""
     return self.settings.adapter.kind or self.method.adapter
 
+  @property
+  def one_row_in(self) -> int:
+    """One row in so many teaches the adapters; 1 where none learns from some rows."""
+    some = self.method.adapts and self.method.takes_rows
+    return self.settings.adapter.one_row_in if some else 1
+
 
 def check(config: ConfigDict) -> Job:
   """The job that a resolved configuration describes.

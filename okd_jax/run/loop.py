@@ -147,6 +147,7 @@ def _begin(
     evaluations.teachers()
   if kept and kept.eval is not None:
     run = run.only_top()
+    _log.info("teacher.trunk: the teacher's lower layers leave the devices")
     evaluations.go_on_with(run, kept)
   if evaluations.due(step):
     scores = evaluations(step, state.params)

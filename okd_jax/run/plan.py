@@ -75,7 +75,7 @@ def make_models(job: Job, cast: Cast) -> Models:
     cast.adapted,
     settings.train.loss_chunk,
     stored.about["vocab_size"] if stored else None,
-    settings.adapter.one_row_in,
+    job.one_row_in,
     settings.adapter.module_tokens,
   )
 

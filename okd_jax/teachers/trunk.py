@@ -69,8 +69,11 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
     UserError: if there is no such trunk, or the folder holds another.
   """
   where, start = settings.teacher.trunk, _layers(cast)
-  if problem := _problem(method, cast, start, settings.method.name):
-    raise UserError(f"teacher.trunk={where}: {problem}")
+  if not start:
+    raise UserError(
+      f"teacher.trunk={where}: no layer is below the adapters; set adapter.layers to "
+      "fewer than the teacher has"
+    )
   if where == MEMORY and jax.process_count() > 1:
     raise UserError(
       "teacher.trunk=memory is for one process; name a folder that all can read"
@@ -84,7 +87,11 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
     return store.begin(Path(where, *folder), len(rows), about)
 
   train = begun(data.train)
-  return Kept(train, None if _needs_all(method, cast) else begun(data.eval, "eval"))
+  if _needs_all(method, cast):
+    return Kept(train, None)
+  # Runs that share the training rows may hold out different ones.
+  digest = store.rows_digest(data.eval)[:8]
+  return Kept(train, begun(data.eval, f"eval-{digest}"))
 
 
 def complete(
@@ -162,14 +169,3 @@ def _needs_all(method: Method, cast: Adapted) -> bool:
   unkept = plan.sampled or plan.beforehand or plan.prepare or plan.own_tokens
   [decoder] = cast.adapted.values()
   return bool(unkept) or decoder.adapter.folder == "teacher"
-
-
-def _problem(method: Method, cast: Adapted, start: int, name: str) -> str:
-  plan: Any = method.sequences
-  if not cast.adapted:
-    return f"{name} has no adapter here"
-  if not start:
-    return "there is no layer below the adapters; set adapter.layers=k for the top k"
-  if plan.sampled and not plan.gold:
-    return f"{name} trains on sampled rows alone"
-  return ""

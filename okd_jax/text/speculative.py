@@ -127,7 +127,8 @@ def _check(
   elif prompt.size + max_new_tokens > most:
     problem = (
       f"the prompt has {prompt.size} tokens and {max_new_tokens} new ones are asked "
-      f"for, but one of the two models takes at most {most} in all"
+      f"for, but model and draft take at most {most} in all; shorten it, or do "
+      "without --draft where the model alone takes more"
     )
   if problem:
     raise UserError(f"cannot generate: {problem}")

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from trial import VOCAB, Setup, grads_and_loss, make_batch
 
 from okd_jax import methods
+from okd_jax.config import read
 from okd_jax.config.schema import AdapterSettings
 from okd_jax.data.batch import Batch, first_rows, other_rows
 from okd_jax.errors import UserError
+from okd_jax.run import job
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
 
@@ -228,5 +230,15 @@ def test_who_takes_shares():
     if method.adapts:
       assert method.takes_rows == (name != "promptkd"), name
   assert methods.build("kd", {}, "lora").takes_rows
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "smollm2", "stories"])
+@pytest.mark.parametrize("name, group", [("promptkd", 1), ("kd", 1), ("okd", 4)])
+def test_a_recipes_share_of_rows_stops_no_method(recipe, name, group):
+  flags = [f"--config=configs/{recipe}.py", f"--config.method.name={name}"]
+  assert job.check(read.read(flags)).one_row_in == group
+
+
+def test_rows_of_a_group_stay_together():
   with pytest.raises(UserError, match="and of 1 / adapter.rows = 4"):
     sharding.check_batch(16, 1, sharding.make_mesh(8, 1, 1), 4)

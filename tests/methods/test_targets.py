@@ -200,20 +200,21 @@ def student_gradient(name, student, teacher, base, batch, **knobs):
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "geometric"])
-@pytest.mark.parametrize("share", [0.0, 0.3])
-def test_a_mixture_of_both_teachers(kind, share):
-  """The forward KL's gradient is weight * (q - the mixture)."""
+@pytest.mark.parametrize("share, heat", [(0.0, 1.0), (0.3, 1.0), (0.3, 2.0)])
+def test_a_mixture_of_both_teachers(kind, share, heat):
+  """The gradient of T^2 times the forward KL is weight * T (q - the mixture), at T."""
   student, teacher, base = make_logits()
   batch = make_batch()
-  knobs = {"target_mix": share, "target_kind": kind}
+  knobs = {"target_mix": share, "target_kind": kind, "temperature": heat}
   got = student_gradient("okd", student, teacher, base, batch, **knobs)
+  adapted, plain = (softmax(z / heat) for z in (teacher, base))
   if kind == "arithmetic":
-    mixed = share * softmax(teacher) + (1 - share) * softmax(base)
+    mixed = share * adapted + (1 - share) * plain
   else:
-    logs = [np.log(softmax(z)) for z in (teacher, base)]
-    mixed = softmax(share * logs[0] + (1 - share) * logs[1])
+    mixed = softmax(share * np.log(adapted) + (1 - share) * np.log(plain))
   weight = np.asarray(batch.mask / batch.mask.sum())[..., None]
-  np.testing.assert_allclose(got, weight * (softmax(student) - mixed), atol=1e-6)
+  want = weight * heat * (softmax(student / heat) - mixed)
+  np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["kd", "okd"])
@@ -258,6 +259,9 @@ def test_a_target_that_adapts():
       knob, carried, {"divergence": jnp.float32(d)}, jnp.float32(step / 1000)
     )
     np.testing.assert_allclose(carried["student_mix"], share, rtol=1e-6)
+  near, figures = {"student_mix": jnp.float32(0.5001)}, {"divergence": jnp.float32(1)}
+  last = targets._adapt(Linear(0.6, 0.5), carried | near, figures, jnp.float32(0))
+  assert last["student_mix"] == 0.5  # and not beyond the end
   method = methods.build(
     "okd", {"student_mix": 0.5, "end": {"student_mix": 0.0}, "student_mix_adapts": True}
   )
@@ -271,6 +275,11 @@ def test_a_target_that_adapts():
     ("okd", {"target_mix": 1.5}, "target_mix=1.5 must lie between"),
     ("kd", {"student_mix": -0.1}, "student_mix=-0.1 must lie between"),
     ("kd", {"student_mix_adapts": True}, "must move, to 0 as a rule"),
+    (
+      "kd",
+      {"student_mix_adapts": True, "student_mix": 0.1, "end": {"student_mix": 0.5}},
+      "must fall",
+    ),
     ("kd", {"target_mix": 0.5}, "kd here does not read it"),
     ("okd", {"drift_target": -1}, "drift_target=-1 must be at least 0"),
     (

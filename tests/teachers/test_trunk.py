@@ -164,7 +164,7 @@ def test_sampled_rows_have_no_trunk_but_gold_ones_have(tmp_path):
   ("changes", "words"),
   [
     ({"adapter.layers": 0}, "set adapter.layers=k"),
-    ({"adapter.layers": 3}, "set adapter.layers=k"),
+    ({"adapter.layers": 3}, "set adapter.layers to fewer"),
     ({"method.name": "kd", "method.anchor_weight": 0.0}, "kd has no adapter"),
     (
       {
@@ -177,9 +177,9 @@ def test_sampled_rows_have_no_trunk_but_gold_ones_have(tmp_path):
   ],
 )
 def test_where_there_is_no_trunk(changes, words, tmp_path):
-  run = built(okd(**changes | {"teacher.trunk": "memory"}), tmp_path)
+  """Told before anything is loaded, but for the teacher's depth."""
   with pytest.raises(UserError, match=words):
-    opened(run)
+    opened(built(okd(**changes | {"teacher.trunk": "memory"}), tmp_path))
 
 
 def test_an_ensemble_keeps_none(tmp_path):

@@ -35,15 +35,18 @@ def between_teachers(
   frozen: Float[Array, "B C V"],
   share: _Number,
   kind: str,
+  temperature: _Number = 1.0,
 ) -> Float[Array, "B C V"]:
   """Logits of a mixture, so much of it the adapted teacher's.
 
-  kind: 'arithmetic', of probabilities; 'geometric', of their logarithms.
+  kind: 'arithmetic', of probabilities at `temperature`, at which the logits are then to
+    be read; 'geometric', of their logarithms.
   """
   if kind == "geometric":
     return share * log_probs(adapted) + (1 - share) * log_probs(frozen)
   share = jnp.full(adapted.shape[:-1], share)
-  return mixture([adapted, frozen], jnp.stack([share, 1 - share], axis=-1))
+  shares = jnp.stack([share, 1 - share], axis=-1)
+  return mixture([adapted, frozen], shares, temperature)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,11 @@ class TargetKnobs(DivergenceKnobs):
       raise UserError(
         f"method.student_mix_adapts: {show('method.student_mix', self.student_mix)} "
         "must move, to 0 as a rule: set method.end.student_mix"
+      )
+    if self.student_mix_adapts and self.student_mix.start < self.student_mix.end:
+      raise UserError(
+        f"method.student_mix_adapts: {show('method.student_mix', self.student_mix)} "
+        "must fall: set method.end.student_mix below it"
       )
 
   @property
@@ -101,7 +109,7 @@ def _adapt(
 
   With t = 1 - share and d the divergence, delta = (d_before - d) / d_before, averaged
   with momentum .99 to m: t grows by 5e-4 sigmoid(m) (1 - t), and is never behind the
-  straight line of the knob.
+  straight line of the knob, nor beyond the knob's end.
 
   Source: TAID, arXiv 2501.16937, Section 3.3 and Algorithm 1.
   """
@@ -109,5 +117,5 @@ def _adapt(
   fell = jnp.where(before > 0, (before - now) / jnp.where(before > 0, before, 1), 0)
   gain = _MOMENTUM * carried["_student_mix_gain"] + (1 - _MOMENTUM) * fell
   share = carried["student_mix"] * (1 - _RATE * jax.nn.sigmoid(gain))
-  share = jnp.minimum(share, knob(progress))
+  share = jnp.maximum(jnp.minimum(share, knob(progress)), knob.end)
   return {"student_mix": share, "_student_mix_gain": gain, "_divergence": now}
