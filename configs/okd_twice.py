@@ -5,9 +5,12 @@
 
 Stage 'okd' trains a student and, with it, the teacher's small module. The run itself
 is forward KD from that teacher, its module merged in and frozen: no teacher learns any
-more, so a step costs what KD's costs. What the module has learned is a product that
-serves students of other sizes, too: --config.student.path=…, in a --workdir of its own
-with --config.teacher.path=… and --config.teacher.adapter=runs/twice/stages/okd.
+more, so a step costs what KD's costs. Flags for the stage name it:
+--config.stages.okd.adapter.every=4 --config.stages.okd.method.drift_target=0.1.
+
+What the module has learned is a product that serves students of other sizes, too:
+--config.student.path=…, in a --workdir of its own with --config.teacher.path=… and
+--config.teacher.adapter=runs/twice/stages/okd.
 
 Further students need not even run it. Store what it says once, then train from that:
 
