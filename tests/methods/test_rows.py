@@ -74,7 +74,7 @@ def test_micro_batches_teach_with_the_same_rows(name, microbatches):
     np.testing.assert_allclose(same[figure], metrics[figure], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ONLINE)
+@pytest.mark.parametrize("name", ["okd", pytest.param("kd", marks=pytest.mark.slow)])
 def test_rows_without_a_trained_token_teach_nothing(name):
   """Guards B5: all rows that would teach are masked; the student learns anyway."""
   batch = without(make_batch(), jnp.array([0, 4]))

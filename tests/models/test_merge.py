@@ -26,13 +26,15 @@ def test_merged_weights_give_the_adapted_hidden_states(layers):
   config = Lora(rank=3, scale=0.7, targets=targets, layers=layers)
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, VOCAB)
   decoder = Decoder(TEACHER, config)
-  variables = decoder.init(jax.random.key(0), tokens)
+  variables = jax.jit(decoder.init)(jax.random.key(0), tokens)
   adapter = jax.tree.map(lambda x: x + 0.1, variables["adapter"])
+  bare = jax.jit(Decoder(TEACHER).apply)
   merged = config.merge(variables["params"], adapter)
-  want, _ = decoder.apply({"params": variables["params"], "adapter": adapter}, tokens)
-  got, _ = Decoder(TEACHER).apply({"params": merged}, tokens)
+  variables |= {"adapter": adapter}
+  want, _ = jax.jit(decoder.apply)(variables, tokens)
+  got, _ = bare({"params": merged}, tokens)
   np.testing.assert_allclose(got, want, atol=2e-5)
-  plain, _ = Decoder(TEACHER).apply({"params": variables["params"]}, tokens)
+  plain, _ = bare({"params": variables["params"]}, tokens)
   assert jnp.abs(got - plain).max() > 0.05
   below = TEACHER.num_layers - (layers or TEACHER.num_layers)
   for one, other in zip(

@@ -41,7 +41,7 @@ def test_an_adapter_and_a_random_teacher(cast):
   """The frozen teacher is drawn with fold_in(seed, 1), and so was its adapter once."""
   key = jax.random.fold_in(jax.random.key(SEED), 1)
   [(name, decoder)] = cast.adapted.items()
-  twin = decoder.init(key, jnp.zeros((1, 1), jnp.int32))
+  twin = jax.jit(decoder.init)(key, jnp.zeros((1, 1), jnp.int32))
   np.testing.assert_allclose(
     twin["params"]["embed"]["embedding"],
     cast.frozen[name]["embed"]["embedding"],
