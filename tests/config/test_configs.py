@@ -244,7 +244,7 @@ def test_stages_leave_the_runs_own_method_to_it(recipe, tmp_path):
 @pytest.mark.parametrize(
   "flags",
   [
-    ["teacher.trunk=memory"],
+    ["method.name=okd", "adapter.layers=2", "teacher.trunk=memory"],
     ["method.name=kd", "adapter.kind=", "teacher.cache=stored"],
     ["method.name=kd", "teacher.adapter=runs/okd"],
     ["eval.best=forward_kl", "eval.patience=3"],
