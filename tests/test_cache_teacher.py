@@ -177,7 +177,7 @@ def test_a_foreign_store_is_refused(changes, words, whole, folder):
     ({"method.name": "gkd"}, "needs the teacher itself"),
     ({"method.name": "sft"}, "no use for a teacher"),
     ({"adapter.kind": "lora"}, "needs the teacher itself"),
-    ({"method.top_k": 4}, "method.top_k=0"),
+    ({"method.top_k": 4}, "without method.top_k"),
     ({"method.end.temperature": 2.0}, "has one temperature"),
   ],
 )

@@ -214,7 +214,7 @@ def test_what_cannot_be_generated_is_told():
   short = side(dataclasses.replace(TINY, max_length=8))
   with pytest.raises(UserError, match="the prompt is empty"):
     speculative.generate(model, model, [], KEY, max_new_tokens=2)
-  with pytest.raises(UserError, match="takes at most 8"):
+  with pytest.raises(UserError, match="take at most 8"):
     speculative.generate(model, short, [1, 2], KEY, max_new_tokens=7)
   with pytest.raises(UserError, match="a token to draft"):
     speculative.generate(model, model, [1], KEY, max_new_tokens=2, draft_tokens=0)
