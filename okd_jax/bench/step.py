@@ -301,6 +301,7 @@ def shape_of(text: str) -> tuple[int, int]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of `bench step`, beside those of the configuration."""
   add = parser.add_argument
   model_flags(parser)
   add("--teacher", type=shape_of, default="8x512", help="LAYERSxCHANNELS")

@@ -129,6 +129,7 @@ def compile_token_step(
   """
 
   def step(variables: Mapping[Who, PyTree], batch: Batch):
+    """({figure: its sum over the tokens that count}, how many these are)."""
     outputs = {
       who: output(
         decoder,

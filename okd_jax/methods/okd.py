@@ -121,6 +121,7 @@ def build(knobs: Knobs) -> Method:
     key: Key[Array, ""] | None,
     now: Now,
   ) -> Loss:
+    """(sum in nats, {figure: its sum}) of a batch [B, L] and its weights."""
     student = models.student(params["student"], batch, key)
     [name] = models.teachers
 
@@ -161,6 +162,7 @@ def _student_loss(knobs: Knobs) -> TokenLoss:
     student_mix: Any = 0.0,
     **rest: Any,
   ):
+    """(loss [B, C] in nats, {figure: [B, C]}): arXiv 2409.12512, Eq. 17."""
     student, target = logits["student"], stop_gradient(logits["teacher"])
     if knobs.mixes_teachers:
       base = stop_gradient(logits["base"])
@@ -184,6 +186,7 @@ def _with_module(student_loss: TokenLoss, module_loss: TokenLoss) -> TokenLoss:
   """The sum of both; labels may be (labels, each loss's weight of each position)."""
 
   def token_loss(logits: Logits, labels: Any, **knobs: Any):
+    """(loss [B, C] in nats, {figure: [B, C]}) of logits [B, C, V] by model."""
     labels, *weights = labels if isinstance(labels, tuple) else (labels,)
     mine = {k: v for k, v in knobs.items() if k not in _STUDENTS}
     found = student_loss(logits, labels, **knobs), module_loss(logits, labels, **mine)

@@ -111,6 +111,7 @@ class Evaluator:
     )
 
     def batch(rows: Mapping[str, np.ndarray]) -> Batch:
+      """The rows [B, L], with what is stored or kept of their tokens."""
       own, numbers = Batch.of(rows), rows["row"]
       texts = numbers[numbers >= 0][:, None]
       if stored:

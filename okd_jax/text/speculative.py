@@ -313,6 +313,7 @@ def _draft(
     cache: Cache,
     own_key: Key[Array, ""],
   ) -> tuple[Int[Array, ""], Float[Array, " V"], Cache]:
+    """(a drawn token, the probabilities behind it, the cache after `tokens`)."""
     logits, cache = _logits(draft, tokens, places, cache, vocab_size)
     q = distribution(logits[-1:], sampling)[0]
     token = jax.random.categorical(own_key, jnp.log(q))
