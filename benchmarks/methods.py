@@ -68,7 +68,7 @@ class Racer:
       kept = trunk.complete(run.cast, run.data, run.settings, run.mesh, kept)
     self._batches = Batches(run, answers, kept)
     self._state = run.init()
-    if kept and kept.eval is not None:
+    if kept and kept.replaces:
       run = run.only_top()
     self.run = run
     self._train_step = compile_step(

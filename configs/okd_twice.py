@@ -28,12 +28,11 @@ from configs import default
 
 def get_config(recipe: str = "quickstart"):
   config = default.recipe(recipe)
-  student = config.student.to_dict()
   default.use(config, "okd")  # its knobs are the recipe's, where that is OKD
   config.stages.okd = {
     "method": config.method.to_dict(),
-    "teacher": {"path": config.teacher.path},
-    "student": {key: student[key] for key in ("path", "layers")},
+    "teacher": {key: config.teacher[key] for key in ("path", "model")},
+    "student": config.student.to_dict(),
     "adapter": config.adapter.to_dict() | {"kind": "lora"},
     "eval": {"generate": False},
   }

@@ -80,7 +80,7 @@ def test_a_draft_of_other_tokens(folder, tmp_path, printed):
   tokenizer = alphabet_tokenizer()
   tokenizer.add_tokens(["zz"])
   other = save(tmp_path / "other", tokenizer)
-  with pytest.raises(UserError, match="name a --draft that was distilled"):
+  with pytest.raises(UserError, match="of model and draft .* that was distilled"):
     printed(f"--model={folder}", f"--draft={other}", "--prompt=u")
 
 

@@ -55,13 +55,16 @@ def compare_tokenizers(
   teacher: PreTrainedTokenizerBase,
   student: PreTrainedTokenizerBase,
   remedy: str = _REMEDY,
+  names: tuple[str, str] = ("teacher", "student"),
 ) -> None:
   """Checks that every id means the same token to both.
 
   Model sizes do not matter here: rows without a token are padding. A padding token
   that only one of the two has does no harm either, since it is never a target.
 
-  remedy: what to do where they differ.
+  Args:
+    remedy: what to do where they differ.
+    names: what a message calls the two.
 
   Raises:
     UserError: saying how many ids differ, and which.
@@ -75,12 +78,12 @@ def compare_tokenizers(
   different = [i for i in different if not (i in padding and i not in padding[i])]
   if different:
     shown = "; ".join(
-      f"id {i}: {_shown(theirs, i)} in teacher, {_shown(ours, i)} in student"
+      f"id {i}: {_shown(theirs, i)} in {names[0]}, {_shown(ours, i)} in {names[1]}"
       for i in different[:3]
     )
     more = "; ..." if len(different) > 3 else ""
     raise UserError(
-      f"the tokenizers of teacher and student differ in {len(different)} ids "
+      f"the tokenizers of {names[0]} and {names[1]} differ in {len(different)} ids "
       f"({shown}{more}); {remedy}"
     )
 

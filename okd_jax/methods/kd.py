@@ -22,6 +22,7 @@ from okd_jax.methods.base import (
   Now,
   Params,
   TargetKnobs,
+  check_idle,
   check_least,
   check_share,
   check_weight,
@@ -35,6 +36,7 @@ from okd_jax.methods.base import (
   weigh,
 )
 from okd_jax.methods.base.divergences import Distance, among_top_k
+from okd_jax.methods.base.knobs import never
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Knobs(TargetKnobs):
     check_share("method.kd_ratio", self.kd_ratio)
     check_weight("method.gold_weight", self.gold_weight)
     check_least("method.top_k", self.top_k, 0)
+    if never(self.kd_ratio):
+      check_idle(self, "method.kd_ratio above 0", "student_mix", "top_k")
 
   @property
   def numbers(self) -> dict[str, Knob]:

@@ -54,7 +54,7 @@ from okd_jax.methods.base import (
   towards_student,
   weigh,
 )
-from okd_jax.methods.base.knobs import ends
+from okd_jax.methods.base.knobs import ends, never
 
 UPDATES = {
   # Algorithm 1: both distributions are computed once, then both trees move.
@@ -95,6 +95,9 @@ class Knobs(online_module.Knobs, TargetKnobs):
     check_choice("method.target_kind", self.target_kind, ("arithmetic", "geometric"))
     if not self.mixes_teachers:
       check_idle(self, "method.target_mix below 1", "target_kind")
+    if never(self.student_kl_weight):
+      needed = "method.student_kl_weight above 0"
+      check_idle(self, needed, "target_mix", "student_mix")
 
   @property
   def mixes_teachers(self) -> bool:

@@ -145,7 +145,7 @@ def _begin(
   state, step, loader = place
   if step == 0:
     evaluations.teachers()
-  if kept and kept.eval is not None:
+  if kept and kept.replaces:
     run = run.only_top()
     _log.info("teacher.trunk: the teacher's lower layers leave the devices")
     evaluations.go_on_with(run, kept)

@@ -41,6 +41,11 @@ class Kept(NamedTuple):
   train: store.Store | store.Memory
   eval: store.Store | store.Memory | None
 
+  @property
+  def replaces(self) -> bool:
+    """Whether it serves all rows of the run, so that the layers below may go."""
+    return self.eval is not None
+
 
 @runtime_checkable
 class Adapted(Protocol):

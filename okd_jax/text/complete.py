@@ -92,7 +92,7 @@ def _fitting(draft: Model, model: Model) -> Model:
     from okd_jax.data import compare_tokenizers
 
     remedy = "name a --draft that was distilled from the model"
-    compare_tokenizers(model.tokenizer, draft.tokenizer, remedy)
+    compare_tokenizers(model.tokenizer, draft.tokenizer, remedy, ("model", "draft"))
   return draft
 
 

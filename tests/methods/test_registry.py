@@ -147,6 +147,13 @@ def test_a_knob_that_is_not_read_is_refused(name, knobs, adapter, message):
     ("seqkd", {"temperature": 2.0}, "method.seqkd_ratio above 0"),
     ("seqkd", {"divergence": "reverse_kl"}, "method.seqkd_ratio above 0"),
     ("seqkd", {"top_k": 5}, "method.seqkd_ratio above 0"),
+    ("kd", {"kd_ratio": 0.0, "top_k": 5}, "method.kd_ratio above 0"),
+    ("kd", {"kd_ratio": 0.0, "student_mix": 0.5}, "method.kd_ratio above 0"),
+    (
+      "okd",
+      {"student_kl_weight": 0.0, "target_mix": 0.5},
+      "method.student_kl_weight above 0",
+    ),
   ],
 )
 def test_a_knob_without_an_effect_is_refused(name, knobs, needed):
