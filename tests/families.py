@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from okd_jax import models
-from okd_jax.models import ModelConfig, RopeScaling
+from okd_jax.models import LayerKind, ModelConfig, RopeScaling, preset
 
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
 _GPT2 = {
@@ -27,6 +27,23 @@ _GPT2 = {
   "out_bias": True,
   "mlp_bias": True,
 }
+_ODD = {  # dimensions of most families below
+  "vocab_size": 67,
+  "hidden_size": 36,
+  "num_layers": 3,
+  "num_heads": 6,
+  "num_kv_heads": 2,
+  "head_dim": 10,
+  "mlp_size": 52,
+  "max_length": 256,
+  "norm_eps": 1e-6,
+  "bos_id": 1,
+  "eos_ids": (2,),
+  "pad_id": 0,
+}
+_YARN = RopeScaling(
+  "yarn", 4.0, original_max_length=64, beta_fast=8.0, attention_factor=1.1
+)
 CONFIGS = {
   "gpt2": ModelConfig(
     **_GPT2,
@@ -104,6 +121,119 @@ CONFIGS = {
     tie_embeddings=False,
     norm_eps=1e-6,
   ),
+  "mistral_window": preset(
+    "mistral", **_ODD, layer_kinds=(LayerKind(13),) * 3, tie_embeddings=False
+  ),
+  "ministral": preset(
+    "ministral", **_ODD, layer_kinds=(LayerKind(9), LayerKind(), LayerKind(9))
+  ),
+  "qwen2": preset("qwen2", **_ODD, rope_theta=1e6),
+  "qwen2_window": preset(
+    "qwen2",
+    **_ODD,
+    rope_scaling=_YARN,
+    layer_kinds=(LayerKind(), LayerKind(), LayerKind(21)),
+    tie_embeddings=False,
+  ),
+  "qwen3": preset("qwen3", **_ODD, rope_theta=1e6),
+  "qwen3_biases": preset(
+    "qwen3",
+    **_ODD,
+    qkv_bias=True,
+    out_bias=True,
+    tie_embeddings=False,
+    rope_scaling=RopeScaling("dynamic", 4.0),
+  ),
+  "qwen3_moe": preset(
+    "qwen3_moe", **_ODD, experts=5, experts_per_token=2, tie_embeddings=False
+  ),
+  "qwen3_moe_raw": preset(
+    "qwen3_moe",
+    **_ODD,
+    experts=4,
+    experts_per_token=3,
+    normalize_experts=False,
+    layer_kinds=(LayerKind(17),) * 3,
+  ),
+  "gemma2": preset(
+    "gemma2",
+    **_ODD,
+    attention_cap=5.0,
+    logit_cap=3.0,
+    attention_scale=7**-0.5,
+    layer_kinds=(LayerKind(11), LayerKind(), LayerKind(11)),
+  ),
+  "gemma3": preset(
+    "gemma3_text",
+    **_ODD,
+    attention_scale=12**-0.5,
+    rope_theta=1e5,
+    rope_scaling=RopeScaling("linear", 8.0),
+    layer_kinds=(LayerKind(11, rope_theta=1e3), LayerKind(), LayerKind(11, True, 1e3)),
+  ),
+  "olmo2": preset(
+    "olmo2", **_ODD | {"head_dim": 6}, qkv_bias=True, out_bias=True, rope_theta=5e5
+  ),
+  "olmo3": preset(
+    "olmo3",
+    **_ODD | {"head_dim": 6, "num_layers": 4},
+    rope_theta=5e4,
+    rope_scaling=_YARN,
+    layer_kinds=(LayerKind(19, rope_theta=5e4),) * 3 + (LayerKind(),),
+    tie_embeddings=False,
+  ),
+  "smollm3": preset("smollm3", **_ODD | {"num_layers": 4}),
+  "smollm3_window": preset(
+    "smollm3",
+    **_ODD,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    layer_kinds=(LayerKind(), LayerKind(23, rotary=False), LayerKind()),
+  ),
+  "granite": preset(
+    "granite",
+    **_ODD,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    embed_scale=3.0,
+    residual_scale=0.4,
+    attention_scale=0.2,
+    logit_divisor=1.7,
+  ),
+  "phi3": preset(
+    "phi3",
+    **_ODD | {"head_dim": 0},
+    rotary_share=0.7,
+    layer_kinds=(LayerKind(31),) * 3,
+    tie_embeddings=False,
+  ),
+  "phi3_long": preset(
+    "phi3",
+    **_ODD | {"head_dim": 0, "hidden_size": 48},
+    rotary_share=0.75,
+    rope_scaling=RopeScaling(
+      "longrope",
+      4.0,
+      original_max_length=64,
+      attention_factor=1.15,
+      short_factors=(1.0, 1.1, 1.3),
+      long_factors=(2.0, 2.5, 4.0),
+    ),
+  ),
+  "opt": preset(
+    "opt",
+    **_ODD | {"num_kv_heads": 0, "head_dim": 0, "norm_eps": 1e-5},
+  ),
+  "opt_350m": preset(
+    "opt",
+    **_ODD | {"num_kv_heads": 0, "head_dim": 0, "norm_eps": 1e-5},
+    embed_size=22,
+    norm_place="on_sum",
+    final_norm=False,
+    activation="gelu",
+  ),
 }
 
 
@@ -118,8 +248,11 @@ def params(config: ModelConfig, seed: int = 0) -> dict:
   return traverse_util.unflatten_dict(tree, sep="/")
 
 
-def tokens(config: ModelConfig, batch: int = 2, length: int = 72, seed: int = 0):
-  """Random int32 tokens."""
+def tokens(
+  config: ModelConfig, batch: int = 2, length: int | None = None, seed: int = 0
+):
+  """Random int32 tokens; by default 200, or as many as the model takes."""
+  length = length or min(200, config.max_length)
   rng = np.random.default_rng(seed)
   return rng.integers(0, config.vocab_size, (batch, length), dtype=np.int32)
 
@@ -161,7 +294,7 @@ def _write_golden():
     with tempfile.TemporaryDirectory() as folder:
       save(name, Path(folder) / "model")
       logits = torch_logits(torch_model(Path(folder) / "model"), tokens(config, 1))
-    golden[name] = logits[0, ::6]
+    golden[name] = logits[0, 7::16]
   GOLDEN.parent.mkdir(exist_ok=True)
   np.savez_compressed(GOLDEN, **golden)
 

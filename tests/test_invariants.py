@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from trial import SAMPLED, LogitTrial, make_batch, make_logits, only_read, weighted
 
 from okd_jax import losses, methods
-from okd_jax.losses import Output, token_weights, unembed, weighted_sums
+from okd_jax.losses import Output, token_weights, weighted_sums
 from okd_jax.methods.base.divergences import DIVERGENCES
 from okd_jax.methods.base.knobs import knobs_at
 from okd_jax.methods.kd import NAMED
@@ -76,7 +76,7 @@ def program(name, chunk):
     weights = token_weights(mask)
     if chunk:
       return weighted_sums(token_loss, outputs, jnp.zeros_like(mask), weights, chunk)
-    logits = {k: unembed(*output) for k, output in outputs.items()}
+    logits = {k: output.logits() for k, output in outputs.items()}
     loss, metrics = token_loss(logits, None)
     return (loss * weights).sum(), {k: (v * weights).sum() for k, v in metrics.items()}
 

@@ -62,7 +62,7 @@ def _compiled(sides: Mapping[str, Side], function: Callable, chunk: int) -> Call
   def step(variables: Mapping[str, PyTree], batch: Batch) -> Values:
     outputs = {n: output(d, variables[n], batch) for n, d in decoders.items()}
     size = min(out.head.shape[0] for out in outputs.values())
-    outputs = {n: out._replace(head=out.head[:size]) for n, out in outputs.items()}
+    outputs = {n: out.first_ids(size) for n, out in outputs.items()}
     return per_token(function, outputs, batch.labels, chunk)
 
   return jax.jit(step)

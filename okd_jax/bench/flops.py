@@ -81,6 +81,8 @@ def _layers(config: ModelConfig, tokens: int, length: int) -> float:
   size, heads = config.hidden_size, config.num_heads * config.head_dim
   kv = config.num_kv_heads * config.head_dim
   mlp = (3 if config.gated_mlp else 2) * size * config.mlp_size
+  if config.experts:
+    mlp = config.experts_per_token * mlp + size * config.experts
   weights = 2 * size * heads + 2 * size * kv + mlp
   each = 2 * tokens * weights + _attention(config, tokens, length)
   return config.num_layers * each
@@ -92,4 +94,4 @@ def _attention(config: ModelConfig, tokens: int, length: int) -> float:
 
 
 def _head(config: ModelConfig, tokens: int) -> float:
-  return 2 * tokens * config.vocab_size * config.hidden_size
+  return 2 * tokens * config.vocab_size * config.embed_size

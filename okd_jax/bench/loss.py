@@ -106,7 +106,7 @@ def _chunked(flags: argparse.Namespace, labels: Int[Array, "B L"]) -> Loss:
 
   def loss(outputs: Outputs) -> Float[Array, ""]:
     teacher = outputs["teacher"]
-    adapted = teacher._replace(head=jax.lax.stop_gradient(teacher.head))
+    adapted = teacher.replace(head=jax.lax.stop_gradient(teacher.head))
     frozen = {ONLY: jax.lax.stop_gradient(teacher)}
     params = {"student": outputs["student"], "adapter": {ONLY: adapted}}
     now = knobs_at(method.knobs, 0.0)
@@ -126,8 +126,8 @@ def _dense(flags: argparse.Namespace, labels: Int[Array, "B L"]) -> Loss:
 
   def loss(outputs: Outputs) -> Float[Array, ""]:
     head = stop(outputs["teacher"].head)
-    teacher = losses.unembed(outputs["teacher"].hidden, head)
-    student = losses.unembed(*outputs["student"])
+    teacher = outputs["teacher"].replace(head=head).logits()
+    student = outputs["student"].logits()
     value = losses.forward_kl(stop(teacher), student)
     if adapts:
       value += alpha * losses.forward_kl(stop(student), teacher)

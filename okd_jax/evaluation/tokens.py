@@ -140,7 +140,7 @@ def compile_token_step(
       for who, decoder in decoders.items()
     }
     size = vocab_size or min(o.head.shape[0] for o in outputs.values())
-    outputs = {who: o._replace(head=o.head[:size]) for who, o in outputs.items()}
+    outputs = {who: o.first_ids(size) for who, o in outputs.items()}
     weights, labels = batch.mask.astype(jnp.float32), batch.labels
     if batch.stored is not None:
       labels = labels, batch.stored

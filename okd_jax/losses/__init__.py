@@ -24,7 +24,7 @@ from okd_jax.losses.logits import (
 )
 from okd_jax.losses.mean import Mean, token_weights
 from okd_jax.losses.mixture import mixture
-from okd_jax.losses.outputs import Output, unembed
+from okd_jax.losses.outputs import Output, soft_cap, unembed
 from okd_jax.losses.per_token import per_token
 from okd_jax.losses.ranking import rank_correlation
 from okd_jax.losses.sparse import (
@@ -57,6 +57,7 @@ __all__ = [
   "reverse_kl",
   "skew_forward_kl",
   "skew_reverse_kl",
+  "soft_cap",
   "sorted_distance",
   "stored",
   "sums_of_parts",

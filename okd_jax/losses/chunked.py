@@ -30,7 +30,14 @@ from okd_jax.losses.layout import (
   row_shards,
 )
 from okd_jax.losses.logits import Knob
-from okd_jax.losses.outputs import Heads, Logits, Output, fitting_chunk, logits_of
+from okd_jax.losses.outputs import (
+  Heads,
+  Logits,
+  Output,
+  fitting_chunk,
+  logits_of,
+  of_capped,
+)
 
 # (logits by model [B, C, V], labels [B, C], **knobs) -> (loss [B, C], metrics [B, C] by
 # name): of any B * C positions, neither rows nor neighbours.
@@ -121,7 +128,7 @@ def sums_of_parts(
     heads = {name: output.head for name, output in part.outputs.items()} | heads
   sizes = [_positions(part, chunk) for part in parts]
   return _sums(
-    tuple(part.token_loss for part in parts),
+    tuple(of_capped(part.token_loss, part.outputs) for part in parts),
     tuple(sizes),
     tuple({n: o.hidden for n, o in part.outputs.items()} for part in parts),
     heads,

@@ -1,8 +1,10 @@
 """What models hand to a loss, and how many logits of it may be there at once."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +18,39 @@ Logits = dict[Name, Float[Array, "B C _"]]  # each of its own vocabulary
 _CPU_BUDGET, _BUDGET = 16 << 20, 256 << 20  # bytes of a chunk's float32 logits
 
 
-class Output(NamedTuple):
-  """What a model hands to a loss: logits, not yet multiplied out."""
+@flax.struct.dataclass
+class Output:
+  """What a model hands to a loss: logits, not yet multiplied out.
 
-  hidden: Float[Array, "B L D"]
-  head: Float[Array, "V D"]
+  A tree: like any other it may also hold gradients, shapes or shardings.
+
+  hidden: the last states [B, L, D] of a decoder, after its norm.
+  head: [V, D], a vector for each token.
+  cap: of the logits, see `soft_cap`.
+  """
+
+  hidden: Any
+  head: Any
+  cap: float = flax.struct.field(pytree_node=False, default=0.0)
+
+  def logits(self) -> Float[Array, "B L V"]:
+    """float32 logits of all positions at once."""
+    return soft_cap(unembed(self.hidden, self.head), self.cap)
+
+  def first_ids(self, size: int) -> "Output":
+    """The same over so many tokens alone."""
+    return self.replace(head=self.head[:size])
+
+
+def soft_cap(x: Float[Array, "*B"], cap: float) -> Float[Array, "*B"]:
+  """c tanh(x / c), which stays within -c and c; x itself where c is 0.
+
+  Source: Gemma 2, Gemma Team 2024, arXiv 2408.00118, Section 2.
+
+  >>> print(soft_cap(jnp.array([0.0, 100.0]), 30.0).round(2), soft_cap(jnp.ones(1), 0))
+  [ 0.   29.92] [1.]
+  """
+  return cap * jnp.tanh(x / cap) if cap else x
 
 
 def unembed(
@@ -54,8 +84,27 @@ def unembed(
 
 
 def logits_of(hidden: Hidden, heads: Heads) -> Logits:
-  """The logits of some positions, by model."""
+  """The logits of some positions, by model, before any cap."""
   return {name: unembed(h, heads[name]) for name, h in hidden.items()}
+
+
+def of_capped(
+  function: Callable[..., Any], outputs: Mapping[Name, Output]
+) -> Callable[..., Any]:
+  """`function` of logits by model, as one of logits that nobody has capped yet."""
+  caps = {name: output.cap for name, output in outputs.items() if output.cap}
+  return functools.partial(_cap_first, function, caps) if caps else function
+
+
+def _cap_first(
+  function: Callable[..., Any],
+  caps: Mapping[Name, float],
+  logits: Logits,
+  *args: Any,
+  **kwargs: Any,
+) -> Any:
+  capped = {name: soft_cap(logits[name], cap) for name, cap in caps.items()}
+  return function({**logits, **capped}, *args, **kwargs)
 
 
 def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:

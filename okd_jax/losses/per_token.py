@@ -7,7 +7,13 @@ import jax
 from jaxtyping import Array, PyTree, Shaped
 
 from okd_jax.losses.layout import Hidden, Labels, Name, cut, join
-from okd_jax.losses.outputs import Logits, Output, fitting_chunk, logits_of
+from okd_jax.losses.outputs import (
+  Logits,
+  Output,
+  fitting_chunk,
+  logits_of,
+  of_capped,
+)
 
 _Labels = PyTree[Shaped[Array, "B C ..."]]
 
@@ -41,6 +47,7 @@ def per_token(
   rows, length = jax.tree.leaves(labels)[0].shape[:2]
   chunk = chunk or fitting_chunk(outputs, rows)
   outputs = jax.lax.stop_gradient(dict(outputs))
+  function = of_capped(function, outputs)
   heads = {name: output.head for name, output in outputs.items()}
   states = {name: output.hidden for name, output in outputs.items()}
 

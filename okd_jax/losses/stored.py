@@ -58,7 +58,7 @@ def record(
       "entropy": entropy(teacher),
     }
 
-  cut = {"teacher": output._replace(head=output.head[:vocab_size])}
+  cut = {"teacher": output.first_ids(vocab_size)}
   return per_token(pick, cut, labels, chunk)
 
 

@@ -233,11 +233,10 @@ def _by_rows(
   first, others = first_rows(batch, every), other_rows(batch, every)
   own, theirs = (rows(student.hidden, every) for rows in (first_rows, other_rows))
   common = models, losses, token_weight
+  own, theirs = (student.replace(hidden=each) for each in (own, theirs))
   parts = [
-    _part(
-      *common, student._replace(hidden=own), taught(first), first, first.module_weights
-    ),
-    _part(*common, student._replace(hidden=theirs), pulled(others), others, None),
+    _part(*common, own, taught(first), first, first.module_weights),
+    _part(*common, theirs, pulled(others), others, None),
   ]
   return sums_of_rows(models, parts, now)
 

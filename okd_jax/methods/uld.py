@@ -126,7 +126,8 @@ def _outputs(
   index, aligned = align(batch.mask, theirs.mask)
   hidden = jnp.take_along_axis(teacher.hidden, index[..., None], axis=1)
   student = models.student(params["student"], batch, key)
-  return {"student": student, "teacher": teacher._replace(hidden=hidden)}, aligned
+  teacher = teacher.replace(hidden=hidden)
+  return {"student": student, "teacher": teacher}, aligned
 
 
 def _token_loss(

@@ -5,12 +5,14 @@ logits = model.logits(model.params, tokens)  # [B, L] -> [B, L, V] float32
 """
 
 from okd_jax.losses import unembed
-from okd_jax.models.config import ModelConfig, RopeScaling, preset
+from okd_jax.models.config import LayerKind, ModelConfig, RopeScaling
+from okd_jax.models.formats.families import preset
 from okd_jax.models.formats.hf import save
 from okd_jax.models.formats.peft import load_adapter, save_adapter
 from okd_jax.models.formats.weights import parameter_shapes
 from okd_jax.models.model import (
   Model,
+  even_layers,
   fingerprint,
   init,
   load,
@@ -24,6 +26,7 @@ from okd_jax.models.transformer import (
   Mix,
   head_kernel,
   init_cache,
+  logits,
   output,
   positions_from_segments,
 )
@@ -34,7 +37,9 @@ __all__ = [
   "Mix",
   "Model",
   "ModelConfig",
+  "LayerKind",
   "RopeScaling",
+  "even_layers",
   "fingerprint",
   "head_kernel",
   "init",
@@ -42,6 +47,7 @@ __all__ = [
   "load",
   "load_adapter",
   "load_tokenizer",
+  "logits",
   "output",
   "parameter_shapes",
   "positions_from_segments",

@@ -1,8 +1,11 @@
-"""Attention on given queries, keys and values: positions, masks and the cache.
+"""Attention on given queries, keys and values: masks and the cache.
 
 Notable features:
   one mask rule for padding on either side and for packed rows: a token sees earlier
-    tokens of its own segment, segment 0 is padding;
+    tokens of its own segment, those in its window where there is one, segment 0 is
+    padding;
+  layers of different kinds (windows, rotary bases) are one program: the scan picks each
+    layer's mask and angles by the number of its kind;
   a prefix of keys and values that belongs to no token is visible to every position
     of every segment, and never enters the cache;
   the key-value cache is an argument and a result, written in place by XLA.
@@ -21,9 +24,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from okd_jax.models import kernels
-from okd_jax.models.config import ModelConfig, RopeScaling
+from okd_jax.models.config import LayerKind, ModelConfig
+from okd_jax.models.rope import Ids, Rotation, rotate, rotation
 
-Ids = Int[Array | np.ndarray, "B L"]
 Length = Int[Array, ""] | int  # a plain number where it is known while tracing
 
 
@@ -57,16 +60,39 @@ def init_cache(
 
 
 class Inputs(NamedTuple):
-  """What is the same in all layers, computed once: see `attention_inputs`.
+  """What attention gets beside heads, computed once: see `attention_inputs`.
 
-  rotation: cosine and sine of each token's angles, None without rotary positions.
+  rotation: of each token, None without rotary positions.
   mask: which keys a query sees.
   segment_ids: what the mask was made of, for kernels that make their own.
+  window: likewise; None where only the scan knows it.
   """
 
-  rotation: tuple[Float[Array, "B L half"], Float[Array, "B L half"]] | None
+  rotation: Rotation | None
   mask: Bool[Array, "B 1 L S"]
   segment_ids: Int[Array, "B L"]
+  window: int | None = 0
+
+
+class Kinds(NamedTuple):
+  """`Inputs` of each kind of layer.
+
+  inputs: those that all layers share, or what `at` finds the layers' own in.
+  rotations, masks: of each kind, stacked; None where all layers have the same.
+  """
+
+  inputs: Inputs
+  rotations: Rotation | None = None
+  masks: Bool[Array, "kinds B 1 L S"] | None = None
+
+  def at(self, kind: Int[Array, ""]) -> Inputs:
+    """The inputs of layers of this kind, by its number in `ModelConfig.kinds`."""
+    inputs = self.inputs
+    if self.rotations is not None:
+      inputs = inputs._replace(rotation=jax.tree.map(lambda x: x[kind], self.rotations))
+    if self.masks is not None:
+      inputs = inputs._replace(mask=self.masks[kind])
+    return inputs
 
 
 class Slots(NamedTuple):
@@ -86,6 +112,7 @@ def attend(
   prefix: tuple[Float[Array, "#B m K D"], Float[Array, "#B m K D"]] | None = None,
   slots: Slots | None = None,
   kernel: str = "xla",
+  scores: kernels.Scores = kernels.PLAIN,
 ) -> tuple[Float[Array, "B L H D"], tuple[Float[Array, "..."], Float[Array, "..."]]]:
   """Grouped-query attention; scores and softmax in float32.
 
@@ -94,15 +121,16 @@ def attend(
       their positions, if they have any.
     slots: the layer's part of the cache, where there is one.
     kernel: of `kernels.KERNELS`, or '' for the platform's; XLA's where it cannot do it.
+    scores: what is done to them before the softmax.
 
   Returns:
     (out, (keys, values)): the latter as the new tokens have them, turned, or with
     `slots` all layers' stores with these written into them.
   """
-  rotation, mask, segment_ids = inputs
-  if rotation is not None:
-    query_BLHD = rotate(query_BLHD, *rotation)
-    key_BLKD = rotate(key_BLKD, *rotation)
+  mask = inputs.mask
+  if inputs.rotation is not None:
+    query_BLHD = rotate(query_BLHD, inputs.rotation)
+    key_BLKD = rotate(key_BLKD, inputs.rotation)
   written = (key_BLKD, value_BLKD)
   if slots is not None:
     key_BLKD, value_BLKD, written = _write(slots, key_BLKD, value_BLKD)
@@ -112,12 +140,25 @@ def attend(
     mask = jnp.pad(mask, width, constant_values=True)
   heads = (query_BLHD, key_BLKD, value_BLKD)
   sizes = (query_BLHD.shape[3], query_BLHD.shape[1], key_BLKD.shape[1])
-  match kernels.choose(kernel, query_BLHD.dtype, *sizes, cached=slots is not None):
+  form = kernels.Form(query_BLHD.dtype, *sizes, scores.cap, inputs.window)
+  kernel = kernels.choose(kernel, form, cached=slots is not None)
+  return _by_kernel(kernel, heads, inputs._replace(mask=mask), scores), written
+
+
+def _by_kernel(
+  kernel: str,
+  heads: tuple[Float[Array, "..."], ...],
+  inputs: Inputs,
+  scores: kernels.Scores,
+) -> Float[Array, "B L H D"]:
+  match kernel:
     case "splash":
-      return kernels.splash(*heads, segment_ids), written
+      segments = inputs.segment_ids
+      return kernels.splash(*heads, segments, scores, inputs.window or 0)
     case "cudnn":
-      return kernels.cudnn(*heads, mask), written
-  return recomputed(functools.partial(kernels.xla, mask=mask))(*heads), written
+      return kernels.cudnn(*heads, inputs.mask, scores)
+  xla = functools.partial(kernels.xla, mask=inputs.mask, scores=scores)
+  return recomputed(xla)(*heads)
 
 
 def recomputed(function: Callable) -> Callable:
@@ -144,70 +185,50 @@ def positions_from_segments(segment_ids: Ids) -> Int[Array, "B L"]:
   return index - jax.lax.cummax(starts, axis=1)
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
-  """Angular frequency of each pair of head channels, in radians per position.
-
-  RoFormer, Su et al. 2021, arXiv 2104.09864; LLaMA-3's stretch where the config
-  asks for it.
-  """
-  half = config.head_dim // 2
-  exponents = jnp.arange(half, dtype=jnp.float32) / half
-  frequencies = 1.0 / config.rope_theta**exponents
-  scaling = config.rope_scaling
-  return _scale_frequencies(frequencies, scaling) if scaling else frequencies
-
-
-def _scale_frequencies(
-  frequencies: Float[Array, " half"], scaling: RopeScaling
-) -> Float[Array, " half"]:
-  match scaling.kind:
-    case "linear":
-      return frequencies / scaling.factor
-    case "llama3":
-      turns = scaling.original_max_length * frequencies / (2 * jnp.pi)
-      low, high = scaling.low_freq_factor, scaling.high_freq_factor
-      keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-      return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotate(
-  x_BLHD: Float[Array, "B L H D"],
-  cos: Float[Array, "B L half"],
-  sin: Float[Array, "B L half"],
-) -> Float[Array, "B L H D"]:
-  """Turns channel i against channel i + D/2 by the position's angle (HF layout)."""
-  first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  turned = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(turned, axis=-1).astype(x_BLHD.dtype)
-
-
 def attention_inputs(
   config: ModelConfig,
   segment_ids: Ids,
   positions: Ids,
   cache: Cache | None = None,
-) -> Inputs:
-  """Angles and mask of new tokens; with a cache, one that `extend` has marked."""
-  rotation = None
-  if config.position == "rope":
-    frequencies = rope_frequencies(config)[None, None]
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    rotation = (jnp.cos(angles), jnp.sin(angles))
-  index = jnp.arange(segment_ids.shape[1])
+) -> Kinds:
+  """Angles and masks of new tokens; with a cache, one that `extend` has marked."""
+  length = segment_ids.shape[1]
   seen_ids, offset = segment_ids, 0
   if cache is not None:
     seen_ids, offset = cache.segment_ids, cache.length
-    seen_ids = seen_ids[:, : _visible(offset, *index.shape, seen_ids.shape[1])]
-  mask = _causal_mask(index + offset, segment_ids, seen_ids)
-  return Inputs(rotation, mask, segment_ids)
+    seen_ids = seen_ids[:, : _visible(offset, length, seen_ids.shape[1])]
+  index, size = jnp.arange(length) + offset, seen_ids.shape[1]
+
+  def mask(window: int) -> Bool[Array, "B 1 L S"]:
+    return _causal_mask(index, segment_ids, seen_ids, window)
+
+  def turned(kind: LayerKind) -> Rotation | None:
+    rotary = config.position == "rope"
+    return rotation(config, kind, positions, segment_ids) if rotary else None
+
+  kinds, window = config.kinds, config.window(size)
+  rotations = [turned(kind) for kind in kinds]
+  masks = [mask(kind.window) for kind in kinds] if window is None else [mask(window)]
+  first = Inputs(rotations[0], masks[0], segment_ids, window)
+  if len(kinds) == 1:
+    return Kinds(first)
+  return Kinds(
+    first,
+    jax.tree.map(lambda *each: jnp.stack(each), *rotations),
+    jnp.stack(masks) if window is None else None,
+  )
 
 
 def _causal_mask(
-  index: Int[Array, " L"], segment_ids: Ids, seen_ids: Int[Array | np.ndarray, "B S"]
+  index: Int[Array, " L"],
+  segment_ids: Ids,
+  seen_ids: Int[Array | np.ndarray, "B S"],
+  window: int,
 ) -> Bool[Array, "B 1 L S"]:
   seen = jnp.arange(seen_ids.shape[1])
   causal = seen[None, None, :] <= index[None, :, None]
+  if window:
+    causal &= seen[None, None, :] > index[None, :, None] - window
   same = segment_ids[:, :, None] == seen_ids[:, None, :]
   real = seen_ids[:, None, :] != 0
   # A padding query sees itself alone: a row without any key would be all NaN.

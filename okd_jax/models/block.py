@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 from okd_jax.models.adapters import Adapter
 from okd_jax.models.attention import Inputs, Slots, attend, recomputed
 from okd_jax.models.config import ModelConfig
+from okd_jax.models.experts import mixture
+from okd_jax.models.kernels import Scores
 from okd_jax.models.product import project
 
 # Keys and values: of virtual tokens, and what `attend` gives back.
@@ -30,7 +32,10 @@ _ACTIVATIONS = {
 
 
 class Block(nn.Module):
-  """One pre-norm layer: attention, then the MLP, each added to its input."""
+  """One layer: attention, then the MLP, each added to its input.
+
+  `ModelConfig.norm_place` says where the norms stand.
+  """
 
   config: ModelConfig
   adapter: Adapter
@@ -46,14 +51,34 @@ class Block(nn.Module):
     prefix: Prefix | None = None,
     slots: Slots | None = None,
   ) -> tuple[Float[Array, "B L D"], Stores]:
-    drop = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
     common = (self.config, self.adapter, self.dtype)
-    h = Norm(self.config, self.dtype, name="attention_norm")(x)
     attention = Attention(*common, self.kernel, name="attention")
-    h, written = attention(h, inputs, prefix, slots)
-    x += drop(h)
-    h = Norm(self.config, self.dtype, name="mlp_norm")(x)
-    return x + drop(MLP(*common, name="mlp")(h)), written
+    h, written = attention(self._before("attention", x), inputs, prefix, slots)
+    x = self._after("attention", x, h)
+    mlp = Experts if self.config.experts else MLP
+    h = mlp(*common, name="mlp")(self._before("mlp", x))
+    return self._after("mlp", x, h), written
+
+  def _before(self, part: str, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """What enters attention or the MLP."""
+    if self.config.norm_place in ("before", "both"):
+      x = Norm(self.config, self.dtype, name=f"{part}_norm")(x)
+    return x
+
+  def _after(
+    self, part: str, x: Float[Array, "B L D"], h: Float[Array, "B L D"]
+  ) -> Float[Array, "B L D"]:
+    """The residual stream with what came out added to it."""
+    place = self.config.norm_place
+    if place in ("on_output", "both"):
+      h = Norm(self.config, self.dtype, name=f"{part}_out_norm")(h)
+    h = nn.Dropout(self.dropout, deterministic=self.dropout == 0)(h)
+    if (scale := self.config.residual_scale) != 1:
+      h *= scale
+    x = x + h
+    if place == "on_sum":
+      x = Norm(self.config, self.dtype, name=f"{part}_norm")(x)
+    return x
 
 
 class Attention(nn.Module):
@@ -75,17 +100,21 @@ class Attention(nn.Module):
     c = self.config
     project = functools.partial(_Projection, c, self.adapter, self.dtype)
 
-    def heads(name: str, count: int) -> Float[Array, "B L N D"]:
+    def heads(name: str, count: int, normed: str) -> Float[Array, "B L N D"]:
       y = project(count * c.head_dim, c.qkv_bias, name=name)(x)
-      return y.reshape(*x.shape[:2], count, c.head_dim)
+      norm = functools.partial(Norm, c, self.dtype, name=f"{name}_norm")
+      y = norm()(y) if normed == "projection" else y
+      y = y.reshape(*x.shape[:2], count, c.head_dim)
+      return norm()(y) if normed == "head" else y
 
-    query_BLHD = heads("query", c.num_heads)
-    key_BLKD = heads("key", c.num_kv_heads)
-    value_BLKD = heads("value", c.num_kv_heads)
+    query_BLHD = heads("query", c.num_heads, c.qk_norm)
+    key_BLKD = heads("key", c.num_kv_heads, c.qk_norm)
+    value_BLKD = heads("value", c.num_kv_heads, "")
     size = (c.num_kv_heads, c.head_dim)
     prefix = self.adapter.prefix(self, *size, self.dtype) or prefix
     heads = (query_BLHD, key_BLKD, value_BLKD)
-    out, written = attend(*heads, inputs, prefix, slots, self.kernel)
+    scores = Scores(c.attention_scale or None, c.attention_cap)
+    out, written = attend(*heads, inputs, prefix, slots, self.kernel, scores)
     out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
     return project(c.hidden_size, c.out_bias, name="out")(out), written
 
@@ -109,6 +138,44 @@ class MLP(nn.Module):
     else:
       h = recomputed(activate)(h)
     return project(c.hidden_size, c.mlp_bias, name="down")(h)
+
+
+class Experts(nn.Module):
+  """Several gated MLPs, of which a router chooses some for each token.
+
+  Their weights are one array [E, in, out] a projection; online modules leave them be.
+  """
+
+  config: ModelConfig
+  adapter: Adapter
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    c = self.config
+    sizes = {
+      "router": (c.hidden_size, c.experts),
+      "experts_gate": (c.experts, c.hidden_size, c.mlp_size),
+      "experts_up": (c.experts, c.hidden_size, c.mlp_size),
+      "experts_down": (c.experts, c.mlp_size, c.hidden_size),
+    }
+    weights = {
+      name: _Kernel(size, c.init_std, name=name)().astype(self.dtype)
+      for name, size in sizes.items()
+    }
+    how = (c.experts_per_token, c.normalize_experts, _ACTIVATIONS[c.activation])
+    return recomputed(functools.partial(mixture, how=how))(x, weights)
+
+
+class _Kernel(nn.Module):
+  """A weight alone, for whoever multiplies by it in a way of his own."""
+
+  shape: tuple[int, ...]
+  std: float
+
+  @nn.compact
+  def __call__(self) -> Float[Array, "..."]:
+    return self.param("kernel", nn.initializers.normal(self.std), self.shape)
 
 
 class _Projection(nn.Module):
@@ -139,24 +206,30 @@ class Norm(nn.Module):
   dtype: DTypeLike
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    scale, bias = self.param("scale", nn.initializers.ones, (x.shape[-1],)), None
+  def __call__(self, x: Float[Array, "B L *H D"]) -> Float[Array, "B L *H D"]:
+    from_one, bias = self.config.norm_from_one, None
+    init = nn.initializers.zeros if from_one else nn.initializers.ones
+    scale = self.param("scale", init, (x.shape[-1],))
     if self.config.norm == "layernorm":
       bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-    normalize = functools.partial(_normalize, eps=self.config.norm_eps)
+    eps = self.config.norm_eps
+    normalize = functools.partial(_normalize, eps=eps, from_one=from_one)
     return recomputed(normalize)(x, scale, bias).astype(self.dtype)
 
 
 def _normalize(
-  x: Float[Array, "B L D"],
+  x: Float[Array, "B L *H D"],
   scale: Float[Array, " D"],
   bias: Float[Array, " D"] | None,
   eps: float,
-) -> Float[Array, "B L D"]:
+  from_one: bool,
+) -> Float[Array, "B L *H D"]:
   """LayerNorm, or RMSNorm where there is no bias; in float32."""
   h = x.astype(jnp.float32)
   if bias is not None:
     h -= h.mean(-1, keepdims=True)
   h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
-  h *= scale.astype(jnp.float32)[None, None]
-  return h if bias is None else h + bias[None, None]
+  lead = (None,) * (x.ndim - 1)
+  scale = scale.astype(jnp.float32)
+  h *= (scale + 1 if from_one else scale)[lead]
+  return h if bias is None else h + bias[lead]

@@ -15,11 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from okd_jax.errors import UserError
-from okd_jax.losses import unembed
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import gguf, hf
 from okd_jax.models.formats.weights import Params, Put
-from okd_jax.models.transformer import Decoder, head_kernel
+from okd_jax.models.transformer import Decoder, logits
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
@@ -48,7 +47,7 @@ class Model:
     hidden, _ = Decoder(self.config, dtype=dtype).apply(
       {"params": params}, tokens, segment_ids
     )
-    return unembed(hidden, head_kernel(params, self.config))
+    return logits(hidden, params, self.config)
 
 
 def load(
@@ -140,10 +139,16 @@ def take_layers(
       f"{n} layers were asked for, but the model has {config.num_layers}; "
       "take at least 1 and no more than that"
     )
-  keep = np.linspace(0, config.num_layers - 1, n).round().astype(int)
+  keep = even_layers(config.num_layers, n)
   taken = jax.tree.map(jnp.copy, {k: v for k, v in params.items() if k != "layers"})
-  taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[keep]), params["layers"])
-  return taken, dataclasses.replace(config, num_layers=n)
+  rows = np.array(keep)
+  taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[rows]), params["layers"])
+  return taken, config.of_layers(keep)
+
+
+def even_layers(total: int, n: int) -> list[int]:
+  """The numbers of `n` evenly spaced ones of `total` layers, see `take_layers`."""
+  return np.linspace(0, total - 1, n).round().astype(int).tolist()
 
 
 def _find(path: str | os.PathLike) -> Path:

@@ -30,18 +30,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from okd_jax.data.batch import Batch
-from okd_jax.losses import Output
+from okd_jax.losses import Output, soft_cap, unembed
 from okd_jax.models.adapters import Adapter
 from okd_jax.models.adapters.base import Run, Tree
 from okd_jax.models.attention import (
   Cache,
-  Inputs,
+  Kinds,
   Slots,
   attention_inputs,
   extend,
   init_cache,
   positions_from_segments,
-  rope_frequencies,
 )
 from okd_jax.models.block import Block, Norm, Stores
 from okd_jax.models.config import ModelConfig
@@ -52,9 +51,9 @@ __all__ = [
   "Mix",
   "head_kernel",
   "init_cache",
+  "logits",
   "output",
   "positions_from_segments",
-  "rope_frequencies",
 ]
 
 
@@ -128,7 +127,21 @@ class Decoder(nn.Module):
     x, cache = self._layers(x, segment_ids, positions, cache, start, stop)
     if stop < total and not self.is_initializing():
       return x, cache
-    return Norm(self.config, self.dtype, name="norm")(x), cache
+    return self._last(x), cache
+
+  def _last(self, x: Float[Array, "B L D"]) -> Float[Array, "B L E"]:
+    """What the head is applied to: of the width of the tokens' vectors."""
+    config = self.config
+    if config.final_norm:
+      x = Norm(config, self.dtype, name="norm")(x)
+    if config.embed_size != config.hidden_size:
+      x = self._projection("narrow", config.embed_size)(x)
+    return x if config.logit_divisor == 1 else x / config.logit_divisor
+
+  def _projection(self, name: str, features: int) -> nn.Dense:
+    """Between the width of the layers and that of the tokens' vectors."""
+    init = nn.initializers.normal(self.config.init_std)
+    return nn.Dense(features, False, self.dtype, kernel_init=init, name=name)
 
   @nn.nowrap
   def _check(
@@ -167,16 +180,20 @@ class Decoder(nn.Module):
     config = self.config
     init = nn.initializers.normal(config.init_std)
     make = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=init)
-    embed = make(config.vocab_size, config.hidden_size, name="embed")
+    embed = make(config.vocab_size, config.embed_size, name="embed")
     x = embed(tokens)
     if mix is not None:
       share = mix.share.astype(self.dtype)[..., None]
       x = share * x + (1 - share) * embed(mix.tokens)
+    if config.embed_scale != 1:
+      x *= jnp.asarray(config.embed_scale, self.dtype)
+    if config.embed_size != config.hidden_size:
+      x = self._projection("widen", config.hidden_size)(x)
     if config.position == "learned":
       places = make(config.max_length, config.hidden_size, name="position_embed")
       x += places(positions)
     if not config.tie_embeddings:
-      self.param("head", init, (config.vocab_size, config.hidden_size))
+      self.param("head", init, (config.vocab_size, config.embed_size))
     return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
 
   def _layers(
@@ -192,6 +209,9 @@ class Decoder(nn.Module):
     if cache is not None:
       cache = extend(cache, segment_ids)
     virtual, virtual_inputs = self._virtual()
+    kinds = self.config.kinds
+    of_layer = [kinds.index(kind) for kind in self.config.layer_kinds]
+    of_layer = jnp.array(of_layer or [0] * self.config.num_layers)
     common = _Common(
       inputs=attention_inputs(self.config, segment_ids, positions, cache),
       virtual_inputs=virtual_inputs,
@@ -202,14 +222,15 @@ class Decoder(nn.Module):
     for block, run in self._runs(start, stop):
       step = functools.partial(_step, block, common)
       step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
-      xs = (jnp.arange(run.first, run.last), run.layers, run.modules)
+      index = jnp.arange(run.first, run.last)
+      xs = (index, of_layer[run.first : run.last], run.layers, run.modules)
       carry, _ = jax.lax.scan(step, carry, xs)
     x, _, stores = carry
     if cache is None:
       return x, None
     return x, Cache(*stores, cache.segment_ids, cache.length + segment_ids.shape[1])
 
-  def _virtual(self) -> tuple[Float[Array, "1 m D"] | None, Inputs | None]:
+  def _virtual(self) -> tuple[Float[Array, "1 m D"] | None, Kinds | None]:
     """Virtual tokens' vectors and attention inputs; None where there are none.
 
     They stand at -m … -1, so that the real ones keep their positions, and have no
@@ -242,8 +263,8 @@ class Decoder(nn.Module):
 class _Common(NamedTuple):
   """What is the same in all layers of one pass."""
 
-  inputs: Inputs
-  virtual_inputs: Inputs | None
+  inputs: Kinds
+  virtual_inputs: Kinds | None
   length: Int[Array, ""] | int | None
   dropout: Array | None
 
@@ -252,11 +273,11 @@ def _step(
   block: Block,
   common: _Common,
   carry: tuple[Float[Array, "B L D"], Float[Array, "1 m D"] | None, Stores | None],
-  xs: tuple[Int[Array, ""], Tree, Tree],
+  xs: tuple[Int[Array, ""], Int[Array, ""], Tree, Tree],
 ) -> tuple[tuple, None]:
   """One layer of the scan: the virtual tokens, where there are any, go first."""
   x, virtual, stores = carry
-  index, weights, modules = xs
+  index, kind, weights, modules = xs
   rngs = {}
   if common.dropout is not None:
     rngs["dropout"] = jax.random.fold_in(common.dropout, index)
@@ -264,10 +285,10 @@ def _step(
   apply = functools.partial(block.apply, variables, rngs=rngs)
   prefix, slots = None, None
   if virtual is not None:
-    virtual, prefix = apply(virtual, common.virtual_inputs)
+    virtual, prefix = apply(virtual, common.virtual_inputs.at(kind))
   if stores is not None:
     slots = Slots(*stores, index, common.length)
-  x, written = apply(x, common.inputs, prefix, slots)
+  x, written = apply(x, common.inputs.at(kind), prefix, slots)
   return (x, virtual, None if stores is None else written), None
 
 
@@ -275,11 +296,18 @@ def _init_stack(block: Block, collection: str, key: Array, count: int) -> Tree:
   """`count` independent draws of one collection of `block`, stacked on axis 0."""
   x = jnp.zeros((1, 1, block.config.hidden_size), block.dtype)
   segment_ids = jnp.ones((1, 1), jnp.int32)
-  inputs = attention_inputs(block.config, segment_ids, segment_ids * 0)
+  inputs = attention_inputs(block.config, segment_ids, segment_ids * 0).inputs
   layer = block.clone(dropout=0.0)
   return jax.vmap(lambda k: layer.init({"params": k}, x, inputs)[collection])(
     jax.random.split(key, count)
   )
+
+
+def logits(
+  hidden: Float[Array, "*B D"], params: Tree, config: ModelConfig
+) -> Float[Array, "*B V"]:
+  """float32 logits of a decoder's hidden states, by its `params` and config."""
+  return soft_cap(unembed(hidden, head_kernel(params, config)), config.logit_cap)
 
 
 def head_kernel(params: Tree, config: ModelConfig) -> Float[Array | np.ndarray, "V D"]:
@@ -311,4 +339,5 @@ def output(
     rngs={"dropout": key} if decoder.dropout else {},
     **kwargs,
   )
-  return Output(hidden, head_kernel(variables["params"], decoder.config))
+  config = decoder.config
+  return Output(hidden, head_kernel(variables["params"], config), config.logit_cap)

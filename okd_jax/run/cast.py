@@ -174,6 +174,4 @@ def _choose(
 def kernel(settings: Settings, shape: ModelConfig) -> str:
   """What computes attention in training rows that no learned prefix comes before."""
   train, length = settings.train, settings.data.max_length
-  return kernels.choose(
-    train.attention, jnp.dtype(train.dtype), shape.head_dim, length, length
-  )
+  return kernels.choose(train.attention, kernels.form(shape, train.dtype, length))

@@ -274,6 +274,6 @@ def check_attention(kernel: str, length: int, decoders: Mapping[str, Decoder]) -
     )
   for name, decoder in decoders.items():
     prefix = decoder.adapter.prefix_length if decoder.adapter else 0
-    sizes = (decoder.config.head_dim, length, length + prefix)
-    if problem := kernels.problem(kernel, decoder.dtype, *sizes):
+    form = kernels.form(decoder.config, decoder.dtype, length, prefix)
+    if problem := kernels.problem(kernel, form):
       raise UserError(f"train.attention={kernel} {problem} (the {name}); {way_out}")

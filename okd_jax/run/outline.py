@@ -124,7 +124,7 @@ def _student(
       raise UserError(
         f"student.layers={layers}, but the teacher has {first.num_layers} layers"
       )
-    return dataclasses.replace(first, num_layers=layers)
+    return first.of_layers(models.even_layers(first.num_layers, layers))
   size = first.vocab_size if first else len(tokenizer)
   return _random(settings.student.model, size, tokenizer)
 

@@ -28,7 +28,11 @@ from okd_jax.teachers import load, precompute, store
 
 MEMORY = "memory"
 
-_INPUTS = ("embed", "position_embed")  # what only the embedding of tokens reads
+_INPUTS = (
+  "embed",
+  "position_embed",
+  "widen",
+)  # what only the embedding of tokens reads
 
 
 class Kept(NamedTuple):
@@ -134,7 +138,7 @@ def only_top(cast: Whole) -> Whole:
   """
   [(name, decoder)] = cast.teachers.items()
   start, config = _layers(cast), decoder.config
-  config = dataclasses.replace(config, num_layers=config.num_layers - start)
+  config = config.of_layers(range(start, config.num_layers))
 
   def short(decoders: Mapping[str, Decoder]) -> dict[str, Decoder]:
     return {n: d.clone(config=config, only_top=True) for n, d in decoders.items()}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int, PyTree
 
-from okd_jax.models import Cache, Decoder, head_kernel, init_cache, unembed
+from okd_jax.models import Cache, Decoder, init_cache, logits
 
 
 class Side(NamedTuple):
@@ -54,7 +54,6 @@ def decoder_source(decoder: Decoder) -> Source:
     cache: Cache,
   ) -> tuple[Float[Array, "B V"], Cache]:
     hidden, cache = decoder.apply(variables, tokens, segment_ids, positions, cache)
-    head = head_kernel(variables["params"], config)
-    return unembed(hidden[:, -1], head), cache
+    return logits(hidden[:, -1], variables["params"], config), cache
 
   return Source(init, apply, config.max_length)

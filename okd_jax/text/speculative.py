@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from okd_jax.errors import UserError
-from okd_jax.losses import unembed
-from okd_jax.models import Cache, Decoder, head_kernel, init_cache
+from okd_jax.models import Cache, Decoder, init_cache
+from okd_jax.models import logits as logits_of
 from okd_jax.text.prompts import bucket
 from okd_jax.text.rollout import Sampling, traced, warp
 from okd_jax.text.source import Side
@@ -276,7 +276,7 @@ def _logits(
   """What follows each token, over so many ids; those the model lacks are at -inf."""
   decoder, variables = side
   hidden, cache = decoder.apply(variables, *_row(side, tokens, places), cache)
-  logits = unembed(hidden[0], head_kernel(variables["params"], decoder.config))
+  logits = logits_of(hidden[0], variables["params"], decoder.config)
   missing = max(0, vocab_size - logits.shape[-1])
   logits = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
   return logits[:, :vocab_size], cache

@@ -19,7 +19,6 @@ from okd_jax.losses import (
   reverse_kl,
   sums_of_parts,
   token_weights,
-  unembed,
   weighted_sums,
 )
 from okd_jax.losses.outputs import fitting_chunk
@@ -59,7 +58,7 @@ def test_parts_add_up_under_one_head():
     return loss, {"ce": loss, "kl": loss}
 
   def parts_of(outputs, hidden):
-    rows = {"student": outputs["student"]._replace(hidden=hidden)}
+    rows = {"student": outputs["student"].replace(hidden=hidden)}
     return [
       Part(taught, outputs, labels, weights[0]),
       Part(student_alone, rows, more_labels, weights[1]),
@@ -99,7 +98,7 @@ def both_sides(divergence):
 
 
 def dense(token_loss, outputs, labels, weights):
-  logits = {name: unembed(*output) for name, output in outputs.items()}
+  logits = {name: output.logits() for name, output in outputs.items()}
   loss, metrics = token_loss(logits, labels)
   return (loss * weights).sum(), {k: (v * weights).sum() for k, v in metrics.items()}
 
@@ -195,7 +194,7 @@ def test_masked_positions_add_exactly_nothing(junk):
   weights = token_weights(mask)
   loss = both_sides(forward_kl)
   poisoned = {
-    name: output._replace(hidden=jnp.where(mask[..., None], output.hidden, junk))
+    name: output.replace(hidden=jnp.where(mask[..., None], output.hidden, junk))
     for name, output in outputs.items()
   }
   absent = jnp.where(mask, labels, -100)

@@ -26,7 +26,7 @@ from okd_jax.data import (
 from okd_jax.data.batch import Batch
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
-from okd_jax.losses import align, sorted_distance, unembed
+from okd_jax.losses import align, sorted_distance
 from okd_jax.methods.base.knobs import Linear, knobs_at
 from okd_jax.models import output
 from okd_jax.run.batches import Batches
@@ -396,7 +396,7 @@ def test_each_model_is_judged_in_its_own_tokens(run):
   for example in prepare([e.record for e in run.data.eval], BYTES)[0]:
     row = pad_row(example, 96, 0)
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], Batch.of(row))
-    logits = unembed(*output(decoder, variables, batch))[0]
+    logits = output(decoder, variables, batch).logits()[0]
     nll = oracle.cross_entropy(logits, row["labels"])
     total, count = total + nll[row["mask"]].sum(), count + row["mask"].sum()
   np.testing.assert_allclose(teacher["own_token_loss"], total / count, rtol=1e-4)

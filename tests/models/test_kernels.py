@@ -62,7 +62,7 @@ def outcome(attend, qkv, pull, segment_ids):
 def assert_splash_is_xla(config, rows, length, dtype=jnp.float32, atol=2e-5):
   qkv, pull = heads(config, rows, length, dtype)
   segment_ids = jnp.asarray(segments(rows, length))
-  mask = attention_inputs(config, segment_ids, segment_ids).mask
+  mask = attention_inputs(config, segment_ids, segment_ids).inputs.mask
   want = outcome(functools.partial(kernels.xla, mask=mask), qkv, pull, segment_ids)
   splash = functools.partial(kernels.splash, segment_ids=segment_ids, interpret=True)
   got = outcome(splash, qkv, pull, segment_ids)
@@ -207,8 +207,9 @@ def machine(monkeypatch):
 )
 def test_the_kernel_is_the_platforms(machine, kind, kernel):
   machine(kind)
-  assert kernels.choose("", jnp.bfloat16, 64, LENGTH, LENGTH) == kernel
-  assert kernels.choose("xla", jnp.bfloat16, 64, LENGTH, LENGTH) == "xla"
+  form = kernels.Form(jnp.bfloat16, 64, LENGTH, LENGTH)
+  assert kernels.choose("", form) == kernel
+  assert kernels.choose("xla", form) == "xla"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,9 @@ def test_the_choice_falls_back_to_xla(
   machine, kind, dtype, head_dim, queries, keys, cached, kernel
 ):
   machine(kind)
-  assert kernels.choose("", dtype, head_dim, queries, keys, cached) == kernel
+  assert (
+    kernels.choose("", kernels.Form(dtype, head_dim, queries, keys), cached) == kernel
+  )
 
 
 @pytest.mark.parametrize(
@@ -286,7 +289,7 @@ def test_cudnn_is_called_forward_and_backward(monkeypatch, meshed):
   qkv, pull = heads(ModelConfig(num_heads=4, num_kv_heads=2, head_dim=64), 4, 130)
   qkv = tuple(x.astype(jnp.bfloat16) for x in qkv)
   segment_ids = jnp.asarray(segments(4, 130))
-  mask = attention_inputs(CONFIG, segment_ids, segment_ids).mask
+  mask = attention_inputs(CONFIG, segment_ids, segment_ids).inputs.mask
 
   def loss(*qkv):
     return jnp.sum(kernels.cudnn(*qkv, mask).astype(jnp.float32) * pull)

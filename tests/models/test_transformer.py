@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import math
 
 import families
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_decoder
 import pytest
 from trial import kept_by_layers
 
@@ -15,7 +15,7 @@ from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model, ModelConfig
 from okd_jax.models.adapters import Lora
-from okd_jax.models.transformer import rope_frequencies
+from okd_jax.models.rope import rope_frequencies
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def test_logits_are_those_of_transformers(name):
   tokens = families.tokens(families.CONFIGS[name], 1)
   logits = _logits_of(name)(_model(name).params, tokens)[0]
   golden = np.load(families.GOLDEN)[name]
-  np.testing.assert_allclose(logits[::6], golden, atol=1e-4, rtol=0)
+  np.testing.assert_allclose(logits[7::16], golden, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(families.CONFIGS))
@@ -58,7 +58,7 @@ def test_logits_are_those_of_a_plain_float64_loop(name):
   config = families.CONFIGS[name]
   tokens = families.tokens(config, 1, seed=3)
   logits = _logits_of(name)(_model(name).params, tokens)[0]
-  oracle = _oracle(config, families.params(config), tokens[0])
+  oracle = plain_decoder.logits(config, families.params(config), tokens[0])
   np.testing.assert_allclose(logits, oracle, atol=1e-4, rtol=0)
 
 
@@ -367,74 +367,3 @@ class TestTakeLayers:
   def test_refuses_more_layers_than_there_are(self, n):
     with pytest.raises(UserError, match=f"{n} layers .* has 7"):
       models.take_layers({}, ModelConfig(num_layers=7), n)
-
-
-def _oracle(c: ModelConfig, params, tokens) -> np.ndarray:
-  """The whole decoder in float64 numpy: one sequence, one layer after the other."""
-  p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-  x = p["embed"]["embedding"][tokens]
-  if c.position == "learned":
-    x = x + p["position_embed"]["embedding"][: len(tokens)]
-  for i in range(c.num_layers):
-    layer = jax.tree.map(lambda w: w[i], p["layers"])  # noqa: B023
-    x = x + _oracle_attention(
-      c, layer["attention"], _oracle_norm(c, layer, x, "attention")
-    )
-    x = x + _oracle_mlp(c, layer["mlp"], _oracle_norm(c, layer, x, "mlp"))
-  head = p["embed"]["embedding"] if c.tie_embeddings else p["head"]
-  return _oracle_norm(c, {"_norm": p["norm"]}, x, "") @ head.T
-
-
-def _oracle_norm(c, layer, x, name):
-  weights = layer[f"{name}_norm"]
-  if c.norm == "layernorm":
-    x = x - x.mean(-1, keepdims=True)
-  x = x / np.sqrt((x**2).mean(-1, keepdims=True) + c.norm_eps)
-  return x * weights["scale"] + weights.get("bias", 0)
-
-
-def _oracle_linear(weights, x):
-  return x @ weights["kernel"] + weights.get("bias", 0)
-
-
-def _oracle_attention(c, weights, x):
-  length = len(x)
-  q, k, v = (
-    _oracle_linear(weights[name], x).reshape(length, -1, c.head_dim)
-    for name in ("query", "key", "value")
-  )
-  if c.position == "rope":
-    angles = np.arange(length)[:, None] * np.asarray(rope_frequencies(c), np.float64)
-    turn = np.exp(1j * angles)[:, None]  # a rotation is a complex product
-    half = c.head_dim // 2
-    q, k = (y[..., :half] * turn + 1j * y[..., half:] * turn for y in (q, k))
-    q, k = (np.concatenate([y.real, y.imag], -1) for y in (q, k))
-  out = np.zeros_like(q)
-  for head in range(c.num_heads):
-    shared = head * c.num_kv_heads // c.num_heads
-    scores = q[:, head] @ k[:, shared].T / np.sqrt(c.head_dim)
-    weight = np.tril(np.exp(scores - scores.max(-1, keepdims=True)))
-    out[:, head] = weight / weight.sum(-1, keepdims=True) @ v[:, shared]
-  return _oracle_linear(weights["out"], out.reshape(length, -1))
-
-
-def _oracle_mlp(c, weights, x):
-  activate = {"silu": _silu, "gelu": _gelu, "gelu_tanh": _gelu_tanh}[c.activation]
-  up = _oracle_linear(weights["up"], x)
-  if c.gated_mlp:
-    up = activate(_oracle_linear(weights["gate"], x)) * up
-  else:
-    up = activate(up)
-  return _oracle_linear(weights["down"], up)
-
-
-def _silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def _gelu(x):
-  return x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2
-
-
-def _gelu_tanh(x):
-  return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trial import TEACHER, Setup, make_batch
 
-from okd_jax.models import Decoder, output, unembed
+from okd_jax.models import Decoder, output
 from okd_jax.runtime import sharding
 from okd_jax.teachers import saliency
 
@@ -29,7 +29,7 @@ def test_saliency_is_the_formula():
 
   def ce(layers):
     out = output(Decoder(TEACHER), {"params": frozen | {"layers": layers}}, both)
-    logits = jax.nn.log_softmax(unembed(*out))
+    logits = jax.nn.log_softmax(out.logits())
     nll = -jnp.take_along_axis(logits, both.labels[..., None], -1)[..., 0]
     return jnp.where(both.mask, nll, 0).sum() / both.mask.sum()
 

@@ -206,4 +206,4 @@ def cut_heads(
   share of somebody's mass.
   """
   size = vocab_size or min(output.head.shape[0] for output in outputs.values())
-  return {name: out._replace(head=out.head[:size]) for name, out in outputs.items()}
+  return {name: out.first_ids(size) for name, out in outputs.items()}

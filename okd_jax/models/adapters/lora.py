@@ -58,6 +58,11 @@ class Lora(TopLayers):
   def check(self, config: ModelConfig) -> None:
     """Raises a UserError if a model of this shape has no place for the module."""
     super().check(config)
+    if config.experts and (within := {"gate", "up", "down"} & {*self.targets}):
+      raise UserError(
+        f"adapter.targets names {', '.join(map(repr, sorted(within)))}, but the "
+        "model's MLPs are experts, which take no module; leave it out"
+      )
     if "gate" in self.targets and not config.gated_mlp:
       raise UserError(
         "adapter.targets names 'gate', but the teacher's MLP has no gate; leave it out"

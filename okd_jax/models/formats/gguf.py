@@ -19,54 +19,44 @@ from jaxtyping import Float
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats import gguf_tokenizer, hf
-from okd_jax.models.formats.weights import Params, Put, Weight, assemble
-from okd_jax.models.transformer import rope_frequencies
+from okd_jax.models.formats.weights import (
+  QKV,
+  Params,
+  Put,
+  Weight,
+  assemble,
+  linear,
+  norm,
+)
+from okd_jax.models.rope import rope_frequencies
 
 Value = bool | int | float | str | list[Any] | None  # what a field may hold
 
 _IGNORED = re.compile(r"rope_freqs\.weight|attn_rot_embd")  # said by the config
 
 
-def _linear(
-  path: str, name: str, part: int = 0, parts: int = 1
-) -> tuple[Weight, Weight]:
-  return (
-    Weight(f"layers/{path}/kernel", f"blk.{{}}.{name}.weight", True, part, parts),
-    Weight(f"layers/{path}/bias", f"blk.{{}}.{name}.bias", False, part, parts),
-  )
-
-
-def _norm(path: str, name: str) -> tuple[Weight, Weight]:
-  return (
-    Weight(f"{path}/scale", f"{name}.weight"),
-    Weight(f"{path}/bias", f"{name}.bias"),
-  )
-
-
 _COMMON = (
   Weight("embed/embedding", "token_embd.weight"),
   Weight("head", "output.weight"),
-  *_norm("norm", "output_norm"),
-  *_norm("layers/attention_norm", "blk.{}.attn_norm"),
-  *_norm("layers/mlp_norm", "blk.{}.ffn_norm"),
-  *_linear("attention/out", "attn_output"),
-  *_linear("mlp/up", "ffn_up"),
-  *_linear("mlp/down", "ffn_down"),
+  *norm("norm", "output_norm"),
+  *norm("layers/attention_norm", "blk.{}.attn_norm"),
+  *norm("layers/mlp_norm", "blk.{}.ffn_norm"),
+  *linear("blk.{}.attn_output", "attention/out"),
+  *linear("blk.{}.ffn_up", "mlp/up"),
+  *linear("blk.{}.ffn_down", "mlp/down"),
 )
 WEIGHTS = {
   "llama": (
     *_COMMON,
-    *_linear("attention/query", "attn_q"),
-    *_linear("attention/key", "attn_k"),
-    *_linear("attention/value", "attn_v"),
-    *_linear("mlp/gate", "ffn_gate"),
+    *linear("blk.{}.attn_q", "attention/query"),
+    *linear("blk.{}.attn_k", "attention/key"),
+    *linear("blk.{}.attn_v", "attention/value"),
+    *linear("blk.{}.ffn_gate", "mlp/gate"),
   ),
   "gpt2": (
     *_COMMON,
     Weight("position_embed/embedding", "position_embd.weight"),
-    *_linear("attention/query", "attn_qkv", 0, 3),
-    *_linear("attention/key", "attn_qkv", 1, 3),
-    *_linear("attention/value", "attn_qkv", 2, 3),
+    *linear("blk.{}.attn_qkv", *QKV),
   ),
 }
 

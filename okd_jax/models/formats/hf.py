@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -23,12 +22,11 @@ from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
-from okd_jax.models.formats import gpt2, llama
 from okd_jax.models.formats.card import model_card
+from okd_jax.models.formats.families import FAMILIES, Family, family_of
 from okd_jax.models.formats.weights import Params, Put, Weight, assemble, disassemble
 from okd_jax.runtime.files import read_json, replacing, write_json
 
-FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": llama}
 MAX_SHARD_BYTES = 5 * 10**9
 
 _HEAD = "lm_head.weight"
@@ -146,9 +144,9 @@ def save(
   ...   print([path.name for path in files(Path(folder, "model"))])
   ['config.json', 'model.safetensors']
   """
-  family = FAMILIES[config.family]
   raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
-  tensors = disassemble(config, _table(family, family.PREFIX), params, dtype=dtype)
+  family = family_of(config.family)
+  tensors = disassemble(config, _table(family, family.prefix), params, dtype=dtype)
   with replacing(folder, _OURS) as partial:
     _write_configs(partial, config, raw, tokenizer)
     _write_weights(partial, tensors, max_shard_bytes)
@@ -157,12 +155,12 @@ def save(
 
 def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
   """The contents of config.json; a UserError where the family cannot say it."""
-  family = FAMILIES[config.family]
+  family = family_of(config.family)
   name = np.dtype(dtype).name
   return {
     **family.config_to_hf(config),
     **_ids_to_hf(config),
-    "architectures": [family.ARCHITECTURES[config.family]],
+    "architectures": [family.architecture],
     "model_type": config.family,
     "dtype": name,
     "torch_dtype": name,  # what transformers before 5 calls it
@@ -204,14 +202,14 @@ class _Tensors:
 def _load_weights(
   folder: Path, config: ModelConfig, dtype: DTypeLike, put: Put
 ) -> Params:
-  family = FAMILIES[config.family]
+  family = family_of(config.family)
   tensors = _Tensors(folder)
-  prefixed = any(name.startswith(family.PREFIX) for name in tensors.shapes)
-  table = _table(family, family.PREFIX if prefixed else "")
+  prefixed = any(name.startswith(family.prefix) for name in tensors.shapes)
+  table = _table(family, family.prefix if prefixed else "")
   shapes = {
     name: shape
     for name, shape in tensors.shapes.items()
-    if not re.search(family.IGNORED, name)
+    if not re.search(family.ignored, name)
   }
   if config.tie_embeddings and _HEAD in shapes:
     _check_tied(folder, tensors, table[0].name)
@@ -221,10 +219,10 @@ def _load_weights(
   )
 
 
-def _table(family: ModuleType, prefix: str) -> list[Weight]:
+def _table(family: Family, prefix: str) -> list[Weight]:
   return [
     row if row.path == "head" else dataclasses.replace(row, name=prefix + row.name)
-    for row in family.WEIGHTS
+    for row in family.weights
   ]
 
 

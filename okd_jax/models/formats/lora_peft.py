@@ -19,7 +19,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import safetensors
@@ -30,8 +29,8 @@ from okd_jax.errors import UserError
 from okd_jax.models.adapters import Lora
 from okd_jax.models.adapters.base import Tree
 from okd_jax.models.config import ModelConfig
-from okd_jax.models.formats.hf import FAMILIES
-from okd_jax.models.formats.weights import listing
+from okd_jax.models.formats.families import Family, family_of
+from okd_jax.models.formats.weights import listing, parameter_shapes
 
 Flat = dict[str, np.ndarray]  # 'attention/query/down' to its array
 Pair = tuple[
@@ -57,11 +56,17 @@ _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclasses.dataclass(frozen=True)
 class _Slice:
-  """One of our projections within a layer of theirs."""
+  """One of our projections within a layer of theirs.
 
-  path: str  # 'attention/query'
-  part: int
-  parts: int
+  path: 'attention/query'.
+  start, stop: its columns in their layer's output.
+  width: of their whole output.
+  """
+
+  path: str
+  start: int
+  stop: int
+  width: int
 
   @property
   def target(self) -> str:
@@ -82,8 +87,8 @@ def to_peft(tree: Tree, adapter: Lora, model_config: ModelConfig) -> tuple:
   """
   flat = traverse_util.flatten_dict(tree["layers"], sep="/")
   flat = {key: np.asarray(leaf, np.float32) for key, leaf in flat.items()}
-  family = FAMILIES[model_config.family]
-  modules = _modules(family, adapter.targets)
+  family = family_of(model_config.family)
+  modules = _modules(model_config, adapter.targets)
   first = adapter.trunk_layers(model_config.num_layers)
   tensors = {}
   for name, slices in modules.items():
@@ -96,7 +101,7 @@ def to_peft(tree: Tree, adapter: Lora, model_config: ModelConfig) -> tuple:
   raw = _config_to_peft(family, ranks, adapter.scale)
   if first:
     raw["layers_to_transform"] = list(range(first, model_config.num_layers))
-    raw["layers_pattern"] = family.LAYERS
+    raw["layers_pattern"] = family.layers
   return tensors, raw, ""
 
 
@@ -120,7 +125,7 @@ def read(
     UserError: the tensors do not fit the model, or are another's and use an option that
       we do not compute.
   """
-  pairs = _parse(file, FAMILIES[model_config.family], path)
+  pairs = _parse(file, family_of(model_config.family), path)
   adapter = ours or _stranger(raw, pairs, model_config, path.parent)
   try:
     flat = _split(pairs, adapter, model_config, shared=ours is None)
@@ -129,17 +134,25 @@ def read(
   return {"layers": traverse_util.unflatten_dict(flat, sep="/")}, adapter
 
 
-def _modules(family: ModuleType, targets: Iterable[str]) -> dict[str, list[_Slice]]:
+def _modules(
+  model_config: ModelConfig, targets: Iterable[str]
+) -> dict[str, list[_Slice]]:
   """Their layers that hold any of our targets: {'attn.c_attn': [query, value]}."""
   modules: dict[str, list[_Slice]] = {}
-  for path, (name, part, parts) in family.PROJECTIONS.items():
-    if (piece := _Slice(path, part, parts)).target in targets:
+  shapes = parameter_shapes(model_config)
+  for path, (name, fused) in family_of(model_config.family).projections.items():
+    if f"layers/{path}/kernel" not in shapes:
+      continue
+    widths = [shapes[f"layers/{p}/kernel"].shape[-1] for p in fused]
+    index = fused.index(path)
+    start, stop = sum(widths[:index]), sum(widths[: index + 1])
+    if (piece := _Slice(path, start, stop, sum(widths))).target in targets:
       modules.setdefault(name, []).append(piece)
   return modules
 
 
-def _key(family: ModuleType, layer: int, name: str) -> str:
-  return f"base_model.model.{family.PREFIX}{family.LAYERS}.{layer}.{name}"
+def _key(family: Family, layer: int, name: str) -> str:
+  return f"base_model.model.{family.prefix}{family.layers}.{layer}.{name}"
 
 
 def _pair(flat: Flat, path: str, layer: int) -> Pair:
@@ -147,17 +160,16 @@ def _pair(flat: Flat, path: str, layer: int) -> Pair:
 
 
 def _fuse(pairs: Sequence[Pair], slices: list[_Slice]) -> Pair:
-  """One (down [D, n r], up [n r, parts H]) from n pairs, each in its own columns."""
-  parts = slices[0].parts
+  """One (down [D, n r], up [n r, width]) from n pairs, each in its own columns."""
   ups = []
   for (_, up), piece in zip(pairs, slices, strict=True):
-    wide = np.zeros((up.shape[0], parts, up.shape[1]), up.dtype)
-    wide[:, piece.part] = up
-    ups.append(wide.reshape(up.shape[0], -1))
+    wide = np.zeros((up.shape[0], piece.width), up.dtype)
+    wide[:, piece.start : piece.stop] = up
+    ups.append(wide)
   return np.concatenate([down for down, _ in pairs], -1), np.concatenate(ups)
 
 
-def _config_to_peft(family: ModuleType, ranks: dict[str, int], scale: float) -> dict:
+def _config_to_peft(family: Family, ranks: dict[str, int], scale: float) -> dict:
   names = {name: _short(family, name) for name in ranks}
   # One rank for all where that is possible: few readers know rank_pattern.
   rank = min(ranks.values())
@@ -170,25 +182,25 @@ def _config_to_peft(family: ModuleType, ranks: dict[str, int], scale: float) -> 
     "lora_alpha": scale * rank,
     "lora_dropout": 0.0,
     "bias": "none",
-    "fan_in_fan_out": family.FAN_IN_FAN_OUT,
+    "fan_in_fan_out": family.fan_in_fan_out,
     "target_modules": sorted(names.values()),
     "rank_pattern": patterns,
     "alpha_pattern": {name: scale * r for name, r in patterns.items()},
   }
 
 
-def _short(family: ModuleType, name: str) -> str:
+def _short(family: Family, name: str) -> str:
   """The last part of a layer's name, or all where two layers share it ('c_proj')."""
   last = name.split(".")[-1]
-  names = {other for other, _, _ in family.PROJECTIONS.values()}
+  names = {other for other, _ in family.projections.values()}
   return last if sum(n.split(".")[-1] == last for n in names) == 1 else name
 
 
-def _parse(file: safetensors.safe_open, family: ModuleType, path: Path) -> Parsed:
+def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
   """{'attn.c_attn': {layer: {'A': array, 'B': array}}} of a safetensors file."""
-  names = {name for name, _, _ in family.PROJECTIONS.values()}
+  names = {name for name, _ in family.projections.values()}
   pattern = re.compile(
-    rf"base_model\.model\.(?:{re.escape(family.PREFIX)})?{family.LAYERS}\.(\d+)\."
+    rf"base_model\.model\.(?:{re.escape(family.prefix)})?{family.layers}\.(\d+)\."
     rf"({'|'.join(map(re.escape, names))})\.lora_([AB])\.weight"
   )
   pairs, unknown = {}, []
@@ -228,14 +240,14 @@ def _stranger(
     problems.append(f"layers {sorted(depths)}, not the top ones of {total} alike")
   if problems:
     raise UserError(f"{folder}: this adapter is not supported: {'; '.join(problems)}")
-  projections = FAMILIES[model_config.family].PROJECTIONS
+  projections = family_of(model_config.family).projections
   rank = ranks.pop()
   divisor = math.sqrt(rank) if raw.get("use_rslora") else rank
   return Lora(
     rank=rank,
     scale=raw["lora_alpha"] / divisor,
     targets=tuple(
-      p.split("/")[1] for p, (name, _, _) in projections.items() if name in pairs
+      p.split("/")[1] for p, (name, _) in projections.items() if name in pairs
     ),
     layers=len(top) % total,
   )
@@ -266,15 +278,14 @@ def _split(
   total = model_config.num_layers
   indices = range(adapter.trunk_layers(total), total)
   flat = {}
-  modules = _modules(FAMILIES[model_config.family], adapter.targets)
+  modules = _modules(model_config, adapter.targets)
   for name, slices in modules.items():
     a = np.stack([pairs[name][layer]["A"] for layer in indices])
     b = np.stack([pairs[name][layer]["B"] for layer in indices])
-    width = b.shape[1] // slices[0].parts
     for number, piece in enumerate(slices):
       start = 0 if shared else number * adapter.rank
       rank = slice(start, start + adapter.rank)
-      out = slice(piece.part * width, (piece.part + 1) * width)
+      out = slice(piece.start, piece.stop)
       flat[f"{piece.path}/down"] = a[:, rank].swapaxes(1, 2)
       flat[f"{piece.path}/up"] = b[:, out, rank].swapaxes(1, 2)
   return flat

@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 from okd_jax.errors import UserError
 from okd_jax.models.adapters import Adapter, Prefix, Prompt, prompt_vectors
 from okd_jax.models.adapters.base import Tree
-from okd_jax.models.attention import rope_frequencies
 from okd_jax.models.config import ModelConfig
+from okd_jax.models.rope import rope_frequencies
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +107,9 @@ def read_prompt(
 def _differs(adapter: Adapter, model_config: ModelConfig) -> str:
   """Why PEFT would compute something else; empty if it computes the same."""
   if model_config.position != "rope":
-    return "it shifts the learned positions of the text by adapter.length"
+    return "it shifts the positions of the text by adapter.length"
+  if model_config.layer_kinds:
+    return "its virtual tokens fall out of windows, and layers turn keys by their kind"
   if adapter.trunk_layers(model_config.num_layers):
     return "it has prefixes in all layers or none"
   return ""
@@ -197,7 +199,8 @@ def _turn(
 ) -> Float[np.ndarray, "N m K D"]:
   """`attention.rotate` by the same number of positions everywhere, in float64."""
   angles = positions * np.asarray(rope_frequencies(model_config), np.float64)
-  first, second = np.split(x_NMKD.astype(np.float64), 2, axis=-1)
+  x, rest = np.split(x_NMKD.astype(np.float64), [2 * angles.size], axis=-1)
+  first, second = np.split(x, 2, axis=-1)
   cos, sin = np.cos(angles), np.sin(angles)
-  turned = (first * cos - second * sin, second * cos + first * sin)
+  turned = (first * cos - second * sin, second * cos + first * sin, rest)
   return np.concatenate(turned, axis=-1).astype(np.float32)

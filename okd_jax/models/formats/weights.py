@@ -8,6 +8,7 @@ decoder itself asks for before they touch any data.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,29 +32,66 @@ _Shapes = Mapping[str, jax.ShapeDtypeStruct]  # 'layers/mlp/up/kernel' to its sh
 class Weight:
   """One parameter of ours and the tensor it is stored as.
 
-  path: our parameter, 'layers/attention/query/kernel'; under 'layers/' it is
-    stacked from one tensor a layer.
-  name: their tensor; '{}' stands for the layer's index.
+  path: our parameter, 'layers/attention/query/kernel'.
+  name: their tensor; a '{}' stands for the number of the layer, a second one for that
+    of the expert: the parameter is stacked from all of these tensors.
   transpose: torch's Linear keeps [out, in] where our kernels are [in, out].
-  part, parts: the tensor is a fused one; the parameter is number `part` of `parts`
-    equal slices of its output axis.
+  fused: all parameters that the tensor holds, one after the other on its output axis.
+  skip: rows that it has before ours and that no token reads.
   """
 
   path: str
   name: str
   transpose: bool = False
-  part: int = 0
-  parts: int = 1
+  fused: tuple[str, ...] = ()
+  skip: int = 0
 
-  def names(self, num_layers: int) -> list[str]:
-    """The tensors that this parameter is made of, bottom layer first."""
-    if not self.path.startswith("layers/"):
-      return [self.name]
-    return [self.name.format(layer) for layer in range(num_layers)]
+  def names(self, shape: tuple[int, ...]) -> list[str]:
+    """The tensors that the parameter of this shape is made of, bottom layer first."""
+    return [self.name.format(*i) for i in np.ndindex(shape[: self.stacked])]
+
+  @property
+  def stacked(self) -> int:
+    """How many axes the parameter has before those of one tensor."""
+    return self.name.count("{}")
+
+
+QKV = ("attention/query", "attention/key", "attention/value")
+
+
+def linear(name: str, *paths: str, transpose: bool = True) -> tuple[Weight, ...]:
+  """Rows for the kernels and biases of a layer of theirs, one or several of ours.
+
+  name: without 'weight' and 'bias'.
+  paths: without 'layers/', in the order of the tensor's outputs.
+  """
+  return tuple(
+    Weight(
+      f"layers/{path}/{ours}",
+      f"{name}.{theirs}",
+      transpose and ours == "kernel",
+      tuple(f"layers/{p}/{ours}" for p in paths) if len(paths) > 1 else (),
+    )
+    for path in paths
+    for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+  )
+
+
+def norm(path: str, name: str) -> tuple[Weight, Weight]:
+  """Rows for a norm's scale and its bias, if it has one."""
+  return (
+    Weight(f"{path}/scale", f"{name}.weight"),
+    Weight(f"{path}/bias", f"{name}.bias"),
+  )
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   """What the decoder asks for: 'layers/attention/query/kernel' to its shape."""
+  return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
   return traverse_util.flatten_dict(tree, sep="/")
@@ -83,13 +121,14 @@ def assemble(
   """
   wanted = parameter_shapes(config)
   rows = _rows(table, wanted)
-  _check(config, rows, wanted, shapes, where)
+  _check(rows, wanted, shapes, where)
   params = {}
   for row in rows:
-    stacked = np.empty(wanted[row.path].shape, dtype)
-    slots = stacked if row.path.startswith("layers/") else stacked[None]
-    for slot, name in zip(slots, row.names(config.num_layers), strict=True):
-      slot[...] = _ours(row, read(name))
+    stacked, columns = np.empty(wanted[row.path].shape, dtype), _columns(row, wanted)
+    slots, names = _slots(row, stacked), row.names(stacked.shape)
+    for slot, name in zip(slots, names, strict=True):
+      tensor = read(name)[row.skip :]
+      slot[...] = (tensor.T if row.transpose else tensor)[..., columns]
     params[row.path] = put(row.path, stacked)
   return traverse_util.unflatten_dict(params, sep="/")
 
@@ -109,8 +148,10 @@ def disassemble(
   transposed = set()
   for row in _rows(table, wanted):
     array = np.asarray(flat[row.path]).astype(dtype)
-    slots = array if row.path.startswith("layers/") else array[None]
-    for slot, name in zip(slots, row.names(config.num_layers), strict=True):
+    slots, names = _slots(row, array), row.names(array.shape)
+    for slot, name in zip(slots, names, strict=True):
+      if row.skip:
+        slot = np.concatenate([np.zeros_like(slot[: row.skip]), slot])
       pieces.setdefault(name, []).append(slot)
       if row.transpose:
         transposed.add(name)
@@ -149,7 +190,6 @@ def _rows(table: Iterable[Weight], wanted: _Shapes) -> list[Weight]:
 
 
 def _check(
-  config: ModelConfig,
   rows: Sequence[Weight],
   wanted: _Shapes,
   shapes: Mapping[str, tuple[int, ...]],
@@ -157,10 +197,8 @@ def _check(
 ) -> None:
   needed = {}
   for row in rows:
-    shape = wanted[row.path].shape
-    shape = shape[1:] if row.path.startswith("layers/") else shape
-    for name in row.names(config.num_layers):
-      needed[name] = _theirs(row, shape)
+    theirs = _theirs(row, wanted)
+    needed |= dict.fromkeys(row.names(wanted[row.path].shape), theirs)
   problems = [
     *listing("missing", (name for name in needed if name not in shapes)),
     *listing("unexpected", (name for name in shapes if name not in needed)),
@@ -202,13 +240,24 @@ def _check_tree(
     )
 
 
-def _ours(row: Weight, tensor: np.ndarray) -> np.ndarray:
-  tensor = tensor.T if row.transpose else tensor
-  width = tensor.shape[-1] // row.parts
-  return tensor[..., row.part * width : (row.part + 1) * width]
+def _slots(row: Weight, array: np.ndarray) -> np.ndarray:
+  """The parameter as one array a tensor, in the order of their names."""
+  return array.reshape(-1, *array.shape[row.stacked :])
 
 
-def _theirs(row: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape of the stored tensor, given that of one layer's parameter."""
-  shape = (*shape[:-1], shape[-1] * row.parts)
+def _columns(row: Weight, wanted: _Shapes) -> slice:
+  """Which part of a tensor's output axis is the parameter's."""
+  if not row.fused:
+    return slice(None)
+  before = row.fused[: row.fused.index(row.path)]
+  start = sum(wanted[path].shape[-1] for path in before)
+  return slice(start, start + wanted[row.path].shape[-1])
+
+
+def _theirs(row: Weight, wanted: _Shapes) -> tuple[int, ...]:
+  """The shape of each of the stored tensors."""
+  shape = wanted[row.path].shape[row.stacked :]
+  width = sum(wanted[path].shape[-1] for path in row.fused or (row.path,))
+  shape = (*shape[:-1], width)
+  shape = (shape[0] + row.skip, *shape[1:])
   return shape[::-1] if row.transpose else shape

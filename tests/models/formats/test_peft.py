@@ -149,8 +149,8 @@ class TestVirtualTokens:
   @pytest.mark.parametrize(
     ("name", "config", "reason"),
     [
-      ("gpt2", PREFIX, "shifts the learned positions"),
-      ("gpt2", PROMPT, "shifts the learned positions"),
+      ("gpt2", PREFIX, "shifts the positions of the text"),
+      ("gpt2", PROMPT, "shifts the positions of the text"),
       ("llama_gqa", dataclasses.replace(PREFIX, layers=1), "in all layers or none"),
       ("llama_gqa", PREFIX, ""),
       ("llama_gqa", PROMPT, ""),
@@ -173,7 +173,7 @@ class TestVirtualTokens:
     np.testing.assert_array_equal(tree["prompt"]["vectors"], vectors)
     with pytest.raises(UserError, match=r"is \[5, 30\], the model needs \[5, 40\]"):
       _load(folder, "llama3")
-    with pytest.raises(UserError, match="learned positions"):
+    with pytest.raises(UserError, match="shifts the positions"):
       _load(folder, "gpt2")
     _edit(folder, lambda tensors: tensors.update(more=np.zeros(1, np.float32)))
     with pytest.raises(UserError, match="not prompt_embeddings alone"):

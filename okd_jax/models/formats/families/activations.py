@@ -21,6 +21,6 @@ def from_hf(name: str) -> str:
   return _OURS[name]
 
 
-def to_hf(name: str) -> str:
-  """Their name for ours."""
-  return _THEIRS[name]
+def to_hf(name: str, usual: str) -> str:
+  """Their name for ours, the family's `usual` one if that means the same."""
+  return usual if _OURS[usual] == name else _THEIRS[name]

@@ -1,0 +1,163 @@
+"""Gemma 2 and 3, text alone: norms before and after, with scales counted from 1.
+
+Gemma 2, Gemma Team 2024, arXiv 2408.00118: caps on scores and logits, a window in every
+second layer. Gemma 3, 2025, arXiv 2503.19786: instead of caps norms on each head's
+query and key, a window and a rotary base of its own in five of six layers.
+"""
+
+from typing import Any
+
+from okd_jax.errors import UserError
+from okd_jax.models.config import LayerKind, ModelConfig
+from okd_jax.models.formats.families import rope
+from okd_jax.models.formats.families.family import (
+  ATTENTION,
+  MLP,
+  OUTER,
+  QK_NORMS,
+  Family,
+  Fields,
+  Key,
+  Raw,
+  keys,
+  layer_types,
+  whole_heads,
+  window_of,
+)
+from okd_jax.models.formats.weights import Weight, require
+
+_NAMES = {
+  "attention_norm": "input_layernorm",
+  "attention_out_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "mlp_out_norm": "post_feedforward_layernorm",
+}
+_WEIGHTS = (
+  *OUTER,
+  *(Weight(f"layers/{a}/scale", f"layers.{{}}.{b}.weight") for a, b in _NAMES.items()),
+  *ATTENTION,
+  *MLP,
+)
+_FIXED = {"norm_place": "both", "norm_from_one": True, "activation": "gelu_tanh"}
+_KEYS = keys(
+  Key("head_dim", "head_dim", 256),
+  Key("activation", "hidden_activation", "gelu_pytorch_tanh"),
+  Key("tie_embeddings", "tie_word_embeddings", True),
+)
+_WINDOW, _LOCAL, _GLOBAL = 4096, 1e4, 1e6  # where none are named
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_OWN = ("qkv_bias", "out_bias", "embed_scale", "attention_scale", "attention_cap")
+
+
+def _common(raw: Raw) -> Fields:
+  bias = raw.get("attention_bias", False)
+  if raw.get("use_bidirectional_attention"):
+    raise UserError("use_bidirectional_attention=True is not supported, only False")
+  return {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "embed_scale": raw["hidden_size"] ** 0.5,
+    "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
+  }
+
+
+def _common_to_hf(config: ModelConfig) -> dict[str, Any]:
+  require(config, out_bias=config.qkv_bias, embed_scale=config.hidden_size**0.5)
+  scale = config.attention_scale or config.head_dim**-0.5
+  return whole_heads(config) | {
+    "attention_bias": config.qkv_bias,
+    "query_pre_attn_scalar": round(scale**-2),
+    "attn_logit_softcapping": config.attention_cap or None,
+    "final_logit_softcapping": config.logit_cap or None,
+    "sliding_window": window_of(config),
+    "layer_types": layer_types(config),
+  }
+
+
+def _caps(raw: Raw, attention: float, logits: float) -> Fields:
+  """The caps, by default these; null is none."""
+  return {
+    "attention_cap": raw.get("attn_logit_softcapping", attention) or 0.0,
+    "logit_cap": raw.get("final_logit_softcapping", logits) or 0.0,
+  }
+
+
+def _gemma2(raw: Raw) -> Fields:
+  types = raw.get("layer_types") or _types(raw["num_hidden_layers"], 2)
+  window = raw.get("sliding_window", _WINDOW) or 0
+  kinds = tuple(LayerKind(window if t == _SLIDING else 0) for t in types)
+  return rope.read(raw) | _common(raw) | _caps(raw, 50.0, 30.0) | {"layer_kinds": kinds}
+
+
+def _gemma2_to_hf(config: ModelConfig) -> dict[str, Any]:
+  return rope.write(config) | _common_to_hf(config)
+
+
+def _gemma3(raw: Raw) -> Fields:
+  every = raw.get("sliding_window_pattern") or 6
+  types = raw.get("layer_types") or _types(raw["num_hidden_layers"], every)
+  own = (raw.get("rope_parameters") or {}).get(_SLIDING) or {}
+  if rope.scaling(own, raw):
+    raise UserError("rope scaling in layers with a window is not supported")
+  theta = own.get("rope_theta") or raw.get("rope_local_base_freq") or _LOCAL
+  local = LayerKind(raw.get("sliding_window", _WINDOW) or 0, rope_theta=theta)
+  kinds = tuple(local if t == _SLIDING else LayerKind() for t in types)
+  found = rope.read(raw, _GLOBAL, _FULL) | _common(raw) | _caps(raw, 0.0, 0.0)
+  return found | {"layer_kinds": kinds}
+
+
+def _gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
+  bases = {kind.rope_theta or config.rope_theta for kind in config.kinds if kind.window}
+  full = {kind.rope_theta for kind in config.kinds if not kind.window}
+  if len(bases) > 1 or full - {0.0}:
+    raise UserError(
+      "the gemma3_text layout cannot hold this model: its layers have more rotary "
+      "bases than one with a window and one without"
+    )
+  local = {"rope_type": "default", "rope_theta": max(bases, default=_LOCAL)}
+  whole = rope.write(config)["rope_parameters"]
+  return _common_to_hf(config) | {
+    "rope_parameters": {_FULL: whole, _SLIDING: local},
+  }
+
+
+def _types(layers: int, every: int) -> list[str]:
+  return [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
+
+
+def _random(fields: Fields, every: int, local: LayerKind, **more: Any) -> Fields:
+  size = fields.get("hidden_size", ModelConfig.hidden_size)
+  types = _types(fields.get("num_layers", ModelConfig.num_layers), every)
+  kinds = tuple(local if t == _SLIDING else LayerKind() for t in types)
+  return {"embed_scale": size**0.5, "layer_kinds": kinds, **more}
+
+
+def _gemma2_random(fields: Fields) -> Fields:
+  caps = {"attention_cap": 50.0, "logit_cap": 30.0}
+  return _random(fields, 2, LayerKind(_WINDOW), **caps)
+
+
+def _gemma3_random(fields: Fields) -> Fields:
+  return _random(fields, 6, LayerKind(512, rope_theta=_LOCAL), rope_theta=_GLOBAL)
+
+
+GEMMA2 = Family(
+  architecture="Gemma2ForCausalLM",
+  weights=_WEIGHTS,
+  keys=_KEYS,
+  fixed=_FIXED,
+  read=_gemma2,
+  write=_gemma2_to_hf,
+  own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
+  derived=_gemma2_random,
+)
+GEMMA3 = Family(
+  architecture="Gemma3ForCausalLM",
+  weights=(*_WEIGHTS, *QK_NORMS),
+  keys=_KEYS,
+  fixed={**_FIXED, "qk_norm": "head"},
+  read=_gemma3,
+  write=_gemma3_to_hf,
+  own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
+  derived=_gemma3_random,
+)
