@@ -133,7 +133,9 @@ def windows(text: str, model: str) -> list[dict[str, str]]:
   A completion goes on into the next window: training cuts it at LENGTH, so that none
   ends a text.
   """
-  tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    model, local_files_only=True, trust_remote_code=False
+  )
   tokenizer.model_max_length = len(text)  # no warning: nothing runs on the whole
   encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
   starts = [start for start, _ in encoded["offset_mapping"]]

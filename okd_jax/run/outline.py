@@ -59,7 +59,7 @@ def outline(
   shapes = {name: teacher.config for name, teacher in teachers.items()}
   random = settings.teacher.model
   if random.wanted and not (settings.teacher.cache or settings.teachers):
-    shapes = {ONLY: _random(random, len(tokenizer), tokenizer)}
+    shapes = {ONLY: _random(random, _ids(tokenizer), tokenizer)}
   student = _student(settings, {} if apart else shapes, start, tokenizer)
   return Outline(
     tokenizer,
@@ -125,8 +125,13 @@ def _student(
         f"student.layers={layers}, but the teacher has {first.num_layers} layers"
       )
     return first.of_layers(models.even_layers(first.num_layers, layers))
-  size = first.vocab_size if first else len(tokenizer)
+  size = first.vocab_size if first else _ids(tokenizer)
   return _random(settings.student.model, size, tokenizer)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> int:
+  """One more than the largest id: there may be holes below it."""
+  return max(tokenizer.get_vocab().values()) + 1
 
 
 def _random(

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from okd_jax.data import Example
 from okd_jax.errors import UserError
-from okd_jax.models.formats.hf import open_safetensors
+from okd_jax.models.formats.tensors import open_safetensors
 from okd_jax.runtime.workdir import check_made_from, claim, made_from
 
 # The texts of each row of a batch, by their numbers.

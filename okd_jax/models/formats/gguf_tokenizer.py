@@ -68,13 +68,30 @@ class _Fields:
     }
     return {k: self.tokens[v] for k, v in ids.items() if v is not None}
 
+  def pre_tokenizer(self) -> str:
+    """How text is split first: as the file says, or as only one way can be.
+
+    Files made before llama.cpp wrote it down leave it open; a wrong one would give
+    other tokens without a word.
+    """
+    if (name := self.get("pre")) is not None:
+      return name
+    if self._fields.get("general.architecture") == "gpt2":
+      return "gpt-2"
+    if _LLAMA3_MARK in self.vocab and len(self.tokens) > _LLAMA3_WORDS:
+      return _LLAMA3_NAMES[0]
+    raise UserError(
+      f"{self.where}: it does not say how its tokenizer splits text "
+      "(tokenizer.ggml.pre), which cannot be guessed; convert the model anew"
+    )
+
   def chat_template(self) -> str | None:
     return self._fields.get("tokenizer.chat_template")
 
 
 def _byte_level(fields: _Fields) -> tokenizers.Tokenizer:
   """GPT-2's BPE over bytes, with the file's own way to split text first."""
-  name = fields.get("pre", "default")
+  name = fields.pre_tokenizer()
   if name not in _PRE_TOKENIZERS:
     raise UserError(
       f"{fields.where}: the pre-tokenizer {name!r} is not supported, only "
@@ -186,6 +203,8 @@ def _llama3_split() -> list[pre_tokenizers.PreTokenizer]:
   ]
 
 
+# LLaMA 3's vocabulary is known by its size and the token that begins every text.
+_LLAMA3_MARK, _LLAMA3_WORDS = "<|begin_of_text|>", 128000
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 _PRE_TOKENIZERS = {

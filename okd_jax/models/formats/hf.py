@@ -6,6 +6,8 @@ folder: no pickle, no remote code.
 """
 
 import dataclasses
+import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import transformers
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
@@ -24,16 +25,19 @@ from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats.card import model_card
 from okd_jax.models.formats.families import FAMILIES, Family, family_of
+from okd_jax.models.formats.tensors import HEAD, Tensors, weight_files
 from okd_jax.models.formats.weights import Params, Put, Weight, assemble, disassemble
 from okd_jax.runtime.files import read_json, replacing, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-_HEAD = "lm_head.weight"
 _TEMPLATE = "okd_jax_template"  # a key of config.json that others leave alone
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_SENTENCEPIECE = "tokenizer.model"
+_TOKENIZER_FILES = ("tokenizer.json", _SENTENCEPIECE, "vocab.json", "spiece.model")
 _LOADING_NOTES = ("is_local", "local_files_only", "name_or_path")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_WHOLE = "the model that this is a part of"  # a key that no config.json has
+_log = logging.getLogger(__name__)
+
 # What a model's folder may hold for us to replace it; anything else is the user's.
 _OURS = re.compile(
   r"(config|generation_config|special_tokens_map|added_tokens|normalizer)\.json"
@@ -58,9 +62,11 @@ def load(
 
   Parameters are None if `params` is False, the tokenizer if the folder has none.
   """
+  raw = _raw_config(folder)
+  config = _config(folder, raw)
   tokenizer = load_tokenizer(folder)
-  config = load_config(folder, tokenizer)
-  weights = _load_weights(folder, config, dtype, put) if params else None
+  config = dataclasses.replace(config, **_token_ids(folder, raw, tokenizer))
+  weights = _load_weights(folder, raw, config, dtype, put) if params else None
   return config, weights, tokenizer
 
 
@@ -70,28 +76,33 @@ def is_model(folder: Path) -> bool:
   return path.exists() and "model_type" in read_json(path)
 
 
-def load_config(
-  folder: Path, tokenizer: "transformers.PreTrainedTokenizerBase | None" = None
-) -> ModelConfig:
-  """The model's shape; token ids also from generation_config.json and tokenizer."""
+def _raw_config(folder: Path) -> dict[str, Any]:
+  """What config.json says of the text model; a UserError if it is none of ours."""
   path = folder / "config.json"
   raw = read_json(path)
-  name = raw.get("model_type")
+  name, text = raw.get("model_type"), raw.get("text_config")
+  if name not in FAMILIES and isinstance(text, dict):
+    if text.get("model_type") in FAMILIES:
+      _log.info("%s: reads the text model of a %s alone", folder, name)
+      return {**raw, **text, _WHOLE: name}
   if name not in FAMILIES:
     raise UserError(
       f"{path}: model_type {name!r} is not supported, only {', '.join(FAMILIES)}"
     )
-  if "quantization_config" in raw:
+  return raw
+
+
+def _config(folder: Path, raw: Mapping[str, Any]) -> ModelConfig:
+  """The model's shape, without its token ids."""
+  path = folder / "config.json"
+  if raw.get("quantization_config") is not None:
     raise UserError(f"{path}: quantised weights are not supported; use the full ones")
   try:
-    config = FAMILIES[name].config_from_hf(raw)
+    return FAMILIES[raw["model_type"]].config_from_hf(raw)
   except KeyError as error:
     raise UserError(f"{path}: the key {error} is missing") from None
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
-  generation = folder / "generation_config.json"
-  ids = _token_ids(read_json(generation) if generation.exists() else {}, raw)
-  return dataclasses.replace(config, **_with_tokenizer_ids(ids, tokenizer))
 
 
 def template(folder: Path) -> str:
@@ -102,11 +113,19 @@ def template(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase | None":
-  """The folder's tokenizer, or None if it has none."""
-  if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+  """The folder's tokenizer, or None if it has none; none of its code is run."""
+  there = [name for name in _TOKENIZER_FILES if (folder / name).exists()]
+  if not there:
     return None
+  if there == [_SENTENCEPIECE] and importlib.util.find_spec("sentencepiece") is None:
+    raise UserError(
+      f"{folder}: to read {_SENTENCEPIECE} without a tokenizer.json the sentencepiece "
+      "package is needed: pip install okd-jax[sentencepiece]"
+    )
   try:
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(
+      folder, local_files_only=True, trust_remote_code=False
+    )
   except Exception as error:  # tokenizers raises bare Exception for a bad file
     raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
@@ -146,7 +165,7 @@ def save(
   """
   raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
   family = family_of(config.family)
-  tensors = disassemble(config, _table(family, family.prefix), params, dtype=dtype)
+  tensors = disassemble(config, _table(family), params, dtype=dtype)
   with replacing(folder, _OURS) as partial:
     _write_configs(partial, config, raw, tokenizer)
     _write_weights(partial, tensors, max_shard_bytes)
@@ -167,116 +186,68 @@ def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, 
   }
 
 
-def open_safetensors(path: Path) -> safetensors.safe_open:
-  """`safetensors.safe_open` for numpy; a UserError for a damaged file."""
-  try:
-    return safetensors.safe_open(path, framework="np")
-  except (safetensors.SafetensorError, OSError) as error:
-    raise UserError(
-      f"{path} is no readable safetensors file (damaged or cut short?): {error}"
-    ) from error
-
-
-class _Tensors:
-  """The tensors of a folder by name, whichever of its files they are in."""
-
-  def __init__(self, folder: Path) -> None:
-    self._files = {path.name: open_safetensors(path) for path in _weight_files(folder)}
-    self._file = {
-      name: file for file in self._files for name in self._files[file].keys()
-    }
-    self.shapes = {}
-    for name, file in self._file.items():
-      header = self._files[file].get_slice(name)
-      if header.get_dtype() not in _FLOATS:
-        raise UserError(
-          f"{folder / file}: {name} is {header.get_dtype()}, not one of "
-          f"{', '.join(_FLOATS)}; quantised weights are not supported"
-        )
-      self.shapes[name] = tuple(header.get_shape())
-
-  def read(self, name: str) -> np.ndarray:
-    return self._files[self._file[name]].get_tensor(name)
-
-
 def _load_weights(
-  folder: Path, config: ModelConfig, dtype: DTypeLike, put: Put
+  folder: Path, raw: Mapping[str, Any], config: ModelConfig, dtype: DTypeLike, put: Put
 ) -> Params:
   family = family_of(config.family)
-  tensors = _Tensors(folder)
-  prefixed = any(name.startswith(family.prefix) for name in tensors.shapes)
-  table = _table(family, family.prefix if prefixed else "")
-  shapes = {
-    name: shape
-    for name, shape in tensors.shapes.items()
-    if not re.search(family.ignored, name)
-  }
-  if config.tie_embeddings and _HEAD in shapes:
-    _check_tied(folder, tensors, table[0].name)
-    del shapes[_HEAD]
+  tensors, table = Tensors(folder, family, part=_WHOLE in raw), _table(family)
+  if config.tie_embeddings:
+    [embedding] = (row.name for row in table if row.path == "embed/embedding")
+    _tie(folder, tensors, embedding)
   return assemble(
-    config, table, shapes, tensors.read, put, dtype=dtype, where=str(folder)
+    config, table, tensors.shapes, tensors.read, put, dtype=dtype, where=str(folder)
   )
 
 
-def _table(family: Family, prefix: str) -> list[Weight]:
+def _table(family: Family) -> list[Weight]:
+  own = family.prefix
   return [
-    row if row.path == "head" else dataclasses.replace(row, name=prefix + row.name)
+    row if row.path == "head" else dataclasses.replace(row, name=own + row.name)
     for row in family.weights
   ]
 
 
-def _check_tied(folder: Path, tensors: _Tensors, embedding: str) -> None:
-  if embedding in tensors.shapes and not np.array_equal(
-    tensors.read(_HEAD), tensors.read(embedding)
-  ):
+def _tie(folder: Path, tensors: Tensors, embedding: str) -> None:
+  """Leaves one of the two, which a folder may hold alone or both."""
+  if HEAD not in tensors.shapes:
+    return
+  if embedding not in tensors.shapes:
+    tensors.rename(HEAD, embedding)
+    return
+  if not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
     raise UserError(
-      f"{folder}: config.json ties the embeddings, but {_HEAD} differs from "
+      f"{folder}: config.json ties the embeddings, but {HEAD} differs from "
       f"{embedding}; set tie_word_embeddings to false if the head is a separate one"
     )
+  tensors.drop(HEAD)
 
 
 def files(folder: Path) -> list[Path]:
   """Configuration and weights of an HF folder, in a fixed order."""
-  return [folder / "config.json", *_weight_files(folder)]
+  return [folder / "config.json", *weight_files(folder)]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-  index = folder / "model.safetensors.index.json"
-  if (folder / "model.safetensors").exists():
-    return [folder / "model.safetensors"]
-  if index.exists():
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing or not names:
-      raise UserError(f"{index} names files that are not there: {', '.join(missing)}")
-    return [folder / name for name in names]
-  if any(folder.glob("*.bin")):
-    raise UserError(
-      f"{folder} holds pickled weights only, which are not read because a pickle can "
-      "run code; convert them with save_pretrained(safe_serialization=True)"
-    )
-  raise UserError(f"{folder} holds no weights: there is no model.safetensors")
+def _token_ids(
+  folder: Path,
+  raw: Mapping[str, Any],
+  tokenizer: "transformers.PreTrainedTokenizerBase | None",
+) -> dict[str, Any]:
+  """bos, eos and pad ids; the generation config comes first, as in `generate`.
 
-
-def _token_ids(generation: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-  """bos, eos and pad ids; the generation config comes first, as in `generate`."""
+  What neither says the tokenizer knows.
+  """
+  path = folder / "generation_config.json"
+  generation = read_json(path) if path.exists() else {}
   eos = []
   for source in (generation, raw):
     ids = source.get("eos_token_id")
     eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
   merged = {**raw, **{k: v for k, v in generation.items() if v is not None}}
-  return {
+  ids = {
     "bos_id": merged.get("bos_token_id"),
     "eos_ids": tuple(dict.fromkeys(eos)),
     "pad_id": merged.get("pad_token_id"),
   }
-
-
-def _with_tokenizer_ids(
-  ids: dict[str, Any], tokenizer: "transformers.PreTrainedTokenizerBase | None"
-) -> dict[str, Any]:
-  """Fills what the configs leave open."""
   if tokenizer is None:
     return ids
   eos = tokenizer.eos_token_id

@@ -25,7 +25,7 @@ from okd_jax.models.adapters import Adapter, Lora, Prefix, Prompt
 from okd_jax.models.adapters.base import Tree
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import lora_peft, prompt_peft
-from okd_jax.models.formats.hf import open_safetensors
+from okd_jax.models.formats.tensors import open_safetensors
 from okd_jax.models.transformer import Decoder
 from okd_jax.runtime.files import read_json, replacing, write_json
 

@@ -406,6 +406,23 @@ class TestTokenizer:
     with pytest.raises(UserError, match="pre-tokenizer 'tekken' is not supported"):
       _build(_gpt2_fields(shared, pre="tekken"))
 
+  def test_a_pre_tokenizer_that_is_not_named_is_never_guessed(self, shared):
+    fields = _gpt2_fields(shared)
+    del fields["tokenizer.ggml.pre"]
+    with pytest.raises(UserError, match="does not say how its tokenizer splits text"):
+      _build(fields)
+    pieces = _split(_build(fields | {"general.architecture": "gpt2"}), "a 12345")
+    assert pieces == ["a", " 12345"]
+    fields["general.architecture"] = "llama"
+    mark, many = "<|begin_of_text|>", [f"<{i}>" for i in range(128256 - 50258)]
+    fields["tokenizer.ggml.tokens"] += [mark, *many]
+    fields["tokenizer.ggml.token_type"] += [3] + [1] * len(many)
+    pieces = _split(_build(fields | {"tokenizer.ggml.add_bos_token": False}), "a 12345")
+    assert pieces == ["a", " ", "123", "45"]  # LLaMA 3's, known by its vocabulary
+    del fields["tokenizer.ggml.tokens"][50257]
+    with pytest.raises(UserError, match="cannot be guessed"):
+      _build(fields | {"tokenizer.ggml.token_type": [1] * (128256 - 1)})
+
   @pytest.mark.parametrize(
     ("changes", "first", "last"),
     [

@@ -63,6 +63,7 @@ class Family:
     derived: fields that follow from others, of a model that is made at random: from the
       fields that were given.
     only: options that change the computation, with the only value that we compute.
+    defaults: keys of config.json that published models leave out.
     prefix: of the tensors' names; absent where the model was saved without its head.
     layers: the list of layers, as PEFT names it.
     ignored: a pattern of tensors that say nothing new.
@@ -78,6 +79,7 @@ class Family:
   own: tuple[str, ...] = ()
   derived: Callable[[Fields], Fields] = _nothing
   only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   prefix: str = "model."
   layers: str = "layers"
   ignored: str = r"rotary_emb\.inv_freq$"  # derived; old versions stored it
@@ -100,6 +102,7 @@ class Family:
     Raises:
       UserError: for what we do not compute; KeyError: for a key that must be there.
     """
+    raw = {**self.defaults, **raw}
     for name, value in self.only.items():
       if raw.get(name, value) != value:
         raise UserError(f"{name}={raw[name]} is not supported, only {value}")

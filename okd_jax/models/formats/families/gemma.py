@@ -44,6 +44,14 @@ _KEYS = keys(
   Key("activation", "hidden_activation", "gelu_pytorch_tanh"),
   Key("tie_embeddings", "tie_word_embeddings", True),
 )
+# Of models whose config.json says only what differs from these.
+_DEFAULTS = {
+  "hidden_size": 2304,
+  "intermediate_size": 9216,
+  "num_hidden_layers": 26,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+}
 _WINDOW, _LOCAL, _GLOBAL = 4096, 1e4, 1e6  # where none are named
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _OWN = ("qkv_bias", "out_bias", "embed_scale", "attention_scale", "attention_cap")
@@ -150,6 +158,7 @@ GEMMA2 = Family(
   write=_gemma2_to_hf,
   own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
   derived=_gemma2_random,
+  defaults=_DEFAULTS | {"vocab_size": 256000, "max_position_embeddings": 8192},
 )
 GEMMA3 = Family(
   architecture="Gemma3ForCausalLM",
@@ -160,4 +169,5 @@ GEMMA3 = Family(
   write=_gemma3_to_hf,
   own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
   derived=_gemma3_random,
+  defaults=_DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072},
 )
