@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
   # With adapter.layers=k: keep what enters the top k layers, 'memory' or a folder, so
   # that the layers below run once for every row and then leave the devices.
   config.teacher.trunk = ""
-  config.teacher.dtype = ""  # dtype of its frozen weights; '' is train.dtype
+  # dtype of its frozen weights; '' is train.dtype. int8: of its layers' kernels, with a
+  # scale for each output channel: half of bfloat16's memory, and what it costs is told.
+  config.teacher.dtype = ""
   config.teacher.model = _random_model()  # at random; its keys: see student.model
 
   # Several teachers for method ensemble, each a name and a path; all others leave it

@@ -22,7 +22,7 @@ from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.methods.base import TokenWeight
 from okd_jax.methods.base.knobs import at_start
-from okd_jax.models import ModelConfig, adapters
+from okd_jax.models import ModelConfig, adapters, int8
 from okd_jax.run import checks
 from okd_jax.run.cast import Cast, shapes
 from okd_jax.run.job import Job, check
@@ -218,6 +218,7 @@ def _cast(job: Job, student: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> C
     tokens = jnp.zeros((1, 1), jnp.int32)
     tree = jax.jit(decoder.init)(jax.random.key(1), tokens)["params"]
     tree = jax.tree.map(lambda x: x.astype(dtype), tree)
+    tree = int8.quantized(tree) if job.settings.quantizes else tree
     frozen[name] = jax.device_put(tree, sharding.shardings(tree, mesh))
   return dataclasses.replace(cast, frozen=frozen)
 

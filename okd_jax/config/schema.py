@@ -13,6 +13,7 @@ from okd_jax.methods.base import TokenWeight
 from okd_jax.models import kernels
 
 DTYPES = ("float32", "bfloat16", "float16")
+INT8 = "int8"  # of a frozen teacher's kernels
 # Of optimiser moments; float16 has no room for small gradients.
 MOMENT_DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -73,7 +74,7 @@ class TeacherSettings(_Section):
   model: RandomModel = RandomModel()
 
   def problems(self) -> Iterator[str]:
-    yield from _among("teacher.dtype", self.dtype or "float32", DTYPES)
+    yield from _among("teacher.dtype", self.dtype or "float32", (*DTYPES, INT8))
     if self.adapter and not self.path:
       yield "teacher.adapter adapts what teacher.path names; set it, too"
     if self.path and self.model.wanted:
@@ -329,8 +330,14 @@ class Settings:
 
   @property
   def teacher_dtype(self) -> str:
-    """Of the frozen weights."""
-    return self.teacher.dtype or self.train.dtype
+    """Of the frozen weights, of those that are not quantised."""
+    own = "" if self.quantizes else self.teacher.dtype
+    return own or self.train.dtype
+
+  @property
+  def quantizes(self) -> bool:
+    """Whether the kernels of frozen layers are int8."""
+    return self.teacher.dtype == INT8
 
 
 _SECTIONS = {

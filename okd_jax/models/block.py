@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
+from okd_jax.models import int8
 from okd_jax.models.adapters import Adapter
 from okd_jax.models.attention import Inputs, Slots, attend, recomputed
 from okd_jax.models.config import ModelConfig
@@ -160,22 +161,25 @@ class Experts(nn.Module):
       "experts_down": (c.experts, c.mlp_size, c.hidden_size),
     }
     weights = {
-      name: _Kernel(size, c.init_std, name=name)().astype(self.dtype)
-      for name, size in sizes.items()
+      name: _Kernel(size, c.init_std, name=name)() for name, size in sizes.items()
     }
     how = (c.experts_per_token, c.normalize_experts, _ACTIVATIONS[c.activation])
     return recomputed(functools.partial(mixture, how=how))(x, weights)
 
 
 class _Kernel(nn.Module):
-  """A weight alone, for whoever multiplies by it in a way of his own."""
+  """A weight alone, for whoever multiplies by it in a way of his own.
+
+  Its call gives (kernel, its scale where it is quantised).
+  """
 
   shape: tuple[int, ...]
   std: float
 
   @nn.compact
-  def __call__(self) -> Float[Array, "..."]:
-    return self.param("kernel", nn.initializers.normal(self.std), self.shape)
+  def __call__(self) -> tuple[Num[Array, "..."], Float[Array, "..."] | None]:
+    kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape)
+    return kernel, self.get_variable("params", int8.SCALE)
 
 
 class _Projection(nn.Module):
@@ -191,7 +195,10 @@ class _Projection(nn.Module):
   def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L H"]:
     init = nn.initializers.normal(self.config.init_std)
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    y = project(x, kernel.astype(self.dtype))
+    if self.has_variable("params", int8.SCALE):
+      y = int8.project(x, kernel, self.get_variable("params", int8.SCALE))
+    else:
+      y = project(x, kernel.astype(self.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y += bias.astype(self.dtype)[None, None]

@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
+
+from okd_jax.models.int8 import widened
 
 Activation = Callable[[Float[Array, "*B F"]], Float[Array, "*B F"]]
 
 
 def mixture(
   x: Float[Array, "B L D"],
-  weights: Mapping[str, Float[Array, "..."]],
+  weights: Mapping[str, tuple[Num[Array, "..."], Float[Array, "..."] | None]],
   how: tuple[int, bool, Activation],
 ) -> Float[Array, "B L D"]:
   """The chosen experts' outputs, weighted by the router's shares.
@@ -25,20 +27,21 @@ def mixture(
   Args:
     x: what enters the layer's MLP.
     weights: 'router' [D, E]; 'experts_gate' and 'experts_up' [E, D, F], 'experts_down'
-      [E, F, D].
+      [E, F, D]; each with its scales (`int8`) or None.
     how: (experts a token has, whether their shares add up to 1, the gate's activation).
   """
   count, normalize, activation = how
+  wide = {name: widened(*each, x.dtype) for name, each in weights.items()}
   tokens = x.reshape(-1, x.shape[-1])
-  shares, experts = route(tokens, weights["router"], count, normalize)
+  shares, experts = route(tokens, wide["router"], count, normalize)
   order = jnp.argsort(
     experts.ravel(), stable=True
   )  # of T * k pairs of token and expert
   rows = tokens[order // count]
-  sizes = jnp.bincount(experts.ravel(), length=weights["router"].shape[1])
-  gate = jax.lax.ragged_dot(rows, weights["experts_gate"], sizes)
-  up = jax.lax.ragged_dot(rows, weights["experts_up"], sizes)
-  out = jax.lax.ragged_dot(activation(gate) * up, weights["experts_down"], sizes)
+  sizes = jnp.bincount(experts.ravel(), length=wide["router"].shape[1])
+  gate = jax.lax.ragged_dot(rows, wide["experts_gate"], sizes)
+  up = jax.lax.ragged_dot(rows, wide["experts_up"], sizes)
+  out = jax.lax.ragged_dot(activation(gate) * up, wide["experts_down"], sizes)
   out = out * shares.ravel()[order][:, None]
   back = jnp.argsort(order)  # no scatter: each token finds its own rows
   return out[back].reshape(-1, count, x.shape[-1]).sum(1).reshape(x.shape)

@@ -56,6 +56,7 @@ def load(
   dtype: DTypeLike = jnp.float32,
   put: Put = hf.put_whole,
   params: bool = True,
+  quantize: bool = False,
 ) -> Model:
   """Loads a model from an HF folder, a hub id, a .gguf file or a run's workdir.
 
@@ -65,6 +66,8 @@ def load(
     put: places a parameter given its path ('layers/mlp/up/kernel') and host array;
       with one that shards, the model is never whole on one device.
     params: False reads configuration and tokenizer only.
+    quantize: makes the layers' kernels int8 (`models.int8`): for weights that nobody
+      trains.
 
   Returns:
     Configuration, parameters, and the tokenizer if there is one.
@@ -82,7 +85,8 @@ def load(
   """
   place = _find(path)
   reader = gguf if place.is_file() else hf
-  return Model(*reader.load(place, dtype=dtype, put=put, params=params))
+  found = reader.load(place, dtype=dtype, put=put, params=params, quantize=quantize)
+  return Model(*found)
 
 
 def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizerBase":

@@ -251,7 +251,11 @@ class Decoder(nn.Module):
     plain, adapted = (
       Block(self.config, each, *options, parent=None) for each in (_PLAIN, module)
     )
-    layers = self.param("layers", lambda key: _init_stack(plain, "params", key, total))
+    if self.has_variable("params", "layers"):
+      layers = self.get_variable("params", "layers")  # of any number format (`int8`)
+    else:
+      init = functools.partial(_init_stack, plain, "params", count=total)
+      layers = self.param("layers", init)
 
     def draw(count: int) -> Tree:
       return _init_stack(adapted, "adapter", self.make_rng("params"), count)

@@ -28,6 +28,7 @@ def before(settings: Settings, method: Method) -> None:
     *_token_problems(settings, method),
     *_length_problems(settings, method),
     *_share_problems(settings, method),
+    *_int8_problems(settings, method),
   ]
   if settings.teacher.trunk:
     problems += _trunk_problems(settings, method)
@@ -64,6 +65,15 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
     yield "student.layers needs teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
+
+
+def _int8_problems(settings: Settings, method: Method) -> Iterator[str]:
+  kind = (settings.adapter.kind or method.adapter) if method.adapts else ""
+  if settings.quantizes and kind in ("blocks",):
+    yield (
+      "teacher.dtype=int8: blocks of the teacher would be trained, and int8 is for "
+      "weights that stay; set adapter.kind=lora or another dtype"
+    )
 
 
 def _share_problems(settings: Settings, method: Method) -> Iterator[str]:

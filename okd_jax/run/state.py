@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from okd_jax import models
 from okd_jax.config.schema import StudentSettings
+from okd_jax.models import int8
 from okd_jax.run.cast import Cast
 from okd_jax.runtime import sharding
 
@@ -105,6 +106,7 @@ def first_state(
     # Copies, in float32: the step donates the student's buffers, not the teacher's.
     [(name, teacher)] = cast.teachers.items()
     own, _ = models.take_layers(cast.frozen[name], teacher.config, student.layers)
+    own = int8.dequantized(own)
     own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
     params["student"] = jax.device_put(own, where.params["student"])
   return state.replace(params=params)

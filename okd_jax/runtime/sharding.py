@@ -33,7 +33,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   (r"router/kernel$", PartitionSpec(None, "fsdp", None)),
   (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
   (r"(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
-  (r"(query|key|value|gate|up)/bias$", PartitionSpec(None, "tensor")),
+  (r"(query|key|value|gate|up)/(bias|kernel_scale)$", PartitionSpec(None, "tensor")),
+  (r"experts_\w+/kernel_scale$", PartitionSpec()),
+  (r"(out|down)/kernel_scale$", PartitionSpec(None, "fsdp")),
   (r"/down$", PartitionSpec(None, "fsdp", None)),
   (r"/up$", PartitionSpec(None, None, "fsdp")),
 )

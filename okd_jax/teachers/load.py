@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from okd_jax import models
-from okd_jax.config.schema import Settings, TeacherSettings
+from okd_jax.config.schema import INT8, Settings, TeacherSettings
 from okd_jax.data import Example
 from okd_jax.errors import UserError
-from okd_jax.models import ModelConfig
+from okd_jax.models import ModelConfig, int8
 from okd_jax.runtime import sharding
 from okd_jax.teachers.store import Store, digest, rows_digest
 
@@ -33,16 +33,26 @@ def load_teachers(
   """
   if settings.teacher.model.wanted and not settings.teachers:
     return {name: _random(shape, settings, mesh) for name, shape in shapes.items()}
-  dtype = jnp.dtype(settings.teacher_dtype)
-  put = functools.partial(sharding.put, mesh)
+  adapter = settings.teacher.adapter
+  read = functools.partial(
+    models.load,
+    dtype=jnp.dtype(settings.teacher_dtype),
+    put=functools.partial(sharding.put, mesh),
+    quantize=settings.quantizes and not adapter,
+  )
   paths = settings.teachers or {ONLY: settings.teacher.path}
-  found = {
-    name: models.load(paths[name], dtype=dtype, put=put).params for name in shapes
-  }
-  if settings.teacher.adapter:
+  found = {name: read(paths[name]).params for name in shapes}
+  if adapter:
     [(name, params)] = found.items()
-    found[name] = _merged(settings.teacher, shapes[name], params)
+    params = _merged(settings.teacher, shapes[name], params)
+    found[name] = _quantized(params, mesh) if settings.quantizes else params
   return found
+
+
+def _quantized(params: PyTree, mesh: Mesh) -> PyTree:
+  """The same with int8 kernels (`models.int8`), which take the place of the others."""
+  where = sharding.shardings(jax.eval_shape(int8.quantized, params), mesh)
+  return jax.jit(int8.quantized, out_shardings=where, donate_argnums=0)(params)
 
 
 def _merged(teacher: TeacherSettings, shape: ModelConfig, params: PyTree) -> PyTree:
@@ -57,6 +67,8 @@ def _random(shape: ModelConfig, settings: Settings, mesh: Mesh) -> PyTree:
   # Its own key: a student of the same shape must not be born as its twin.
   key = jax.random.fold_in(jax.random.key(settings.train.seed), 1)
   init = functools.partial(models.init, shape)
+  if settings.quantizes:
+    whole, init = init, lambda key: int8.quantized(whole(key))
   where = sharding.shardings(jax.eval_shape(init, key), mesh)
   return jax.jit(init, out_shardings=where)(key)
 
@@ -103,7 +115,8 @@ def open_stored(
 
 def dtypes(settings: Settings) -> dict[str, str]:
   """What a teacher is computed in, and its weights."""
-  return {"computed_in": settings.train.dtype, "weights": settings.teacher_dtype}
+  weights = INT8 if settings.quantizes else settings.teacher_dtype
+  return {"computed_in": settings.train.dtype, "weights": weights}
 
 
 def stored_key(settings: Settings, examples: Sequence[Example]) -> dict[str, Any]:

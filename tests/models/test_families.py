@@ -274,7 +274,8 @@ class TestExperts:
     return jnp.einsum("ble,bled->bld", used, out)
 
   def sparse(self, x, weights):
-    return experts.mixture(x, weights, (self.COUNT, True, jax.nn.silu))
+    plain = {name: (weight, None) for name, weight in weights.items()}
+    return experts.mixture(x, plain, (self.COUNT, True, jax.nn.silu))
 
   def test_outputs_and_gradients(self, weights):
     x = jax.random.normal(jax.random.key(1), (2, 7, self.D))

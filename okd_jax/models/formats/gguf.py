@@ -67,6 +67,7 @@ def load(
   dtype: DTypeLike = jnp.float32,
   put: Put = hf.put_whole,
   params: bool = True,
+  quantize: bool = False,
 ) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters or None, tokenizer or None) of a GGUF file.
 
@@ -75,6 +76,7 @@ def load(
     dtype: what the parameters become.
     put: places a finished parameter, given its path, on its device or devices.
     params: False leaves them out.
+    quantize: makes the layers' kernels int8 (`models.int8`).
 
   Raises:
     UserError: where the `gguf` package is missing, the file is damaged, or it
@@ -86,7 +88,14 @@ def load(
   if not params:
     return config, None, tokenizer
   tree = assemble(
-    config, file.table, file.shapes, file.read, put, dtype=dtype, where=str(path)
+    config,
+    file.table,
+    file.shapes,
+    file.read,
+    put,
+    dtype=dtype,
+    where=str(path),
+    quantize=quantize,
   )
   return config, tree, tokenizer
 

@@ -57,6 +57,7 @@ def load(
   dtype: DTypeLike = jnp.float32,
   put: Put = put_whole,
   params: bool = True,
+  quantize: bool = False,
 ) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters, tokenizer) of an HF folder.
 
@@ -66,8 +67,24 @@ def load(
   config = _config(folder, raw)
   tokenizer = load_tokenizer(folder)
   config = dataclasses.replace(config, **_token_ids(folder, raw, tokenizer))
-  weights = _load_weights(folder, raw, config, dtype, put) if params else None
-  return config, weights, tokenizer
+  if not params:
+    return config, None, tokenizer
+  family = family_of(config.family)
+  tensors, table = Tensors(folder, family, part=_WHOLE in raw), _table(family)
+  if config.tie_embeddings:
+    [embedding] = (row.name for row in table if row.path == "embed/embedding")
+    _tie(folder, tensors, embedding)
+  tree = assemble(
+    config,
+    table,
+    tensors.shapes,
+    tensors.read,
+    put,
+    dtype=dtype,
+    where=str(folder),
+    quantize=quantize,
+  )
+  return config, tree, tokenizer
 
 
 def is_model(folder: Path) -> bool:
@@ -184,19 +201,6 @@ def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, 
     "dtype": name,
     "torch_dtype": name,  # what transformers before 5 calls it
   }
-
-
-def _load_weights(
-  folder: Path, raw: Mapping[str, Any], config: ModelConfig, dtype: DTypeLike, put: Put
-) -> Params:
-  family = family_of(config.family)
-  tensors, table = Tensors(folder, family, part=_WHOLE in raw), _table(family)
-  if config.tie_embeddings:
-    [embedding] = (row.name for row in table if row.path == "embed/embedding")
-    _tie(folder, tensors, embedding)
-  return assemble(
-    config, table, tensors.shapes, tensors.read, put, dtype=dtype, where=str(folder)
-  )
 
 
 def _table(family: Family) -> list[Weight]:

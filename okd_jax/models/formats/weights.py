@@ -19,6 +19,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from okd_jax.errors import UserError
+from okd_jax.models import int8
 from okd_jax.models.config import Field, ModelConfig
 from okd_jax.models.transformer import Decoder
 
@@ -106,6 +107,7 @@ def assemble(
   *,
   dtype: DTypeLike,
   where: str,
+  quantize: bool = False,
 ) -> Params:
   """Builds the parameter tree from a checkpoint, one parameter at a time.
 
@@ -115,6 +117,7 @@ def assemble(
     put: places a finished parameter, given its path, on its device or devices.
     dtype: what the parameters become.
     where: the checkpoint's name, for the error.
+    quantize: makes the layers' kernels int8 (`models.int8`).
 
   Raises:
     UserError: naming every missing, unexpected and misshapen tensor.
@@ -124,12 +127,21 @@ def assemble(
   _check(rows, wanted, shapes, where)
   params = {}
   for row in rows:
-    stacked, columns = np.empty(wanted[row.path].shape, dtype), _columns(row, wanted)
-    slots, names = _slots(row, stacked), row.names(stacked.shape)
-    for slot, name in zip(slots, names, strict=True):
+    shape, columns = wanted[row.path].shape, _columns(row, wanted)
+    eighth = quantize and int8.applies(row.path)
+    stacked = np.empty(shape, np.int8 if eighth else dtype)
+    scales = np.empty((*shape[:-2], shape[-1]), np.float32) if eighth else None
+    for i, name in zip(np.ndindex(shape[: row.stacked]), row.names(shape), strict=True):
       tensor = read(name)[row.skip :]
-      slot[...] = (tensor.T if row.transpose else tensor)[..., columns]
+      tensor = (tensor.T if row.transpose else tensor)[..., columns]
+      if eighth:
+        stacked[i], scales[i] = int8.quantize(tensor)
+      else:
+        stacked[i] = tensor
     params[row.path] = put(row.path, stacked)
+    if eighth:
+      path = row.path.removesuffix("kernel") + int8.SCALE
+      params[path] = put(path, scales)
   return traverse_util.unflatten_dict(params, sep="/")
 
 

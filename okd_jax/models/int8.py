@@ -1,0 +1,110 @@
+"""Frozen weights in eight bits: int8 kernels with a scale for each output channel.
+
+A kernel W [D, F] becomes q [D, F] and s [F], W = q s to half a step, the channel's
+largest value over 127. The product is (x q) s, so q is widened a layer at a time and
+the gradient reaches x, and with it any online module, through the same q. Embeddings,
+head, norms and biases stay as they are.
+
+LLM.int8, Dettmers et al. 2022, arXiv 2208.07339, has the scales; a small float module
+on a quantised frozen model is QLoRA's idea, Dettmers et al. 2023, arXiv 2305.14314.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Int, Num
+
+SCALE = "kernel_scale"  # of the 'kernel' beside it
+LARGEST = 127
+_QUANTISED = re.compile(r"layers/.*(?<!router)/kernel")
+
+
+def applies(path: str) -> bool:
+  """Whether the parameter at 'layers/mlp/up/kernel' is one of those kernels."""
+  return _QUANTISED.fullmatch(path) is not None
+
+
+def quantize(
+  kernel: Float[np.ndarray, "*N D F"],
+) -> tuple[Int[np.ndarray, "*N D F"], Float[np.ndarray, "*N F"]]:
+  """(q, s) of kernels on the host, in float32."""
+  kernel = np.asarray(kernel, np.float32)
+  scale = np.abs(kernel).max(-2) / LARGEST
+  scale = np.where(scale == 0, np.float32(1), scale)
+  return np.rint(kernel / scale[..., None, :]).astype(np.int8), scale
+
+
+def quantized(params: dict[str, Any]) -> dict[str, Any]:
+  """A decoder's parameters with (q, s) in the places of kernels, under jit or not."""
+  found = {}
+  for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+    if not applies(path):
+      found[path] = leaf
+      continue
+    kernel = leaf.astype(jnp.float32)
+    scale = jnp.abs(kernel).max(-2) / LARGEST
+    scale = jnp.where(scale == 0, 1.0, scale)
+    found[path] = jnp.rint(kernel / scale[..., None, :]).astype(jnp.int8)
+    found[path.removesuffix("kernel") + SCALE] = scale
+  return traverse_util.unflatten_dict(found, sep="/")
+
+
+def dequantized(params: dict[str, Any]) -> dict[str, Any]:
+  """The way back, float32 kernels; what holds no scales comes back as it is."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  found = {}
+  for path, leaf in flat.items():
+    if path.endswith(SCALE):
+      continue
+    scale = flat.get(path.removesuffix("kernel") + SCALE)
+    found[path] = leaf if scale is None else widened(leaf, scale, jnp.float32)
+  return traverse_util.unflatten_dict(found, sep="/")
+
+
+def widened(
+  kernel: Num[Array, "*N D F"], scale: Float[Array, "*N F"] | None, dtype: Any
+) -> Float[Array, "*N D F"]:
+  """The kernel in `dtype`; without a scale it is a plain one."""
+  kernel = kernel.astype(dtype)
+  return kernel if scale is None else kernel * scale[..., None, :].astype(dtype)
+
+
+@jax.custom_vjp
+def project(
+  x: Float[Array, "*B D"], kernel: Int[Array, "D F"], scale: Float[Array, " F"]
+) -> Float[Array, "*B F"]:
+  """x @ (kernel * scale) [*B, F] in x's dtype, added up in float32.
+
+  Only x is differentiated. What is kept for that is the int8 kernel: JAX's own rule
+  would keep a widened copy of every layer's.
+  """
+  product = jnp.einsum(
+    "...d,df->...f", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+  )
+  return (product * _beside(scale, x)).astype(x.dtype)
+
+
+def _beside(scale: Float[Array, " F"], x: Float[Array, "*B D"]) -> Float[Array, "..."]:
+  """The scale with as many axes as x has."""
+  return scale[(None,) * (x.ndim - 1)]
+
+
+def _forward(
+  x: Float[Array, "*B D"], kernel: Int[Array, "D F"], scale: Float[Array, " F"]
+) -> tuple[Float[Array, "*B F"], tuple[Int[Array, "D F"], Float[Array, " F"]]]:
+  return project(x, kernel, scale), (kernel, scale)
+
+
+def _backward(
+  kept: tuple[Int[Array, "D F"], Float[Array, " F"]], dy: Float[Array, "*B F"]
+) -> tuple[Float[Array, "*B D"], None, None]:
+  kernel, scale = kept
+  scaled = (dy * _beside(scale, dy)).astype(dy.dtype)
+  return jnp.einsum("...f,df->...d", scaled, kernel.astype(dy.dtype)), None, None
+
+
+project.defvjp(_forward, _backward)
