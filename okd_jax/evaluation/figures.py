@@ -123,6 +123,12 @@ _HELD_OUT = (
     digits=1,
     larger_is_better=True,
   ),
+  Figure(
+    "rounding_kl",
+    "KL(whole‖int8)",
+    "nats a token from the teacher as it is stored to the one of teacher.dtype=int8",
+    digits=5,
+  ),
   Figure("own_token_loss", "loss in own tokens", "of a teacher with other tokens"),
   Figure(
     "adapted_loss",

@@ -57,6 +57,7 @@ def load(
   put: Put = hf.put_whole,
   params: bool = True,
   quantize: bool = False,
+  layers: range | None = None,
 ) -> Model:
   """Loads a model from an HF folder, a hub id, a .gguf file or a run's workdir.
 
@@ -68,6 +69,8 @@ def load(
     params: False reads configuration and tokenizer only.
     quantize: makes the layers' kernels int8 (`models.int8`): for weights that nobody
       trains.
+    layers: reads the parameters of these layers alone, {"layers": …}; an empty range
+      all but the layers. The configuration is the whole model's.
 
   Returns:
     Configuration, parameters, and the tokenizer if there is one.
@@ -85,8 +88,8 @@ def load(
   """
   place = _find(path)
   reader = gguf if place.is_file() else hf
-  found = reader.load(place, dtype=dtype, put=put, params=params, quantize=quantize)
-  return Model(*found)
+  how = {"params": params, "quantize": quantize, "layers": layers}
+  return Model(*reader.load(place, dtype=dtype, put=put, **how))
 
 
 def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizerBase":

@@ -106,11 +106,12 @@ class Decoder(nn.Module):
     hidden: Float[Array, "B L D"] | None = None,
     start: int = 0,
     stop: int | None = None,
-  ) -> tuple[Float[Array, "B L D"], Cache | None]:
-    """Hidden states, and the cache if there was one.
+  ) -> tuple[Float[Array, "B L E"], Cache | None]:
+    """Hidden states, of the width that the head has, and the cache if there was one.
 
     hidden: what enters layer `start`; the embedding and all below is skipped.
-    stop: the layer to stop before; the result is what enters it, without the norm.
+    stop: the layer to stop before; the result is what enters it [B, L, D], without
+      the norm.
     """
     total = self.config.num_layers
     stop = total if stop is None else stop

@@ -1,6 +1,7 @@
 """What a run measures on its held-out rows, of the student and of its teachers."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +24,14 @@ from okd_jax.evaluation.tokens import (
   stored_metrics,
   token_metrics,
 )
+from okd_jax.models import Decoder
 from okd_jax.run.build import Run
 from okd_jax.run.data import Reading
 from okd_jax.runtime import sharding
+from okd_jax.teachers.rounding import rounding_kl
 from okd_jax.teachers.store import Memory, Store
+
+_log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -82,8 +87,18 @@ class Evaluator:
       tokens = self._tokens(step, {who: variables}, reading)
       if other:
         tokens = {"own_token_loss": tokens["loss"]}
+      if self._run.settings.quantizes:
+        tokens |= self._rounding(name, decoder, reading)
       found[name] = tokens | self._text((TEACHER, name), variables, reading)
     return found
+
+  def _rounding(
+    self, name: str, decoder: Decoder, reading: Reading
+  ) -> dict[str, float]:
+    settings, frozen, mesh = self._run.settings, self._cast.frozen[name], self._run.mesh
+    kl = rounding_kl(settings, name, decoder, frozen, reading.eval, mesh)
+    _log.info("%s in int8: KL(whole‖int8) %.2g nats a token", name, kl)
+    return {"rounding_kl": kl}
 
   def _variables(
     self, kind: str, name: str, params: Mapping[str, PyTree]

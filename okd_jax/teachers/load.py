@@ -40,13 +40,17 @@ def load_teachers(
     put=functools.partial(sharding.put, mesh),
     quantize=settings.quantizes and not adapter,
   )
-  paths = settings.teachers or {ONLY: settings.teacher.path}
-  found = {name: read(paths[name]).params for name in shapes}
+  found = {name: read(teacher_path(settings, name)).params for name in shapes}
   if adapter:
     [(name, params)] = found.items()
     params = _merged(settings.teacher, shapes[name], params)
     found[name] = _quantized(params, mesh) if settings.quantizes else params
   return found
+
+
+def teacher_path(settings: Settings, name: str) -> str:
+  """Where a teacher's weights are; '' of one that is drawn at random."""
+  return settings.teachers[name] if settings.teachers else settings.teacher.path
 
 
 def _quantized(params: PyTree, mesh: Mesh) -> PyTree:

@@ -68,6 +68,7 @@ def load(
   put: Put = hf.put_whole,
   params: bool = True,
   quantize: bool = False,
+  layers: range | None = None,
 ) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters or None, tokenizer or None) of a GGUF file.
 
@@ -76,7 +77,7 @@ def load(
     dtype: what the parameters become.
     put: places a finished parameter, given its path, on its device or devices.
     params: False leaves them out.
-    quantize: makes the layers' kernels int8 (`models.int8`).
+    quantize, layers: as of `weights.assemble`.
 
   Raises:
     UserError: where the `gguf` package is missing, the file is damaged, or it
@@ -96,6 +97,7 @@ def load(
     dtype=dtype,
     where=str(path),
     quantize=quantize,
+    layers=layers,
   )
   return config, tree, tokenizer
 

@@ -58,10 +58,12 @@ def load(
   put: Put = put_whole,
   params: bool = True,
   quantize: bool = False,
+  layers: range | None = None,
 ) -> "tuple[ModelConfig, Params | None, transformers.PreTrainedTokenizerBase | None]":
   """(config, parameters, tokenizer) of an HF folder.
 
   Parameters are None if `params` is False, the tokenizer if the folder has none.
+  `quantize` and `layers` are those of `weights.assemble`.
   """
   raw = _raw_config(folder)
   config = _config(folder, raw)
@@ -83,6 +85,7 @@ def load(
     dtype=dtype,
     where=str(folder),
     quantize=quantize,
+    layers=layers,
   )
   return config, tree, tokenizer
 

@@ -47,9 +47,13 @@ class Weight:
   fused: tuple[str, ...] = ()
   skip: int = 0
 
-  def names(self, shape: tuple[int, ...]) -> list[str]:
-    """The tensors that the parameter of this shape is made of, bottom layer first."""
-    return [self.name.format(*i) for i in np.ndindex(shape[: self.stacked])]
+  def names(self, shape: tuple[int, ...], first: int = 0) -> list[str]:
+    """The tensors that the parameter of this shape is made of, bottom layer first.
+
+    first: the number of that layer.
+    """
+    indices = np.ndindex(shape[: self.stacked])
+    return [self.name.format(*(i[0] + first, *i[1:]) if i else ()) for i in indices]
 
   @property
   def stacked(self) -> int:
@@ -108,6 +112,7 @@ def assemble(
   dtype: DTypeLike,
   where: str,
   quantize: bool = False,
+  layers: range | None = None,
 ) -> Params:
   """Builds the parameter tree from a checkpoint, one parameter at a time.
 
@@ -118,20 +123,27 @@ def assemble(
     dtype: what the parameters become.
     where: the checkpoint's name, for the error.
     quantize: makes the layers' kernels int8 (`models.int8`).
+    layers: builds that part of the tree alone; an empty range is all but the layers.
 
   Raises:
     UserError: naming every missing, unexpected and misshapen tensor.
   """
-  wanted = parameter_shapes(config)
+  first = layers.start if layers else 0
+  wanted = parameter_shapes(config.of_layers(layers) if layers else config)
   rows = _rows(table, wanted)
-  _check(rows, wanted, shapes, where)
+  if layers is not None:
+    rows = [row for row in rows if row.path.startswith("layers/") == bool(layers)]
+    names = [n for row in rows for n in row.names(wanted[row.path].shape, first)]
+    shapes = {name: shapes[name] for name in names if name in shapes}
+  _check(rows, wanted, shapes, where, first)
   params = {}
   for row in rows:
     shape, columns = wanted[row.path].shape, _columns(row, wanted)
     eighth = quantize and int8.applies(row.path)
     stacked = np.empty(shape, np.int8 if eighth else dtype)
     scales = np.empty((*shape[:-2], shape[-1]), np.float32) if eighth else None
-    for i, name in zip(np.ndindex(shape[: row.stacked]), row.names(shape), strict=True):
+    names = row.names(shape, first)
+    for i, name in zip(np.ndindex(shape[: row.stacked]), names, strict=True):
       tensor = read(name)[row.skip :]
       tensor = (tensor.T if row.transpose else tensor)[..., columns]
       if eighth:
@@ -206,11 +218,12 @@ def _check(
   wanted: _Shapes,
   shapes: Mapping[str, tuple[int, ...]],
   where: str,
+  first: int,
 ) -> None:
   needed = {}
   for row in rows:
     theirs = _theirs(row, wanted)
-    needed |= dict.fromkeys(row.names(wanted[row.path].shape), theirs)
+    needed |= dict.fromkeys(row.names(wanted[row.path].shape, first), theirs)
   problems = [
     *listing("missing", (name for name in needed if name not in shapes)),
     *listing("unexpected", (name for name in shapes if name not in needed)),
