@@ -233,7 +233,7 @@ def get_config() -> ConfigDict:
 
 def _random_model() -> ConfigDict:
   model = ConfigDict()
-  model.family = "llama"  # or 'gpt2', 'mistral'
+  model.family = "llama"  # a model_type of docs/models.md: 'gpt2', 'qwen3', …
   model.hidden_size = 0  # 0: no random model is wanted
   model.num_layers = 2
   model.num_heads = 4
@@ -242,6 +242,29 @@ def _random_model() -> ConfigDict:
   model.max_length = 1024  # tokens
   model.tie_embeddings = True
   return model
+
+
+def for_chats(config: ConfigDict) -> None:
+  """What recipes of instruction-tuned models of some billion parameters share."""
+  config.data.train = "databricks/databricks-dolly-15k"
+  config.data.template = "chat"
+  config.data.holdout = 500
+  config.data.max_length = 1024
+  config.data.max_prompt_length = 768
+  config.adapter.rows = 0.25
+  config.train.epochs = 3.0
+  config.train.batch_size = 32
+  config.train.dtype = "bfloat16"
+  config.train.remat = True
+  config.optim.lr = 1e-5
+  config.optim.warmup_steps = 40
+  config.optim.weight_decay = 0.0
+  config.checkpoint.every = 200
+  config.eval.every = 400
+  config.eval.generate_limit = 64
+  config.eval.max_new_tokens = 256
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
 
 
 def recipe(name: str) -> ConfigDict:

@@ -13,7 +13,7 @@ from okd_jax.errors import UserError
 from okd_jax.evaluation.figures import score_by
 from okd_jax.run import checkpoint
 from okd_jax.run.build import Shapes, build_shapes
-from okd_jax.run.export import export_student, export_teachers
+from okd_jax.run.export import export_merged, export_student, export_teachers
 from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli
 from okd_jax.runtime.workdir import Workdir
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> None:
     exported = workdir.student.exists()
     template = models.template_of(workdir.student) if exported else None
     export_student(shapes, state.params, Path(args.output), template)
+    if args.merge:
+      export_merged(shapes, state.params, Path(args.merge))
     if args.adapter and (adapter := shapes.cast.adapter):
       frozen = {}
       if adapter.folder == "teacher":  # the whole of it, its blocks replaced
@@ -63,6 +65,7 @@ def _parser() -> cli.Parser:
   add("--output", required=True, help="the folder to write")
   module = "a folder for the adapter, or the teacher whose own blocks learned"
   add("--adapter", default="", help=module)
+  add("--merge", default="", help="a folder for the teacher with its adapter merged in")
   step = "default: the best by eval.best, else the newest"
   add("--step", type=int, default=None, help=step)
   return parser

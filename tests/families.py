@@ -155,6 +155,7 @@ CONFIGS = {
     normalize_experts=False,
     layer_kinds=(LayerKind(17),) * 3,
   ),
+  "gemma": preset("gemma", **_ODD),
   "gemma2": preset(
     "gemma2",
     **_ODD,

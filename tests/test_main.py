@@ -1,10 +1,13 @@
 """Whole runs through the command line, as a user starts, stops and resumes them."""
 
+import functools
 import json
+import shutil
 import signal
 import subprocess
 import time
 
+import jax
 import numpy as np
 import pytest
 from commands import (
@@ -21,9 +24,12 @@ from commands import (
 )
 from safetensors.numpy import load_file
 
-from okd_jax import METHODS, evaluate, export, generate, main, sample, score
+from okd_jax import METHODS, evaluate, export, generate, main, models, sample, score
 from okd_jax.config import read as configuration
 from okd_jax.errors import UserError
+from okd_jax.run.job import check
+from okd_jax.runtime.sharding import make_mesh
+from okd_jax.teachers.load import load_whole
 
 # How ml_collections reads a file, until Python 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")
@@ -264,6 +270,19 @@ def test_export_of_a_chosen_step(finished, tmp_path):
   call("export", f"--workdir={workdir}", f"--output={tmp_path / 'six'}", "--step=6")
   assert same_folder(tmp_path / "six", workdir / "student")
   call("export", f"--workdir={workdir}", f"--output={tmp_path / 'four'}", "--step=4")
+  merged = tmp_path / "merged"
+  call(
+    "export", f"--workdir={workdir}", f"--output={tmp_path / 'x'}", f"--merge={merged}"
+  )
+  whole = models.load(merged)
+  tree, adapter = models.load_adapter(workdir / "adapter", whole.config)
+  assert whole.config.num_layers == 3 and any(map(np.any, jax.tree.leaves(tree)))
+  settings = check(configuration.saved(workdir / "config.json")).settings
+  [plain] = load_whole(settings, {"teacher": whole.config}, make_mesh()).values()
+  want = adapter.merge(plain, tree)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  jax.tree.map(close, whole.params, want)
+  shutil.rmtree(tmp_path / "x")
   four = load_file(tmp_path / "four" / "model.safetensors")
   six = load_file(tmp_path / "six" / "model.safetensors")
   assert four.keys() == six.keys()

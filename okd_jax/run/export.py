@@ -11,10 +11,12 @@ from jaxtyping import PyTree
 
 from okd_jax import models
 from okd_jax.config.schema import Settings
+from okd_jax.errors import UserError
 from okd_jax.run.build import Run, Shapes
 from okd_jax.run.outline import teacher_paths
 from okd_jax.runtime.sharding import gathered
 from okd_jax.runtime.workdir import writes
+from okd_jax.teachers.load import load_whole
 
 # Kinds of records that data.template puts into words; others are taken as they are.
 _TEMPLATED = ("instruction", "messages")
@@ -74,6 +76,36 @@ def export_teachers(
       dtype=run.job.settings.export.dtype,
       card=_card(run.job.settings) | {"Trained blocks": blocks},
     )
+
+
+def export_merged(
+  run: Run | Shapes,
+  params: Mapping[str, PyTree],
+  folder: Path,
+) -> None:
+  """Writes adapted teachers as models of their own, each with its module in it.
+
+  Raises:
+    UserError: if there is none, for a module that no weights can hold
+      (`Adapter.merge`), or for weights that cannot be read.
+  """
+  if not run.cast.adapted:
+    raise UserError("no teacher of this run has an adapter that could be merged")
+  teachers = {name: decoder.config for name, decoder in run.cast.adapted.items()}
+  whole = load_whole(run.job.settings, teachers, run.mesh)
+  alone = len(run.cast.teachers) == 1
+  for name, decoder in run.cast.adapted.items():
+    tree = gathered(decoder.adapter.merge(whole[name], params["adapter"][name]))
+    if writes():
+      models.save(
+        folder if alone else folder / name,
+        tree,
+        decoder.config,
+        run.outline.teacher_tokenizer or run.outline.tokenizer,
+        dtype=run.job.settings.export.dtype,
+        card=_card(run.job.settings) | {"Merged": decoder.adapter.kind},
+        template=_template(run),
+      )
 
 
 def _base_model(path: str) -> str:

@@ -1,5 +1,6 @@
 """Teachers: their weights, what has adapted them, and what their words depend on."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,6 +47,14 @@ def load_teachers(
     params = _merged(settings.teacher, shapes[name], params)
     found[name] = _quantized(params, mesh) if settings.quantizes else params
   return found
+
+
+def load_whole(
+  settings: Settings, shapes: Mapping[str, ModelConfig], mesh: Mesh
+) -> dict[str, PyTree]:
+  """`load_teachers` without any rounding, whatever teacher.dtype says."""
+  own = dataclasses.replace(settings.teacher, dtype=settings.teacher_dtype)
+  return load_teachers(dataclasses.replace(settings, teacher=own), shapes, mesh)
 
 
 def teacher_path(settings: Settings, name: str) -> str:

@@ -91,9 +91,7 @@ def _whole(
   if path and not settings.teacher.adapter:
     return list(_layer_by_layer(path, settings, decoder, batches, mesh))
   # Drawn at random, or changed by an adapter: there is no file of its layers.
-  own = dataclasses.replace(settings.teacher, dtype=settings.teacher_dtype)
-  full = dataclasses.replace(settings, teacher=own)
-  [params] = load.load_teachers(full, {name: decoder.config}, mesh).values()
+  [params] = load.load_whole(settings, {name: decoder.config}, mesh).values()
   run = jax.jit(lambda params, batch: output(decoder, {"params": params}, batch))
   return [run(params, batch) for batch in batches]
 

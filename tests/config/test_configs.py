@@ -11,7 +11,7 @@ import pytest
 from commands import QUICK, call
 from ml_collections import ConfigDict
 
-from configs import default, gpt2, llama, smollm2
+from configs import default, gemma3, gpt2, llama, qwen3, smollm2
 from configs.studies import scarce
 from okd_jax import models
 from okd_jax.config import read
@@ -35,8 +35,10 @@ TWO_STEPS = [change for change in QUICK if "train.steps" not in change] + [
 ]
 
 VARIANTS = {
+  "gemma3": gemma3.VARIANTS,
   "gpt2": gpt2.VARIANTS,
   "llama": llama.TEACHERS,
+  "qwen3": qwen3.STUDENTS,
   "studies/gpt2": gpt2.VARIANTS,
   "studies/llama2": llama.TEACHERS,
   "studies/scarce": scarce.TEACHERS,
@@ -88,7 +90,8 @@ def test_every_run_of_a_study_has_a_method_that_reads_its_knobs(spec, tmp_path):
 
 
 def test_every_key_has_a_comment():
-  lines = (ROOT / "configs" / "default.py").read_text().splitlines()
+  text = (ROOT / "configs" / "default.py").read_text()
+  lines = text.partition("def for_chats")[0].splitlines()
   keys = [
     line
     for above, line in itertools.pairwise(lines)
@@ -111,11 +114,12 @@ def test_every_key_has_a_comment():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-  """Folders of a tiny GPT-2 and LLaMA with a byte tokenizer and a chat template."""
+  """Folders of tiny models with a byte tokenizer and a chat template."""
   folder = tmp_path_factory.mktemp("tiny")
   tokenizer = make_tokenizer("bytes", load_records("embedded:eval"))
   tokenizer.chat_template = CHATML
-  for family, layers in (("gpt2", 2), ("llama", 10)):
+  depths = {"gpt2": 2, "llama": 10, "qwen3": 12, "gemma3_text": 14}
+  for family, layers in depths.items():
     config = models.preset(
       family,
       vocab_size=len(tokenizer),
@@ -171,6 +175,29 @@ def test_smollm2_in_two_steps(tiny, tmp_path):
   )
   config = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
   assert config["num_hidden_layers"] == smollm2.get_config().student.layers == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name, family", [("qwen3.py:8b", "qwen3"), ("gemma3.py:12b", "gemma3_text")]
+)
+def test_chats_in_two_steps(name, family, tiny, tmp_path):
+  """In their debug form: tiny folders by the same rules, int8, and resumed."""
+  arguments = [
+    f"--config=configs/{name}",
+    f"--workdir={tmp_path / 'run'}",
+    *(flag for flag in TWO_STEPS if "train.steps" not in flag),
+    "--config.train.batch_size=4",
+    f"--config.teacher.path={tiny / family}",
+    f"--config.student.path={tiny / family}",
+    f"--config.data.train={tiny / 'data.jsonl'}",
+    "--config.teacher.dtype=int8",
+  ]
+  call("main", *arguments, "--config.train.steps=2")
+  done = call("main", *arguments, "--config.train.steps=4")
+  assert "resuming at step 2 of 4" in done.stderr + done.stdout
+  config = json.loads((tmp_path / "run" / "student" / "config.json").read_text())
+  assert config["model_type"] == family
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ _MUST_BE_UNSET = (
   "use_dora",
   "use_qalora",
 )
+_ALPHA = 8  # PEFT's lora_alpha where the file names none
 # Other ways to initialise also change the base weights.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -125,9 +126,14 @@ def read(
     UserError: the tensors do not fit the model, or are another's and use an option that
       we do not compute.
   """
+  # Options first: some of them put tensors into the file that no table has.
+  if ours is None and (problems := list(_option_problems(raw))):
+    raise UserError(
+      f"{path.parent}: this adapter is not supported: {'; '.join(problems)}"
+    )
   pairs = _parse(file, family_of(model_config.family), path)
-  adapter = ours or _stranger(raw, pairs, model_config, path.parent)
   try:
+    adapter, pairs = (ours, pairs) if ours else _alike(raw, pairs, model_config, path)
     flat = _split(pairs, adapter, model_config, shared=ours is None)
   except (KeyError, ValueError) as error:
     raise UserError(f"{path} does not fit the model: {error}") from error
@@ -210,6 +216,12 @@ def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
       layer[found[3]] = file.get_tensor(key).astype(np.float32)
     else:
       unknown.append(key)
+  empty = [key for key in file.keys() if 0 in file.get_slice(key).get_shape()]
+  if empty:
+    raise UserError(
+      f"{path}: {empty[0]} is empty, as DeepSpeed's ZeRO stage 3 leaves it; save the "
+      "adapter again with stage3_gather_16bit_weights_on_model_save"
+    )
   halves = [
     f"{name} of layer {layer}"
     for name, layers in pairs.items()
@@ -225,32 +237,54 @@ def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
   return pairs
 
 
-def _stranger(
-  raw: dict, pairs: Parsed, model_config: ModelConfig, folder: Path
-) -> Lora:
-  """What the tensors and PEFT's config say, in our terms."""
-  ranks = {pair["A"].shape[0] for layers in pairs.values() for pair in layers.values()}
-  depths = {tuple(sorted(layers)) for layers in pairs.values()}
-  total = model_config.num_layers
-  top = tuple(range(total - len(next(iter(depths))), total))
-  problems = list(_option_problems(raw))
-  if len(ranks) > 1:
-    problems.append(f"several ranks, {sorted(ranks)}")
-  if depths != {top}:
-    problems.append(f"layers {sorted(depths)}, not the top ones of {total} alike")
-  if problems:
-    raise UserError(f"{folder}: this adapter is not supported: {'; '.join(problems)}")
-  projections = family_of(model_config.family).projections
-  rank = ranks.pop()
-  divisor = math.sqrt(rank) if raw.get("use_rslora") else rank
-  return Lora(
-    rank=rank,
-    scale=raw["lora_alpha"] / divisor,
-    targets=tuple(
-      p.split("/")[1] for p, (name, _) in projections.items() if name in pairs
-    ),
-    layers=len(top) % total,
+def _alike(
+  raw: dict, pairs: Parsed, model_config: ModelConfig, path: Path
+) -> tuple[Lora, Parsed]:
+  """Another's pairs in our terms: one rank and scale, all layers from the lowest up.
+
+  What a pair lacks of the largest rank is filled with zeros, and so are the layers
+  between that have none: neither adds anything. A scale of its own goes into B.
+  """
+  family, total = family_of(model_config.family), model_config.num_layers
+  numbers = {i for layers in pairs.values() for i in layers}
+  if beyond := sorted(i for i in numbers if i >= total):
+    raise UserError(f"{path} adapts layer {beyond[-1]}, but the model has {total}")
+  scales = {
+    (name, i): _scale(raw, f"{family.prefix}{family.layers}.{i}.{name}", pair)
+    for name, layers in pairs.items()
+    for i, pair in layers.items()
+  }
+  scale = max(scales.values()) if len({*scales.values()}) == 1 else 1.0
+  rank = max(
+    pair["A"].shape[0] for layers in pairs.values() for pair in layers.values()
   )
+  first = min(numbers)
+  alike: Parsed = {}
+  for name, layers in pairs.items():
+    some, alike[name] = next(iter(layers.values())), {}
+    for i in range(first, total):
+      a, b = np.zeros((rank, some["A"].shape[1])), np.zeros((some["B"].shape[0], rank))
+      if i in layers:
+        own = layers[i]["A"].shape[0]
+        a[:own], b[:, :own] = layers[i]["A"], layers[i]["B"]
+        b *= scales[name, i] / scale
+      alike[name][i] = {"A": a.astype(np.float32), "B": b.astype(np.float32)}
+  targets = tuple(
+    p.split("/")[1] for p, (name, _) in family.projections.items() if name in pairs
+  )
+  layers = (total - first) % total
+  return Lora(rank=rank, scale=scale, targets=targets, layers=layers), alike
+
+
+def _scale(raw: dict, module: str, pair: dict[str, np.ndarray]) -> float:
+  """By what PEFT multiplies B A x in this module of theirs."""
+  alpha = raw.get("lora_alpha", _ALPHA)
+  for pattern, value in (raw.get("alpha_pattern") or {}).items():
+    if re.match(rf"(.*\.)?({pattern})$", module):
+      alpha = value
+      break
+  rank = pair["A"].shape[0]
+  return float(alpha) / (math.sqrt(rank) if raw.get("use_rslora") else rank)
 
 
 def _option_problems(raw: dict) -> Iterator[str]:
@@ -260,8 +294,6 @@ def _option_problems(raw: dict) -> Iterator[str]:
     ("peft_type", ("LORA",)),
     ("bias", ("none", None)),
     ("init_lora_weights", _PLAIN_INITS),
-    ("rank_pattern", ({}, None)),
-    ("alpha_pattern", ({}, None)),
   ):
     if raw.get(name, plain[0]) not in plain:
       yield f"{name}={raw[name]!r}"

@@ -211,7 +211,7 @@ class TestConfig:
     [
       (
         {"model_type": "qwen9"},
-        "model_type 'qwen9' is not supported, only gemma2, .*llama",
+        "model_type 'qwen9' is not supported, only gemma, .*llama",
       ),
       ({"model_type": ...}, "model_type None is not supported"),
       ({"hidden_size": ...}, "the key 'hidden_size' is missing"),

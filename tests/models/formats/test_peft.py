@@ -253,7 +253,7 @@ def test_reads_rank_stabilised_scaling(folder):
     ({"use_dora": True}, "use_dora=True"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
     ({"peft_type": "IA3"}, "peft_type='IA3'"),
-    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
+    ({"bias": "lora_only"}, "bias='lora_only'"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
   ],
 )
@@ -263,26 +263,66 @@ def test_names_options_that_we_do_not_compute(folder, keys, message):
     _load(folder)
 
 
-def test_layers_must_be_the_top_ones(folder):
-  def drop(tensors):
-    for name in [name for name in tensors if ".layers.1." in name]:
-      del tensors[name]
-
-  _edit(folder, drop)
-  with pytest.raises(UserError, match=r"layers \[\(0, 2\)\], not the top ones of 3"):
+def test_options_come_before_the_tensors_that_they_bring(folder):
+  extra = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
+  _edit(folder, lambda t: t.update({extra: np.ones(3, np.float32)}), use_dora=True)
+  with pytest.raises(UserError, match="not supported: use_dora=True"):
     _load(folder)
 
 
-def test_ranks_must_be_one(folder):
+def test_lora_alpha_has_pefts_default(folder):
+  path = folder / "adapter_config.json"
+  raw = json.loads(path.read_text())
+  del raw["lora_alpha"]
+  path.write_text(json.dumps(raw))
+  assert _load(folder)[1].scale == 8 / 4
+
+
+def test_empty_tensors_are_explained(folder):
+  key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+  _edit(folder, lambda t: t.update({key: np.zeros(0, np.float32)}))
+  with pytest.raises(UserError, match=f"{key} is empty, as DeepSpeed's ZeRO stage 3"):
+    _load(folder)
+
+
+def test_layers_may_be_any(folder):
+  """Those without a pair between or above get one of zeros."""
+
+  def drop(tensors):
+    for name in [name for name in tensors if ".layers.1." not in name]:
+      del tensors[name]
+
+  _edit(folder, drop)
+  tree, config = _load(folder)
+  assert config == Lora(rank=4, scale=0.5, layers=2)
+  whole = _adapter("llama_gqa", Lora(rank=4, scale=0.5))
+  jax.tree.map(
+    lambda own, all: np.testing.assert_array_equal(own[0], all[1]), tree, whole
+  )
+  assert not any(np.any(leaf[1]) for leaf in jax.tree.leaves(tree))
+
+
+def test_ranks_and_scales_may_differ(folder):
+  """By layer and module, as rank_pattern and alpha_pattern say."""
   key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
   def cut(tensors):
     tensors[key.format("A")] = tensors[key.format("A")][:2].copy()
     tensors[key.format("B")] = tensors[key.format("B")][:, :2].copy()
 
-  _edit(folder, cut)
-  with pytest.raises(UserError, match=r"several ranks, \[2, 4\]"):
-    _load(folder)
+  patterns = {"layers.0.self_attn.q_proj": 6}
+  ranks = {"layers.0.self_attn.q_proj": 2}
+  _edit(folder, cut, rank_pattern=ranks, alpha_pattern=patterns)
+  tree, config = _load(folder)
+  assert config == Lora(rank=4, scale=1.0)
+  whole = _adapter("llama_gqa", Lora(rank=4, scale=0.5))
+  for name, scale in (("query", 0.5), ("value", 0.5)):
+    ours, theirs = (x["layers"]["attention"][name] for x in (tree, whole))
+    want = scale * np.einsum("ndr,nrh->ndh", theirs["down"], theirs["up"])
+    if name == "query":
+      want[0] = 3 * theirs["down"][0, :, :2] @ theirs["up"][0, :2]
+    got = np.einsum("ndr,nrh->ndh", ours["down"], ours["up"])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 def test_tensors_of_another_model_are_named(folder):
@@ -306,7 +346,7 @@ def _halve_inputs(tensors):
 
 
 def test_an_adapter_of_another_size_does_not_fit(folder, tmp_path):
-  with pytest.raises(UserError, match=r"layers \[\(0, 1, 2\)\], not the top ones of 2"):
+  with pytest.raises(UserError, match="adapts layer 2, but the model has 2"):
     _load(folder, "mistral")
   _edit(folder, _halve_inputs)
   with pytest.raises(UserError, match=r"query/down is \(3, 15, 4\), .* \(3, 30, 4\)"):

@@ -6,7 +6,7 @@ docs/add_a_family.md shows how another is added.
 from okd_jax.errors import UserError
 from okd_jax.models.config import Field, ModelConfig
 from okd_jax.models.formats.families.family import Family
-from okd_jax.models.formats.families.gemma import GEMMA2, GEMMA3
+from okd_jax.models.formats.families.gemma import GEMMA, GEMMA2, GEMMA3
 from okd_jax.models.formats.families.gpt2 import GPT2
 from okd_jax.models.formats.families.llama import (
   GRANITE,
@@ -21,6 +21,7 @@ from okd_jax.models.formats.families.phi import PHI3
 from okd_jax.models.formats.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
+  "gemma": GEMMA,
   "gemma2": GEMMA2,
   "gemma3_text": GEMMA3,
   "gpt2": GPT2,

@@ -1,5 +1,7 @@
-"""Gemma 2 and 3, text alone: norms before and after, with scales counted from 1.
+"""Gemma 1 to 3, text alone: norms with scales counted from 1.
 
+Gemma, Gemma Team 2024, arXiv 2403.08295: LLaMA with tokens' vectors multiplied by the
+root of their width. Gemma 2 and 3 have norms before and after attention and MLP.
 Gemma 2, Gemma Team 2024, arXiv 2408.00118: caps on scores and logits, a window in every
 second layer. Gemma 3, 2025, arXiv 2503.19786: instead of caps norms on each head's
 query and key, a window and a rotary base of its own in five of six layers.
@@ -13,6 +15,7 @@ from okd_jax.models.formats.families import rope
 from okd_jax.models.formats.families.family import (
   ATTENTION,
   MLP,
+  NORMS,
   OUTER,
   QK_NORMS,
   Family,
@@ -149,6 +152,35 @@ def _gemma3_random(fields: Fields) -> Fields:
   return _random(fields, 6, LayerKind(512, rope_theta=_LOCAL), rope_theta=_GLOBAL)
 
 
+def _gemma1(raw: Raw) -> Fields:
+  found = _common(raw)
+  return rope.read(raw) | {name: found[name] for name in _OWN1}
+
+
+def _gemma1_to_hf(config: ModelConfig) -> dict[str, Any]:
+  require(config, out_bias=config.qkv_bias, embed_scale=config.hidden_size**0.5)
+  own = {"attention_bias": config.qkv_bias, "hidden_act": "gelu_pytorch_tanh"}
+  return rope.write(config) | whole_heads(config) | own
+
+
+_OWN1 = ("qkv_bias", "out_bias", "embed_scale")
+GEMMA = Family(
+  architecture="GemmaForCausalLM",
+  weights=(*OUTER, *NORMS, *ATTENTION, *MLP),
+  # Whatever hidden_act says: published ones say 'gelu' and mean this.
+  keys=keys(
+    Key("head_dim", "head_dim", 256),
+    Key("tie_embeddings", "tie_word_embeddings", True),
+    without=["activation"],
+  ),
+  fixed={"norm_from_one": True, "activation": "gelu_tanh"},
+  read=_gemma1,
+  write=_gemma1_to_hf,
+  own=(*rope.OWN, *_OWN1),
+  derived=lambda fields: {
+    "embed_scale": fields.get("hidden_size", ModelConfig.hidden_size) ** 0.5
+  },
+)
 GEMMA2 = Family(
   architecture="Gemma2ForCausalLM",
   weights=_WEIGHTS,
