@@ -1,6 +1,7 @@
 """What every command shares: its argument parser and how errors leave it."""
 
 import argparse
+import importlib.util
 import logging
 import math
 import os
@@ -127,6 +128,18 @@ def number(
     return value
 
   return parse
+
+
+def need(package: str, extra: str) -> None:
+  """Raises a UserError if a package that comes with an extra is missing.
+
+  Beforehand this package's own folder leaves the path, where it is if that is the
+  current folder: there `lm_eval` would be our command.
+  """
+  own = Path(__file__).resolve().parents[1]
+  sys.path[:] = [place for place in sys.path if Path(place).resolve() != own]
+  if importlib.util.find_spec(package) is None:
+    raise UserError(f"the package {package} is missing: pip install okd-jax[{extra}]")
 
 
 def check_places(
