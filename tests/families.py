@@ -271,6 +271,7 @@ def torch_model(folder: Path):
   import torch
   import transformers
 
+  torch.set_num_threads(1)  # they are tiny: more threads only wait for each other
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
   return model.eval()
 

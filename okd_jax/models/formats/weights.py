@@ -9,7 +9,7 @@ decoder itself asks for before they touch any data.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,23 +138,54 @@ def assemble(
   _check(rows, wanted, shapes, where, first)
   params = {}
   for row in rows:
-    shape, columns = wanted[row.path].shape, _columns(row, wanted)
-    eighth = quantize and int8.applies(row.path)
-    stacked = np.empty(shape, np.int8 if eighth else dtype)
-    scales = np.empty((*shape[:-2], shape[-1]), np.float32) if eighth else None
-    names = row.names(shape, first)
-    for i, name in zip(np.ndindex(shape[: row.stacked]), names, strict=True):
-      tensor = read(name)[row.skip :]
-      tensor = (tensor.T if row.transpose else tensor)[..., columns]
-      if eighth:
-        stacked[i], scales[i] = int8.quantize(tensor)
-      else:
-        stacked[i] = tensor
-    params[row.path] = put(row.path, stacked)
-    if eighth:
-      path = row.path.removesuffix("kernel") + int8.SCALE
-      params[path] = put(path, scales)
+    stack = _quantized if quantize and int8.applies(row.path) else _stacked
+    for path, array in stack(row, wanted, read, first, dtype):
+      params[path] = put(path, array)
   return traverse_util.unflatten_dict(params, sep="/")
+
+
+_Stack = Iterator[tuple[str, np.ndarray]]  # our parameters by path
+
+
+def _tensors(
+  row: Weight, wanted: _Shapes, read: Callable[[str], np.ndarray], first: int
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+  """Of each tensor its place in the parameter and our part of it, [in, out]."""
+  shape, columns = wanted[row.path].shape, _columns(row, wanted)
+  names = row.names(shape, first)
+  for i, name in zip(np.ndindex(shape[: row.stacked]), names, strict=True):
+    tensor = read(name)[row.skip :]
+    yield i, (tensor.T if row.transpose else tensor)[..., columns]
+
+
+def _stacked(
+  row: Weight,
+  wanted: _Shapes,
+  read: Callable[[str], np.ndarray],
+  first: int,
+  dtype: DTypeLike,
+) -> _Stack:
+  stacked = np.empty(wanted[row.path].shape, dtype)
+  for i, tensor in _tensors(row, wanted, read, first):
+    stacked[i] = tensor
+  yield row.path, stacked
+
+
+def _quantized(
+  row: Weight,
+  wanted: _Shapes,
+  read: Callable[[str], np.ndarray],
+  first: int,
+  _: DTypeLike,
+) -> _Stack:
+  """Rounded tensor by tensor: the whole is never there in floats."""
+  shape = wanted[row.path].shape
+  kernel = np.empty(shape, np.int8)
+  scale = np.empty((*shape[:-2], shape[-1]), np.float32)
+  for i, tensor in _tensors(row, wanted, read, first):
+    kernel[i], scale[i] = int8.quantize(tensor)
+  yield row.path, kernel
+  yield row.path.removesuffix("kernel") + int8.SCALE, scale
 
 
 def disassemble(

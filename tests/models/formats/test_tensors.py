@@ -1,5 +1,6 @@
 """Weights as they lie about: other names, other parts, other hands."""
 
+import io
 import json
 import sys
 
@@ -193,3 +194,23 @@ def test_sentencepiece_is_named_where_it_is_needed(saved, monkeypatch):
   monkeypatch.setitem(sys.modules, "sentencepiece", None)
   with pytest.raises(UserError, match="pip install okd-jax.sentencepiece."):
     models.load(folder)
+
+
+def test_a_sentencepiece_model_alone(saved, shared):
+  sentencepiece = pytest.importorskip("sentencepiece")
+  lines = (shared / "data/text/tinyshakespeare.txt").read_text().splitlines()[:2000]
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(lines),
+    model_writer=model,
+    vocab_size=330,
+    model_type="bpe",
+    byte_fallback=True,
+    minloglevel=2,
+  )
+  folder = saved("llama_gqa")
+  (folder / "tokenizer.model").write_bytes(model.getvalue())
+  tokenizer = models.load(folder, params=False).tokenizer
+  own = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+  for text in ("Hello  world, naïve 123\n\tx", "To be, or not to be"):
+    assert tokenizer(text)["input_ids"] == own.encode(text)
