@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
 
   config.student = ConfigDict()
   config.student.path = ""  # start from this model, or …
-  config.student.layers = 0  # … from so many evenly spaced layers of the teacher, or …
+  config.student.layers = 0  # … from so many layers of the teacher, or …
+  config.student.which_layers = "even"  # these: 'even', 'top', 'bottom' or '0,3,7'
   config.student.model = _random_model()  # … at random with these dimensions
 
   config.method = ConfigDict()

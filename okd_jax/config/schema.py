@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from okd_jax.errors import UserError
 from okd_jax.methods.base import TokenWeight
-from okd_jax.models import kernels
+from okd_jax.models import even_layers, kernels
 
 DTYPES = ("float32", "bfloat16", "float16")
 INT8 = "int8"  # of a frozen teacher's kernels
@@ -92,12 +92,45 @@ class StudentSettings(_Section):
 
   path: str = ""
   layers: int = 0
+  which_layers: str = "even"
   model: RandomModel = RandomModel()
+
+  @property
+  def from_teacher(self) -> bool:
+    """Whether it starts from some of the teacher's layers."""
+    return self.layers > 0 or bool(self._numbers)
+
+  @property
+  def _numbers(self) -> list[int]:
+    """Those of which_layers, if it lists any."""
+    found = self.which_layers.replace(" ", "").split(",")
+    return [int(n) for n in found] if all(map(str.isdecimal, found)) else []
+
+  def taken(self, total: int) -> list[int]:
+    """The numbers of the layers to start from, of a teacher with `total`.
+
+    Raises:
+      UserError: if it lacks any of them.
+    """
+    wanted, numbers = self.layers, self._numbers
+    if wanted > total:
+      raise UserError(f"student.layers={wanted}, but the teacher has {total} layers")
+    if numbers and max(numbers) >= total:
+      raise UserError(
+        f"student.which_layers={self.which_layers}: the teacher's layers are 0 to "
+        f"{total - 1}"
+      )
+    match self.which_layers:
+      case "top":
+        return [*range(total - wanted, total)]
+      case "bottom":
+        return [*range(wanted)]
+    return numbers or even_layers(total, wanted)
 
   def problems(self) -> Iterator[str]:
     starts = {
       "student.path": self.path,
-      "student.layers": self.layers,
+      "student.layers": self.from_teacher,
       "student.model.hidden_size": self.model.hidden_size,
     }
     given = [key for key, wanted in starts.items() if wanted]
@@ -107,6 +140,19 @@ class StudentSettings(_Section):
         f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
       )
     yield from _least(self, "student", layers=0)
+    numbers = self._numbers
+    if not numbers and self.which_layers not in ("even", "top", "bottom"):
+      yield (
+        f"student.which_layers={self.which_layers!r} must be even, top, bottom or "
+        "numbers of layers such as 0,3,7"
+      )
+    if numbers and (
+      sorted({*numbers}) != numbers or self.layers not in (0, len(numbers))
+    ):
+      yield (
+        f"student.which_layers={self.which_layers} must be ascending numbers, each once"
+        f", and student.layers={self.layers} 0 or how many they are"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -134,19 +135,22 @@ def init(config: ModelConfig, key: Key[Array, ""]) -> Params:
 
 
 def take_layers(
-  params: Params, config: ModelConfig, n: int
+  params: Params, config: ModelConfig, layers: int | Sequence[int]
 ) -> tuple[Params, ModelConfig]:
-  """A shallower model: `n` evenly spaced layers, first and last among them.
+  """A shallower model: these layers, or so many evenly spaced ones.
 
-  With n = 1 it is the first. Every array is a copy: a step that donates the new
+  Evenly spaced are the first, the last and others between; a single one is the first.
+  Every array is a copy: a step that donates the new
   model's buffers would otherwise take the old one's with them.
   """
-  if not 1 <= n <= config.num_layers:
+  total = config.num_layers
+  count = layers if isinstance(layers, int) else len(layers)
+  if not 1 <= count <= total:
     raise UserError(
-      f"{n} layers were asked for, but the model has {config.num_layers}; "
-      "take at least 1 and no more than that"
+      f"{count} layers were asked for, but the model has {total}; take at least 1 and "
+      "no more than that"
     )
-  keep = even_layers(config.num_layers, n)
+  keep = even_layers(total, count) if isinstance(layers, int) else [*layers]
   taken = jax.tree.map(jnp.copy, {k: v for k, v in params.items() if k != "layers"})
   rows = np.array(keep)
   taken["layers"] = jax.tree.map(lambda x: jnp.copy(x[rows]), params["layers"])

@@ -61,7 +61,7 @@ def after(
 def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
   if settings.teacher.named or method.several:
     return
-  if settings.student.layers:
+  if settings.student.from_teacher:
     yield "student.layers needs teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
@@ -139,7 +139,7 @@ def _problems_of_several(settings: Settings, names: list[str]) -> Iterator[str]:
     for key in ("path", "adapter", "cache"):
       if getattr(one, key):
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
-    if settings.student.layers:
+    if settings.student.from_teacher:
       yield "student.layers takes layers from a single teacher; set student.path"
   if settings.adapter.text or settings.adapter.kind == "blocks":
     yield "adapter.text and adapter.kind=blocks are for a single teacher"
@@ -168,7 +168,7 @@ def _token_problems(settings: Settings, method: Method) -> Iterator[str]:
   """What is wrong where the teacher has tokens of its own."""
   if not method.sequences.own_tokens:
     return
-  if settings.student.layers:
+  if settings.student.from_teacher:
     yield (
       "student.layers takes the teacher's embeddings, but under method.cross_tokenizer "
       "the student has tokens of its own; set student.path or student.model.hidden_size"
@@ -211,7 +211,7 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
     )
   elif isinstance(method.knobs["temperature"], Linear):
     problem = "method.end.temperature: what is stored has one temperature"
-  elif settings.student.layers:
+  elif settings.student.from_teacher:
     problem = (
       f"student.layers={settings.student.layers} takes layers from the teacher; name "
       "the start by student.path or student.model"

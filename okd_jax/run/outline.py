@@ -119,12 +119,8 @@ def _student(
   if start is not None:
     return start.config
   first = next(iter(teachers.values()), None)
-  if layers := settings.student.layers:
-    if layers > first.num_layers:
-      raise UserError(
-        f"student.layers={layers}, but the teacher has {first.num_layers} layers"
-      )
-    return first.of_layers(models.even_layers(first.num_layers, layers))
+  if settings.student.from_teacher:
+    return first.of_layers(settings.student.taken(first.num_layers))
   size = first.vocab_size if first else _ids(tokenizer)
   return _random(settings.student.model, size, tokenizer)
 

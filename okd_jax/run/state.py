@@ -102,10 +102,11 @@ def first_state(
   if student.path:
     put = functools.partial(sharding.put, mesh)
     params["student"] = models.load(student.path, put=put).params
-  elif student.layers:
+  elif student.from_teacher:
     # Copies, in float32: the step donates the student's buffers, not the teacher's.
     [(name, teacher)] = cast.teachers.items()
-    own, _ = models.take_layers(cast.frozen[name], teacher.config, student.layers)
+    keep = student.taken(teacher.config.num_layers)
+    own, _ = models.take_layers(cast.frozen[name], teacher.config, keep)
     own = int8.dequantized(own)
     own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
     params["student"] = jax.device_put(own, where.params["student"])

@@ -13,7 +13,7 @@ from trial import kept_by_layers
 
 from okd_jax import models
 from okd_jax.errors import UserError
-from okd_jax.models import Decoder, Model, ModelConfig
+from okd_jax.models import Decoder, LayerKind, Model, ModelConfig
 from okd_jax.models.adapters import Lora
 from okd_jax.models.rope import rope_frequencies
 
@@ -354,6 +354,14 @@ class TestTakeLayers:
     taken, shallow = models.take_layers(params, config, n)
     np.testing.assert_array_equal(taken["layers"]["w"], kept)
     assert shallow == dataclasses.replace(config, num_layers=n)
+
+  def test_keeps_the_layers_that_are_named(self):
+    kinds = tuple(LayerKind(i) for i in range(1, 8))
+    config = ModelConfig(num_layers=7, layer_kinds=kinds)
+    params = {"layers": {"w": jnp.arange(7.0)}}
+    taken, shallow = models.take_layers(params, config, [1, 6])
+    np.testing.assert_array_equal(taken["layers"]["w"], [1, 6])
+    assert shallow.num_layers == 2 and shallow.layer_kinds == (kinds[1], kinds[6])
 
   def test_copies(self):
     """Donating the student's buffers must leave the teacher's alive."""

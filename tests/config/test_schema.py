@@ -1,0 +1,63 @@
+"""Settings that say more than one value: what they mean, and what is refused."""
+
+import pytest
+
+from okd_jax.config import read
+from okd_jax.config.schema import StudentSettings
+from okd_jax.errors import UserError
+from okd_jax.run.job import check
+
+
+@pytest.mark.parametrize(
+  "fields, layers",
+  [
+    ({"layers": 3}, [0, 4, 7]),
+    ({"layers": 3, "which_layers": "top"}, [5, 6, 7]),
+    ({"layers": 3, "which_layers": "bottom"}, [0, 1, 2]),
+    ({"which_layers": "0, 3,7"}, [0, 3, 7]),
+    ({"layers": 2, "which_layers": "1,2"}, [1, 2]),
+    ({"layers": 8}, list(range(8))),
+  ],
+)
+def test_the_layers_that_a_student_starts_from(fields, layers):
+  student = StudentSettings(**fields)
+  assert student.from_teacher and not list(student.problems())
+  assert student.taken(8) == layers
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"layers": 9}, "student.layers=9, but the teacher has 8 layers"),
+    (
+      {"which_layers": "0,8"},
+      "student.which_layers=0,8: the teacher's layers are 0 to",
+    ),
+  ],
+)
+def test_layers_that_a_teacher_lacks(fields, message):
+  with pytest.raises(UserError, match=message):
+    StudentSettings(**fields).taken(8)
+
+
+@pytest.mark.parametrize(
+  "flag, message",
+  [
+    ("student.which_layers=every", "must be even, top, bottom or numbers of layers"),
+    ("student.which_layers=0,-1", "must be even, top, bottom or numbers of layers"),
+    ("student.which_layers=3,1", "must be ascending numbers, each once"),
+    ("student.which_layers=1,1", "must be ascending numbers, each once"),
+    ("student.which_layers=0,1", r"student.layers=1 0 or how many they are"),
+    ("teacher.dtype=int4", "teacher.dtype='int4' must be one of .*, int8"),
+  ],
+)
+def test_values_that_no_run_could_use(flag, message):
+  layers = ["--config.student.layers=1", "--config.student.model.hidden_size=0"]
+  with pytest.raises(UserError, match=message):
+    check(read.read(["--config=debug", *layers, f"--config.{flag}"]))
+
+
+def test_int8_is_for_teachers_that_stay():
+  flags = ["--config.teacher.dtype=int8", "--config.method.name=clda"]
+  with pytest.raises(UserError, match="teacher.dtype=int8: blocks of the teacher"):
+    check(read.read(["--config=debug", *flags]))
