@@ -8,8 +8,12 @@ over 200 tokens and both paddings, greedy text of 40 tokens, LoRA as PEFT comput
 """
 
 import argparse
+import datetime
+import os
+import platform
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -188,6 +192,17 @@ def steps(ours: models.Model) -> str:
   return f"{values[0]:.2f} → {float(loss(params)):.2f}"
 
 
+def machine() -> str:
+  """When this was made, and by what."""
+  versions = ", ".join(
+    f"{name} {metadata.version(name)}" for name in ("jax", "transformers", "torch")
+  )
+  python = platform.python_version()
+  return (
+    f"{datetime.date.today()}, {os.cpu_count()} CPU cores, Python {python}, {versions}."
+  )
+
+
 def page(rows: list[dict[str, str]]) -> str:
   """The Markdown of docs/models.md."""
   lines = [
@@ -212,6 +227,8 @@ def page(rows: list[dict[str, str]]) -> str:
     "*generate*: 40 greedy tokens of two prompts padded in a batch. *adapters*: LoRA",
     "in all layers, opened by PEFT. *5 steps*: the loss before and after. *golden*:",
     "from the logits that the tests keep.",
+    "",
+    machine(),
     "",
     "| " + " | ".join(rows[0]) + " |",
     "|" + "---|" * len(rows[0]),

@@ -245,7 +245,8 @@ def params(config: ModelConfig, seed: int = 0) -> dict:
     # A generator a parameter: values do not depend on the order of the others.
     rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
     values = rng.standard_normal(spec.shape, np.float32)
-    tree[path] = 1 + 0.2 * values if path.endswith("scale") else 0.25 * values
+    middle = 0 if config.norm_from_one else 1
+    tree[path] = middle + 0.2 * values if path.endswith("scale") else 0.25 * values
   return traverse_util.unflatten_dict(tree, sep="/")
 
 

@@ -242,6 +242,7 @@ def test_help_explains_every_flag(capsys):
 
 @pytest.mark.skipif(not STORIES.exists(), reason="needs ../shared")
 @pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.slow
 def test_a_real_model_tells_the_story_of_transformers(printed):
   torch = pytest.importorskip("torch")
   theirs = families.torch_model(STORIES)

@@ -16,6 +16,7 @@ from okd_jax.losses import (
   cross_entropy,
   forward_kl,
   jensen_shannon,
+  per_token,
   reverse_kl,
   sums_of_parts,
   token_weights,
@@ -274,3 +275,34 @@ def test_loss_scales_with_its_cotangent():
 
   once, thrice = jax.grad(loss)(outputs, 1.0), jax.grad(loss)(outputs, 3.0)
   chex.assert_trees_all_close(thrice, jax.tree.map(lambda g: 3 * g, once), rtol=1e-6)
+
+
+def test_a_cap_is_a_part_of_the_model():
+  """Values, gradients and figures are those of capped logits."""
+  model_cap = 0.7
+  outputs, labels, mask = make()
+  weights = token_weights(mask)
+  capped = {**outputs, "student": outputs["student"].replace(cap=model_cap)}
+
+  def loss_of(outputs):
+    def token_loss(z, labels):
+      return forward_kl(jax.lax.stop_gradient(z["teacher"]), z["student"]), {
+        "largest": jnp.abs(z["student"]).max(-1)
+      }
+
+    return weighted_sums(token_loss, outputs, labels, weights, 4)
+
+  def dense(outputs):
+    logits = {name: output.logits() for name, output in outputs.items()}
+    return jnp.sum(forward_kl(logits["teacher"], logits["student"]) * weights)
+
+  (loss, figures), grads = jax.value_and_grad(
+    lambda own: loss_of({**capped, "student": own}), has_aux=True
+  )(capped["student"])
+  want, dense_grads = jax.value_and_grad(lambda own: dense({**capped, "student": own}))(
+    capped["student"]
+  )
+  chex.assert_trees_all_close((loss, grads), (want, dense_grads), rtol=1e-4, atol=1e-6)
+  assert figures["largest"] <= model_cap < jnp.abs(outputs["student"].logits()).max()
+  some = per_token(lambda z, _: jnp.abs(z["student"]).max(-1), capped, labels, 4)
+  assert some.max() <= model_cap

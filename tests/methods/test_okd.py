@@ -58,7 +58,9 @@ def test_okd_module_ignores_the_student_at_alpha_zero():
   assert total(gradients(setup, batch)["adapter"]) > 0
 
 
-@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize(
+  "update", ["simultaneous", pytest.param("sequential", marks=pytest.mark.slow)]
+)
 def test_okd_with_a_held_module_is_forward_kd(update):
   """METHODS 2.5 (c): module learning rate 0 makes the whole run forward KD's."""
   okd, _ = Setup("okd", lr_scale=0.0, update_order=update).train(5)

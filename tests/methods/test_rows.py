@@ -89,8 +89,9 @@ def test_rows_without_a_trained_token_teach_nothing(name):
 
 @pytest.mark.parametrize(
   "sizes, microbatches",
-  [((2, 2, 2), 2), pytest.param((4, 1, 2), 1, marks=pytest.mark.slow)],
+  [((2, 2, 2), 2), ((4, 1, 2), 1)],
 )
+@pytest.mark.slow
 def test_devices_teach_with_the_same_rows(sizes, microbatches):
   """Guards C2: of 16 rows the same four teach, wherever they lie."""
   batch = make_batch(rows=16)

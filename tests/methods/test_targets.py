@@ -313,7 +313,9 @@ def test_an_anchor_follows_the_drift():
   assert hold(0.1, at, two)["anchor_weight"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name, module", [("okd", ""), ("kd", "lora")])
+@pytest.mark.parametrize(
+  "name, module", [("okd", ""), pytest.param("kd", "lora", marks=pytest.mark.slow)]
+)
 def test_a_step_moves_the_anchor(name, module):
   """At first nothing has drifted: the anchor falls; micro-batches change nothing."""
   found = []

@@ -112,6 +112,7 @@ def test_what_a_step_cost_leaves_compilation_out(rows, want):
   assert found == want or found == pytest.approx(want)
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_measured(tmp_path, monkeypatch):
   """In this process: what measured.json has, of a teacher that is a folder."""
   monkeypatch.chdir(ROOT)

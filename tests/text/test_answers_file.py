@@ -387,6 +387,7 @@ def test_stories_that_begin_alike_stay_together(tmp_path, capsys):
   assert "left out 1 stories" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_teacher_tells_its_own_stories(shared, tmp_path):
   model = shared / "models" / "stories260K"
   stories.main([f"--model={model}", f"--output={tmp_path}", "--stories=96"])
