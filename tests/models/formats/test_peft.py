@@ -18,6 +18,7 @@ from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder
 from okd_jax.models.adapters import Adapter, Lora, Prefix, Prompt, make, prompt_vectors
+from okd_jax.run.export import _base_model
 
 EVERYTHING = ("query", "key", "value", "out", "gate", "up", "down")
 CASES = {
@@ -31,6 +32,8 @@ CASES = {
     Lora(rank=2, scale=0.3, targets=("value",), layers=2),
     Lora(rank=3, targets=("key", "out", "up", "down"), layers=1),
   ],
+  # Of one layer of theirs: parts that are not equally wide, and two of two.
+  "phi3": [Lora(rank=2, scale=0.7, targets=("query", "value", "gate", "out"))],
 }
 PAIRS = [(name, config) for name, configs in CASES.items() for config in configs]
 PREFIX, PROMPT = Prefix(length=5), Prompt(length=5)
@@ -474,5 +477,57 @@ class TestPeft:
     np.testing.assert_allclose(
       families.torch_logits(again.eval(), tokens),
       families.torch_logits(adapted, tokens),
+      atol=1e-4,
+    )
+
+  @pytest.mark.parametrize(
+    "options",
+    [
+      {
+        "rank_pattern": {"q_proj": 5},
+        "alpha_pattern": {"layers.1.self_attn.v_proj": 9},
+      },
+      {"use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 1}},
+      {"layers_to_transform": [0], "layers_pattern": "layers"},
+      {"layers_to_transform": [0, 2], "layers_pattern": "layers", "lora_alpha": 3},
+    ],
+  )
+  def test_reads_what_peft_writes_with_patterns(self, options, bases, tmp_path):
+    import peft
+    import torch
+
+    torch.manual_seed(0)
+    own = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]} | options
+    base = families.torch_model(bases / "llama_gqa")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **own))
+    with torch.no_grad():
+      for name, weight in adapted.named_parameters():
+        if "lora_" in name:
+          weight.copy_(0.3 * torch.randn_like(weight))
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter, config = _load(tmp_path / "adapter")
+    tokens = families.tokens(families.CONFIGS["llama_gqa"])
+    np.testing.assert_allclose(
+      _logits("llama_gqa", adapter, config, tokens),
+      families.torch_logits(adapted.eval(), tokens),
+      atol=1e-4,
+    )
+
+  def test_the_folder_names_a_base_that_peft_finds_from_anywhere(
+    self, bases, tmp_path, monkeypatch
+  ):
+    import peft
+
+    config = Lora(rank=2)
+    adapter, model = _adapter("llama_gqa", config), families.CONFIGS["llama_gqa"]
+    base = _base_model(str(bases / "llama_gqa"))
+    models.save_adapter(tmp_path / "adapter", adapter, config, model, base)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    tokens = families.tokens(model)
+    np.testing.assert_allclose(
+      _logits("llama_gqa", adapter, config, tokens),
+      families.torch_logits(adapted.float().eval(), tokens),
       atol=1e-4,
     )
