@@ -62,9 +62,9 @@ def _parser() -> cli.Parser:
   )
   add = parser.add_argument
   add("--workdir", required=True, help="of the run")
-  add("--output", required=True, help="the folder to write")
-  module = "a folder for the adapter, or the teacher whose own blocks learned"
-  add("--adapter", default="", help=module)
+  output = "the folder to write, or a file: S.gguf (float16), S.q8_0.gguf, S.f32.gguf"
+  add("--output", required=True, help=output)
+  add("--adapter", default="", help="a folder for the adapter, or the trained teacher")
   add("--merge", default="", help="a folder for the teacher with its adapter merged in")
   step = "default: the best by eval.best, else the newest"
   add("--step", type=int, default=None, help=step)

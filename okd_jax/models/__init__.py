@@ -7,6 +7,7 @@ logits = model.logits(model.params, tokens)  # [B, L] -> [B, L, V] float32
 from okd_jax.losses import unembed
 from okd_jax.models.config import LayerKind, ModelConfig, RopeScaling
 from okd_jax.models.formats.families import preset
+from okd_jax.models.formats.gguf_out import save as save_gguf
 from okd_jax.models.formats.hf import save
 from okd_jax.models.formats.peft import load_adapter, save_adapter
 from okd_jax.models.formats.weights import parameter_shapes
@@ -54,6 +55,7 @@ __all__ = [
   "preset",
   "save",
   "save_adapter",
+  "save_gguf",
   "take_layers",
   "template_of",
   "unembed",

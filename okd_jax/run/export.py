@@ -18,6 +18,7 @@ from okd_jax.runtime.sharding import gathered
 from okd_jax.runtime.workdir import writes
 from okd_jax.teachers.load import load_whole
 
+GGUF = ".gguf"
 # Kinds of records that data.template puts into words; others are taken as they are.
 _TEMPLATED = ("instruction", "messages")
 
@@ -28,12 +29,14 @@ def export_student(
   folder: Path,
   template: str | None = None,
 ) -> None:
-  """Writes the student to a folder.
+  """Writes the student to a folder, or to a file that ends in .gguf.
 
   template: what its prompts were written with, '' for none; None is what the run says.
   """
   tree = gathered(params["student"])
-  if writes():
+  if writes() and folder.suffix == GGUF:
+    models.save_gguf(folder, tree, run.outline.student, run.outline.tokenizer)
+  elif writes():
     models.save(
       folder,
       tree,

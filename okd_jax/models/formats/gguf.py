@@ -1,7 +1,7 @@
 """GGUF files, in: llama.cpp's format, dequantised to plain parameters.
 
-Reads the architectures 'llama' (which Mistral also uses) and 'gpt2', in every
-quantisation that the `gguf` package can undo.
+Reads the architectures 'llama' (which Mistral also uses), 'qwen2', 'qwen3' and 'gpt2',
+in every quantisation that the `gguf` package can undo.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats import gguf_tokenizer, hf
+from okd_jax.models.formats.families import family_of
 from okd_jax.models.formats.weights import (
   QKV,
   Params,
@@ -45,13 +46,20 @@ _COMMON = (
   *linear("blk.{}.ffn_up", "mlp/up"),
   *linear("blk.{}.ffn_down", "mlp/down"),
 )
+_LLAMA = (
+  *_COMMON,
+  *linear("blk.{}.attn_q", "attention/query"),
+  *linear("blk.{}.attn_k", "attention/key"),
+  *linear("blk.{}.attn_v", "attention/value"),
+  *linear("blk.{}.ffn_gate", "mlp/gate"),
+)
 WEIGHTS = {
-  "llama": (
-    *_COMMON,
-    *linear("blk.{}.attn_q", "attention/query"),
-    *linear("blk.{}.attn_k", "attention/key"),
-    *linear("blk.{}.attn_v", "attention/value"),
-    *linear("blk.{}.ffn_gate", "mlp/gate"),
+  "llama": _LLAMA,
+  "qwen2": _LLAMA,
+  "qwen3": (
+    *_LLAMA,
+    Weight("layers/attention/query_norm/scale", "blk.{}.attn_q_norm.weight"),
+    Weight("layers/attention/key_norm/scale", "blk.{}.attn_k_norm.weight"),
   ),
   "gpt2": (
     *_COMMON,
@@ -126,7 +134,7 @@ class _File:
 
   def config(self) -> ModelConfig:
     """The model's shape; what GGUF leaves unsaid shows in which tensors there are."""
-    return _llama_config(self) if self.arch == "llama" else _gpt2_config(self)
+    return _gpt2_config(self) if self.arch == "gpt2" else _llama_config(self)
 
   def get(self, key: str, *default: Value) -> Value:
     """A field of this architecture, such as 'block_count'."""
@@ -249,19 +257,20 @@ def _llama_config(file: _File) -> ModelConfig:
   ):
     if file.get(key, value) != value:
       raise UserError(
-        f"{file.path}: llama.{key}={file.get(key)} is not supported, only {value}"
+        f"{file.path}: {file.arch}.{key}={file.get(key)} is not supported, only {value}"
       )
   config = ModelConfig(
-    **shared,
+    **{**family_of(file.arch).fixed, **shared},
     num_kv_heads=file.get("attention.head_count_kv", shared["num_heads"]),
     head_dim=head_dim,
     norm_eps=file.get("attention.layer_norm_rms_epsilon"),
     rope_theta=file.get("rope.freq_base", 10000.0),
-    qkv_bias="blk.0.attn_q.bias" in file.shapes,
     out_bias="blk.0.attn_output.bias" in file.shapes,
     mlp_bias="blk.0.ffn_up.bias" in file.shapes,
   )
-  return dataclasses.replace(config, rope_scaling=_rope_scaling(file, config))
+  bias = "blk.0.attn_q.bias" in file.shapes
+  scaling = _rope_scaling(file, config)
+  return dataclasses.replace(config, rope_scaling=scaling, qkv_bias=bias)
 
 
 def _rope_scaling(file: _File, config: ModelConfig) -> RopeScaling | None:

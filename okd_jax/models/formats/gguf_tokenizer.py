@@ -1,5 +1,7 @@
 """A Hugging Face tokenizer from the vocabulary inside a GGUF file."""
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +12,8 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from okd_jax.errors import UserError
 
 # llama.cpp's token types.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NEVER = -1e6  # the score of a piece that no merge makes
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 # The split of LLaMA 3, as in its own tokenizer.json: contractions; a word with at most
@@ -105,6 +108,8 @@ def _byte_level(fields: _Fields) -> tokenizers.Tokenizer:
   )
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[name]())
   tokenizer.decoder = decoders.ByteLevel()
+  if name in ("qwen2",):
+    tokenizer.normalizer = normalizers.NFC()
   _finish(tokenizer, fields, add_bos=whole_words)
   return tokenizer
 
@@ -188,6 +193,94 @@ def _wrap(
   )
 
 
+def describe(
+  tokenizer: "transformers.PreTrainedTokenizerBase", size: int, where: str
+) -> dict[str, Any]:
+  """A file's fields for a tokenizer: the way back from `build`.
+
+  size: of the model's vocabulary; ids without a token are marked as unused.
+
+  Raises:
+    UserError: for a kind of tokenizer that llama.cpp does not know by a name of ours.
+  """
+  raw = json.loads(tokenizer.backend_tokenizer.to_str())
+  model, vocab = raw["model"], tokenizer.get_vocab()
+  if model["type"] != "BPE":
+    raise UserError(f"{where}: a {model['type']} tokenizer cannot be written as GGUF")
+  if (largest := max(vocab.values())) >= size:
+    raise UserError(f"{where}: the tokenizer has id {largest}, the model {size} ids")
+  tokens = [f"[unused{i}]" for i in range(size)]
+  types = [_UNUSED] * size
+  for token, index in vocab.items():
+    tokens[index], types[index] = token, _NORMAL
+  for added in raw["added_tokens"]:
+    types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+  merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+  if pieces := model.get("byte_fallback"):
+    own = _scored(raw, tokens, types, merges)
+  else:
+    own = {"merges": merges, "pre": _pre_name(raw, where)}
+  own |= {"model": "llama" if pieces else "gpt2"} | _ends(tokenizer)
+  fields = {"tokens": tokens, "token_type": types} | own
+  found = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+  if tokenizer.chat_template:
+    found["tokenizer.chat_template"] = tokenizer.chat_template
+  return found
+
+
+def _scored(
+  raw: Mapping[str, Any], tokens: list[str], types: list[int], merges: list[str]
+) -> dict[str, Any]:
+  """What SentencePiece has in the place of merges; marks bytes among the types."""
+  fields, unknown = {}, raw["model"].get("unk_token")
+  for i, token in enumerate(tokens):
+    types[i] = _BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else types[i]
+  if unknown in tokens:
+    fields["unknown_token_id"] = index = tokens.index(unknown)
+    types[index] = _UNKNOWN
+  # A piece is as good as the merge that makes it is early.
+  ranks = {m.replace(" ", ""): float(-i) for i, m in reversed([*enumerate(merges)])}
+  fields["scores"] = [ranks.get(token, _NEVER) for token in tokens]
+  return fields | {"add_space_prefix": "Prepend" in json.dumps(raw["normalizer"])}
+
+
+def _ends(tokenizer: "transformers.PreTrainedTokenizerBase") -> dict[str, Any]:
+  """Special tokens, and which of them a text begins and ends with."""
+  ids = tokenizer("a")["input_ids"]
+  bos, eos, pad = (getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad"))
+  named = {"bos": bos, "eos": eos, "padding": pad}
+  return {f"{k}_token_id": v for k, v in named.items() if v is not None} | {
+    "add_bos_token": bos is not None and ids[0] == bos,
+    "add_eos_token": eos is not None and ids[-1] == eos,
+  }
+
+
+def _pre_name(raw: Mapping[str, Any], where: str) -> str:
+  """llama.cpp's name for how a tokenizer splits text first."""
+  if not raw["model"]["merges"]:
+    raise UserError(
+      f"{where}: llama.cpp runs no tokenizer without merges, as 'bytes' is; train with "
+      "data.tokenizer=bpe:N or a model's own"
+    )
+  own = _steps(raw["pre_tokenizer"])
+  for name, split in _PRE_TOKENIZERS.items():
+    known = tokenizers.Tokenizer(tokenizers.models.BPE())
+    known.pre_tokenizer = pre_tokenizers.Sequence(split())
+    if _steps(json.loads(known.to_str())["pre_tokenizer"]) == own and name != "default":
+      return name
+  raise UserError(
+    f"{where}: this tokenizer splits text in a way that has no name here; export a "
+    "folder and use llama.cpp's converter"
+  )
+
+
+def _steps(raw: Mapping[str, Any] | None) -> list[Any]:
+  """The steps of a pre-tokenizer, as far as they decide where text is cut."""
+  steps = (raw or {}).get("pretokenizers", [raw])
+  said = ("type", "pattern", "behavior", "invert", "individual_digits", "use_regex")
+  return [{key: (step or {}).get(key) for key in said} for step in steps]
+
+
 def _gpt2_split() -> list[pre_tokenizers.PreTokenizer]:
   return [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 
@@ -197,19 +290,30 @@ def _smollm_split() -> list[pre_tokenizers.PreTokenizer]:
 
 
 def _llama3_split() -> list[pre_tokenizers.PreTokenizer]:
+  return _by_pattern(_LLAMA3_SPLIT)
+
+
+def _by_pattern(pattern: str) -> list[pre_tokenizers.PreTokenizer]:
   return [
-    pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), "isolated"),
+    pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
   ]
 
 
 # LLaMA 3's vocabulary is known by its size and the token that begins every text.
 _LLAMA3_MARK, _LLAMA3_WORDS = "<|begin_of_text|>", 128000
+
+
+def _qwen2_split() -> list[pre_tokenizers.PreTokenizer]:
+  return _by_pattern(_LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"))
+
+
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _KINDS = {"gpt2": _byte_level, "llama": _sentencepiece}
 _PRE_TOKENIZERS = {
   "default": _gpt2_split,
   "gpt-2": _gpt2_split,
   "smollm": _smollm_split,
+  "qwen2": _qwen2_split,
   **dict.fromkeys(_LLAMA3_NAMES, _llama3_split),
 }
