@@ -330,8 +330,8 @@ BUGS = (
     "a weight map leads out of its folder",
     "own",
     "okd_jax/models/formats/tensors.py",
-    "or Path(name).name != name",
-    "",
+    "not own or Path(name).name != name",
+    "not own",
     "tests/models/formats/test_tensors.py -k weight_map",
   ),
   Bug(

@@ -201,7 +201,7 @@ def _config(flags: argparse.Namespace) -> ConfigDict:
     section, (layers, hidden) = config[name], getattr(flags, name)
     section.path = ""
     section.model.update({"hidden_size": hidden, "num_layers": layers})
-  config.student.layers = 0
+  config.student.layers, config.student.which_layers = 0, "even"
   config.train.steps = config.train.steps or _STEPS + config.optim.warmup_steps
   return config
 
@@ -317,5 +317,5 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
   """What any benchmark of a step's program wants to know beside the configuration."""
   add = parser.add_argument
   add("--method", default="okd", help="any that trains on given rows")
-  add("--family", default="gpt2", help="gpt2, llama or mistral")
+  add("--family", default="gpt2", help="of docs/models.md: gpt2, llama, qwen3, …")
   add("--vocab_size", type=at_least(1), default=50257, help="tokens of both models")

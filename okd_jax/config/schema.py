@@ -146,6 +146,8 @@ class StudentSettings(_Section):
         f"student.which_layers={self.which_layers!r} must be even, top, bottom or "
         "numbers of layers such as 0,3,7"
       )
+    if self.which_layers in ("top", "bottom") and not self.layers:
+      yield f"student.which_layers={self.which_layers} needs student.layers"
     if numbers and (
       sorted({*numbers}) != numbers or self.layers not in (0, len(numbers))
     ):

@@ -2,8 +2,8 @@
 
 A kernel W [D, F] becomes q [D, F] and s [F], W = q s to half a step, the channel's
 largest value over 127. The product is (x q) s, so q is widened a layer at a time and
-the gradient reaches x, and with it any online module, through the same q. Embeddings,
-head, norms and biases stay as they are.
+the gradient reaches x, and with it any online module, through the same q. Of experts it
+is all those of a layer. Embeddings, head, router, norms and biases stay as they are.
 
 LLM.int8, Dettmers et al. 2022, arXiv 2208.07339, has the scales; a small float module
 on a quantised frozen model is QLoRA's idea, Dettmers et al. 2023, arXiv 2305.14314.

@@ -114,6 +114,12 @@ def template_of(path: str | os.PathLike) -> str:
   return "" if place.is_file() else hf.template(place)
 
 
+def is_part(path: str | os.PathLike) -> bool:
+  """Whether the model is the text part of a larger one, which is all that is read."""
+  place = _find(path)
+  return place.is_dir() and hf.is_part(place)
+
+
 def fingerprint(path: str | os.PathLike) -> str:
   """SHA-256 of the files that make a model: its configuration and its weights.
 

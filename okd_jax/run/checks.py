@@ -62,7 +62,7 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
   if settings.teacher.named or method.several:
     return
   if settings.student.from_teacher:
-    yield "student.layers needs teacher.path"
+    yield "student.layers and which_layers need teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
 
@@ -213,8 +213,8 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
     problem = "method.end.temperature: what is stored has one temperature"
   elif settings.student.from_teacher:
     problem = (
-      f"student.layers={settings.student.layers} takes layers from the teacher; name "
-      "the start by student.path or student.model"
+      "student.layers and which_layers take layers from the teacher; name the "
+      "start by student.path or student.model"
     )
   if problem:
     yield f"teacher.cache={settings.teacher.cache}: {problem}"

@@ -4,6 +4,7 @@ A teacher whose own blocks learned is no PEFT adapter; it becomes a folder like 
 student's. Every process of a run calls these functions; process 0 alone writes.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from okd_jax.runtime.workdir import writes
 from okd_jax.teachers.load import load_whole
 
 GGUF = ".gguf"
+_log = logging.getLogger(__name__)
 # Kinds of records that data.template puts into words; others are taken as they are.
 _TEMPLATED = ("instruction", "messages")
 
@@ -68,6 +70,13 @@ def export_teachers(
       continue
     if peft:
       base = _base_model(paths.get(name, ""))
+      if base and models.is_part(base):
+        _log.warning(
+          "%s: the adapter is of the text model of %s alone, and PEFT, which opens the "
+          "whole, would leave it out; write the merged model with export --merge",
+          place,
+          base,
+        )
       models.save_adapter(place, tree, adapter, decoder.config, base)
       continue
     blocks = ", ".join(map(str, adapter.blocks))
@@ -95,7 +104,8 @@ def export_merged(
   if not run.cast.adapted:
     raise UserError("no teacher of this run has an adapter that could be merged")
   teachers = {name: decoder.config for name, decoder in run.cast.adapted.items()}
-  whole = load_whole(run.job.settings, teachers, run.mesh)
+  # In float32: rounded once, when the sum is written.
+  whole = load_whole(run.job.settings, teachers, run.mesh, "float32")
   alone = len(run.cast.teachers) == 1
   for name, decoder in run.cast.adapted.items():
     tree = gathered(decoder.adapter.merge(whole[name], params["adapter"][name]))

@@ -50,10 +50,16 @@ def load_teachers(
 
 
 def load_whole(
-  settings: Settings, shapes: Mapping[str, ModelConfig], mesh: Mesh
+  settings: Settings,
+  shapes: Mapping[str, ModelConfig],
+  mesh: Mesh,
+  dtype: str = "",
 ) -> dict[str, PyTree]:
-  """`load_teachers` without any rounding, whatever teacher.dtype says."""
-  own = dataclasses.replace(settings.teacher, dtype=settings.teacher_dtype)
+  """`load_teachers` without int8, whatever teacher.dtype says.
+
+  dtype: of the weights; '' is that of a teacher's other weights.
+  """
+  own = dataclasses.replace(settings.teacher, dtype=dtype or settings.teacher_dtype)
   return load_teachers(dataclasses.replace(settings, teacher=own), shapes, mesh)
 
 

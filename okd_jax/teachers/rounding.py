@@ -1,7 +1,9 @@
 """What a teacher's int8 weights cost: the KL from the whole teacher to the rounded one.
 
-The whole teacher is never on the devices: its hidden states are taken through one layer
-after the other, each read from its files and let go.
+The whole teacher is not on the devices: its hidden states are taken through one layer
+after the other, each read from its files and let go. Only of one that is drawn at
+random or has an adapter merged in, for which there are no such files, the whole is made
+once more.
 """
 
 import dataclasses

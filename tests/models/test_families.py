@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import families
 import jax
@@ -10,12 +11,14 @@ import numpy as np
 import optax
 import plain_decoder
 import pytest
+from transformers import CONFIG_MAPPING
 
 from okd_jax import models
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, LayerKind, ModelConfig, RopeScaling, experts
 from okd_jax.models.adapters import Lora
 from okd_jax.models.formats.families import FAMILIES
+from okd_jax.models.formats.families.family import REQUIRED
 from okd_jax.models.formats.hf import hf_config
 from okd_jax.runtime import sharding
 
@@ -315,3 +318,81 @@ class TestExperts:
       rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
       got = jax.jit(Decoder(config).apply)({"params": placed}, rows)[0]
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_defaults_are_those_of_transformers(family):
+  """What a config.json leaves out: as their class fills it in."""
+  theirs = CONFIG_MAPPING[family]()
+  own = FAMILIES[family]
+  for key in own.keys:
+    default = own.defaults.get(key.theirs, key.default)
+    if key.default is REQUIRED and key.theirs not in own.defaults:
+      continue  # without it a folder is refused
+    wanted = getattr(theirs, key.theirs, None)
+    if key.ours == "num_kv_heads" and not default:
+      wanted = 0 if wanted in (None, theirs.num_attention_heads) else wanted
+    if key.ours == "embed_size":
+      wanted = 0 if wanted == theirs.hidden_size else wanted
+    if key.ours == "head_dim" and not default:
+      continue  # width over heads, which they fill in later
+    assert default == wanted or (default, wanted) == (0, None), key.theirs
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo3", "ministral"])
+def test_a_student_of_layers_without_windows(name, tmp_path):
+  """transformers makes the mask of a window even where no layer has one."""
+  pytest.importorskip("torch")
+  config = families.CONFIGS[name]
+  full = [i for i, kind in enumerate(config.layer_kinds) if not kind.window]
+  params = jax.tree.map(jnp.asarray, families.params(config))
+  taken, short = models.take_layers(params, config, full)
+  models.save(tmp_path / "model", taken, short)
+  tokens = families.tokens(short, 1, 30)
+  want = families.torch_logits(families.torch_model(tmp_path / "model"), tokens)
+  got = jax.jit(models.load(tmp_path / "model").logits)(taken, tokens)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "phi3", "gemma3"])
+@pytest.mark.parametrize(
+  "kind", [LayerKind(rotary=False), LayerKind(3, rope_theta=5.0)]
+)
+def test_kinds_that_a_layout_has_no_words_for(name, kind):
+  if name == "gemma3" and kind.window:
+    return  # which has: see `test_what_a_family_cannot_say_is_refused`
+  config = families.CONFIGS[name]
+  config = dataclasses.replace(config, layer_kinds=(kind,) * config.num_layers)
+  with pytest.raises(UserError, match="layout cannot hold this model: "):
+    hf_config(config)
+
+
+@pytest.mark.parametrize(
+  "name, changes, message",
+  [
+    ("ministral", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' is"),
+    ("qwen2", {"layer_types": ["full_attention"] * 9}, "has 9 of them for 3 layers"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "has 2 of them for 4 layers"),
+    ("qwen2", {"max_window_layers": None, "layer_types": None}, "of the wrong type"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "of the wrong type"),
+    ("llama3", {"rope_scaling": "linear"}, "of the wrong type"),
+    (
+      "llama3",
+      {"rope_scaling": {"type": "linear", "factor": "2"}},
+      "of the wrong type",
+    ),
+    ("llama3", {"hidden_size": "64"}, "of the wrong type"),
+    ("llama3", {"model_type": ["llama"]}, "model_type ..llama.. is not supported"),
+    (
+      "gemma",
+      {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
+      "model_type 'paligemma' is not supported",
+    ),
+  ],
+)
+def test_a_config_of_wrong_values(name, changes, message, tmp_path):
+  families.save(name, tmp_path / "model")
+  path = tmp_path / "model" / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  with pytest.raises(UserError, match=message):
+    models.load(tmp_path / "model")

@@ -5,6 +5,7 @@ in every quantisation that the `gguf` package can undo.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -93,20 +94,12 @@ def load(
   """
   file = _File(path)
   config = file.config()
-  tokenizer = gguf_tokenizer.build(file.fields, config.max_length, str(path))
+  build = functools.partial(gguf_tokenizer.build, file.fields, config.max_length)
+  tokenizer = build(str(path)) if layers is None else None
   if not params:
     return config, None, tokenizer
-  tree = assemble(
-    config,
-    file.table,
-    file.shapes,
-    file.read,
-    put,
-    dtype=dtype,
-    where=str(path),
-    quantize=quantize,
-    layers=layers,
-  )
+  how = {"dtype": dtype, "quantize": quantize, "layers": layers, "where": str(path)}
+  tree = assemble(config, file.table, file.shapes, file.read, put, **how)
   return config, tree, tokenizer
 
 

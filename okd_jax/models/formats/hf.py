@@ -38,6 +38,8 @@ _LOADING_NOTES = ("is_local", "local_files_only", "name_or_path")
 _WHOLE = "the model that this is a part of"  # a key that no config.json has
 _log = logging.getLogger(__name__)
 
+# Models whose text part sees earlier tokens alone, as those of a family here do.
+_WHOLES = ("gemma3", "mistral3", "llava", "llava_next", "smolvlm", "idefics3")
 # What a model's folder may hold for us to replace it; anything else is the user's.
 _OURS = re.compile(
   r"(config|generation_config|special_tokens_map|added_tokens|normalizer)\.json"
@@ -67,13 +69,13 @@ def load(
   """
   raw = _raw_config(folder)
   config = _config(folder, raw)
-  tokenizer = load_tokenizer(folder)
+  tokenizer = load_tokenizer(folder) if layers is None else None
   config = dataclasses.replace(config, **_token_ids(folder, raw, tokenizer))
   if not params:
     return config, None, tokenizer
   family = family_of(config.family)
   tensors, table = Tensors(folder, family, part=_WHOLE in raw), _table(family)
-  if config.tie_embeddings:
+  if config.tie_embeddings and not layers:
     [embedding] = (row.name for row in table if row.path == "embed/embedding")
     _tie(folder, tensors, embedding)
   tree = assemble(
@@ -90,6 +92,11 @@ def load(
   return config, tree, tokenizer
 
 
+def is_part(folder: Path) -> bool:
+  """Whether the folder's model is one of those of which the text part alone is read."""
+  return _WHOLE in _raw_config(folder)
+
+
 def is_model(folder: Path) -> bool:
   """Whether the folder's config.json is a model's, and not a run's or none."""
   path = folder / "config.json"
@@ -100,14 +107,15 @@ def _raw_config(folder: Path) -> dict[str, Any]:
   """What config.json says of the text model; a UserError if it is none of ours."""
   path = folder / "config.json"
   raw = read_json(path)
-  name, text = raw.get("model_type"), raw.get("text_config")
-  if name not in FAMILIES and isinstance(text, dict):
-    if text.get("model_type") in FAMILIES:
+  name, text = str(raw.get("model_type")), raw.get("text_config")
+  if name in _WHOLES and isinstance(text, dict):
+    if str(text.get("model_type")) in FAMILIES:
       _log.info("%s: reads the text model of a %s alone", folder, name)
       return {**raw, **text, _WHOLE: name}
   if name not in FAMILIES:
     raise UserError(
-      f"{path}: model_type {name!r} is not supported, only {', '.join(FAMILIES)}"
+      f"{path}: model_type {raw.get('model_type')!r} is not supported, only "
+      f"{', '.join(FAMILIES)}"
     )
   return raw
 
@@ -123,6 +131,8 @@ def _config(folder: Path, raw: Mapping[str, Any]) -> ModelConfig:
     raise UserError(f"{path}: the key {error} is missing") from None
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
+  except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    raise UserError(f"{path}: a value is of the wrong type: {error}") from error
 
 
 def template(folder: Path) -> str:

@@ -53,6 +53,11 @@ class Tensors:
     for theirs, name in table_names(found, family, part).items():
       if re.search(family.ignored, name):
         continue
+      if name in self._place:
+        raise UserError(
+          f"{folder}: {theirs} and {self._place[name][1]} are both {name}; which is "
+          "meant cannot be told"
+        )
       file = found[theirs]
       header = files[file].get_slice(theirs)
       if header.get_dtype() not in _FLOATS:
@@ -85,9 +90,11 @@ def table_names(names: Iterable[str], family: Family, part: bool) -> dict[str, s
   """
   plain = {name: name.replace(_COMPILED, "") for name in names}
   [embedding] = (w.name for w in family.weights if w.path == "embed/embedding")
-  prefix = _before(embedding, plain.values(), end=True)
-  if prefix is None:
-    prefix = _before(f"{family.layers}.0.", plain.values(), end=False)
+  layer = f"{family.layers}.0."
+  prefixes = _before(embedding, plain.values(), end=True)
+  prefixes = prefixes or _before(layer, plain.values(), end=False)
+  whole = [p for p in prefixes if any(n.startswith(p + layer) for n in plain.values())]
+  prefix = min(whole or prefixes, key=len, default=None)
   if prefix is None:
     return plain
   renamed = {}
@@ -101,11 +108,10 @@ def table_names(names: Iterable[str], family: Family, part: bool) -> dict[str, s
   return renamed
 
 
-def _before(text: str, names: Iterable[str], end: bool) -> str | None:
-  """What stands before `text` in the shortest name that has it after a dot or alone."""
+def _before(text: str, names: Iterable[str], end: bool) -> set[str]:
+  """What stands before `text` in the names that have it after a dot or alone."""
   pattern = re.compile(rf"(.*\.|){re.escape(text)}" + "$" * end)
-  found = [match[1] for name in names if (match := pattern.match(name))]
-  return min(found, key=len, default=None)
+  return {match[1] for name in names if (match := pattern.match(name))}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -134,7 +140,8 @@ def _indexed(index: Path) -> list[str]:
   if not names:
     raise UserError(f"{index} names no files; its weight_map must name one a tensor")
   for name in names:
-    if not isinstance(name, str) or Path(name).name != name:
+    own = isinstance(name, str) and name.endswith(".safetensors")
+    if not own or Path(name).name != name:
       raise UserError(f"{index} names {name!r}, which is no file of its own folder")
   missing = [name for name in sorted(set(names)) if not (index.parent / name).exists()]
   if missing:

@@ -61,6 +61,7 @@ class Weight:
     return self.name.count("{}")
 
 
+_LISTED = 12  # names in one message
 QKV = ("attention/query", "attention/key", "attention/value")
 
 
@@ -219,8 +220,10 @@ def disassemble(
 
 def listing(kind: str, items: Iterable[object]) -> list[str]:
   """['kind: a, b'], or nothing where there are no items; for error messages."""
-  text = ", ".join(str(item) for item in items)
-  return [f"{kind}: {text}"] if text else []
+  found = [str(item) for item in items]
+  text, more = ", ".join(found[:_LISTED]), len(found) - _LISTED
+  text += f" and {more} more" if more > 0 else ""
+  return [f"{kind}: {text}"] if found else []
 
 
 def require(config: ModelConfig, **fields: Field) -> None:

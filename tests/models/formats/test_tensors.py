@@ -214,3 +214,21 @@ def test_a_sentencepiece_model_alone(saved, shared):
   own = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
   for text in ("Hello  world, naïve 123\n\tx", "To be, or not to be"):
     assert tokenizer(text)["input_ids"] == own.encode(text)
+
+
+def test_two_tensors_of_one_name_are_told(saved):
+  def change(tensors):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[f"_orig_mod.{name}"] = tensors[name] + 1
+
+  with pytest.raises(UserError, match="are both model.layers.0.mlp.up_proj.weight"):
+    models.load(saved("llama_gqa", change))
+
+
+def test_another_embedding_is_no_models(saved):
+  def change(tensors):
+    tensors = {f"language_model.{name}": x for name, x in tensors.items()}
+    return tensors | {"a.embed_tokens.weight": np.ones((3, 2), np.float32)}
+
+  with pytest.raises(UserError, match="unexpected: a.embed_tokens.weight$"):
+    models.load(saved("llama_gqa", change))

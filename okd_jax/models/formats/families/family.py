@@ -13,6 +13,7 @@ Raw = Mapping[str, Any]  # what config.json holds
 Fields = dict[str, Any]  # of `ModelConfig`, by name
 
 REQUIRED = object()
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 _IDS = ("family", "bos_id", "eos_ids", "pad_id")  # which `hf` reads and writes
 
 
@@ -63,7 +64,8 @@ class Family:
     derived: fields that follow from others, of a model that is made at random: from the
       fields that were given.
     only: options that change the computation, with the only value that we compute.
-    defaults: keys of config.json that published models leave out.
+    defaults: values of keys that config.json leaves out, where they are not those of
+      `LLAMA_KEYS`.
     prefix: of the tensors' names; absent where the model was saved without its head.
     layers: the list of layers, as PEFT names it.
     ignored: a pattern of tensors that say nothing new.
@@ -102,7 +104,8 @@ class Family:
     Raises:
       UserError: for what we do not compute; KeyError: for a key that must be there.
     """
-    raw = {**self.defaults, **raw}
+    left_out = {k: v for k, v in self.defaults.items() if raw.get(k) is None}
+    raw = {**raw, **left_out}
     for name, value in self.only.items():
       if raw.get(name, value) != value:
         raise UserError(f"{name}={raw[name]} is not supported, only {value}")
@@ -115,7 +118,10 @@ class Family:
     """The way back; a UserError where the layout cannot say it."""
     require(config, **self._implied(config))
     keys = {key.theirs: key.write(config) for key in self.keys}
-    return {**self.only, **keys, **self.write(config)}
+    raw = {**self.only, **keys, **self.write(config)}
+    back = self.config_from_hf({**raw, "model_type": config.family})
+    require(config, **_meaning(back, config))
+    return raw
 
   def _implied(self, config: ModelConfig) -> Fields:
     """The values of all fields that no key says."""
@@ -130,6 +136,24 @@ class Family:
       for field in dataclasses.fields(config)
       if field.name not in said
     }
+
+
+def _meaning(back: ModelConfig, config: ModelConfig) -> Fields:
+  """What a configuration says after its way there and back, in the first's words."""
+  fields = {f.name: getattr(back, f.name) for f in dataclasses.fields(back)}
+  for name in _IDS:
+    del fields[name]
+  if not config.attention_scale:
+    fields["attention_scale"] = 0.0
+  if not config.rope_scaling:  # a base of its own that is the model's is none
+    same = {0.0: config.rope_theta}
+    kinds = [
+      tuple((k.window, k.rotary, same.get(k.rope_theta, k.rope_theta)) for k in c)
+      for c in (back.layer_kinds, config.layer_kinds)
+    ]
+    if kinds[0] == kinds[1]:
+      fields["layer_kinds"] = config.layer_kinds
+  return fields
 
 
 def _projection(path: str) -> str:
@@ -192,6 +216,24 @@ QK_NORMS = (
 )
 
 
+def sliding(raw: Raw, usual: Sequence[bool]) -> list[bool]:
+  """Which layers have a window: as layer_types says, or as is usual.
+
+  Raises:
+    UserError: for other kinds of layers, or more or fewer than there are.
+  """
+  types, layers = raw.get("layer_types"), raw["num_hidden_layers"]
+  if types is None:
+    return [*usual]
+  if unknown := sorted({*types} - {_SLIDING, _FULL}):
+    raise UserError(
+      f"layer_types {unknown[0]!r} is not supported, only {_SLIDING}, {_FULL}"
+    )
+  if len(types) != layers:
+    raise UserError(f"layer_types has {len(types)} of them for {layers} layers")
+  return [name == _SLIDING for name in types]
+
+
 def window_of(config: ModelConfig) -> int | None:
   """The one window of a model's layers, None where there is none; else a UserError."""
   windows = {kind.window for kind in config.kinds if kind.window}
@@ -206,4 +248,4 @@ def window_of(config: ModelConfig) -> int | None:
 def layer_types(config: ModelConfig) -> list[str]:
   """transformers' names for the layers with a window and without."""
   kinds = config.layer_kinds or (LayerKind(),) * config.num_layers
-  return ["sliding_attention" if k.window else "full_attention" for k in kinds]
+  return [_SLIDING if kind.window else _FULL for kind in kinds]

@@ -24,6 +24,7 @@ from okd_jax.models.formats.families.family import (
   Raw,
   keys,
   layer_types,
+  sliding,
   whole_heads,
   window_of,
 )
@@ -80,7 +81,8 @@ def _common_to_hf(config: ModelConfig) -> dict[str, Any]:
     "query_pre_attn_scalar": round(scale**-2),
     "attn_logit_softcapping": config.attention_cap or None,
     "final_logit_softcapping": config.logit_cap or None,
-    "sliding_window": window_of(config),
+    # transformers makes the mask of a window even where no layer has one.
+    "sliding_window": window_of(config) or config.max_length,
     "layer_types": layer_types(config),
   }
 
@@ -94,9 +96,9 @@ def _caps(raw: Raw, attention: float, logits: float) -> Fields:
 
 
 def _gemma2(raw: Raw) -> Fields:
-  types = raw.get("layer_types") or _types(raw["num_hidden_layers"], 2)
+  local = sliding(raw, _usual(raw["num_hidden_layers"], 2))
   window = raw.get("sliding_window", _WINDOW) or 0
-  kinds = tuple(LayerKind(window if t == _SLIDING else 0) for t in types)
+  kinds = tuple(LayerKind(window * each) for each in local)
   return rope.read(raw) | _common(raw) | _caps(raw, 50.0, 30.0) | {"layer_kinds": kinds}
 
 
@@ -106,13 +108,13 @@ def _gemma2_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _gemma3(raw: Raw) -> Fields:
   every = raw.get("sliding_window_pattern") or 6
-  types = raw.get("layer_types") or _types(raw["num_hidden_layers"], every)
+  windowed = sliding(raw, _usual(raw["num_hidden_layers"], every))
   own = (raw.get("rope_parameters") or {}).get(_SLIDING) or {}
   if rope.scaling(own, raw):
     raise UserError("rope scaling in layers with a window is not supported")
   theta = own.get("rope_theta") or raw.get("rope_local_base_freq") or _LOCAL
   local = LayerKind(raw.get("sliding_window", _WINDOW) or 0, rope_theta=theta)
-  kinds = tuple(local if t == _SLIDING else LayerKind() for t in types)
+  kinds = tuple(local if each else LayerKind() for each in windowed)
   found = rope.read(raw, _GLOBAL, _FULL) | _common(raw) | _caps(raw, 0.0, 0.0)
   return found | {"layer_kinds": kinds}
 
@@ -132,14 +134,15 @@ def _gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def _types(layers: int, every: int) -> list[str]:
-  return [_SLIDING if (i + 1) % every else _FULL for i in range(layers)]
+def _usual(layers: int, every: int) -> list[bool]:
+  """Which layers have a window where nothing is said."""
+  return [(i + 1) % every != 0 for i in range(layers)]
 
 
 def _random(fields: Fields, every: int, local: LayerKind, **more: Any) -> Fields:
   size = fields.get("hidden_size", ModelConfig.hidden_size)
-  types = _types(fields.get("num_layers", ModelConfig.num_layers), every)
-  kinds = tuple(local if t == _SLIDING else LayerKind() for t in types)
+  windowed = _usual(fields.get("num_layers", ModelConfig.num_layers), every)
+  kinds = tuple(local if each else LayerKind() for each in windowed)
   return {"embed_scale": size**0.5, "layer_kinds": kinds, **more}
 
 
@@ -177,6 +180,7 @@ GEMMA = Family(
   read=_gemma1,
   write=_gemma1_to_hf,
   own=(*rope.OWN, *_OWN1),
+  defaults={"max_position_embeddings": 8192, "num_key_value_heads": 16},
   derived=lambda fields: {
     "embed_scale": fields.get("hidden_size", ModelConfig.hidden_size) ** 0.5
   },

@@ -8,6 +8,7 @@ of every fourth layer. Granite 3 (IBM 2024) multiplies by four factors.
 
 from typing import Any
 
+from okd_jax.errors import UserError
 from okd_jax.models.config import LayerKind, ModelConfig
 from okd_jax.models.formats.families import rope
 from okd_jax.models.formats.families.family import (
@@ -21,6 +22,7 @@ from okd_jax.models.formats.families.family import (
   Raw,
   keys,
   layer_types,
+  sliding,
   whole_heads,
   window_of,
 )
@@ -48,10 +50,8 @@ def _llama_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _windowed(raw: Raw) -> Fields:
   """Mistral: one window in all layers or none; Ministral says for each."""
   layers, window = raw["num_hidden_layers"], raw.get("sliding_window", _WINDOW)
-  types = raw.get("layer_types") or ["sliding_attention"] * layers
-  kinds = tuple(
-    LayerKind((window or 0) * (name == "sliding_attention")) for name in types
-  )
+  local = sliding(raw, [True] * layers)
+  kinds = tuple(LayerKind((window or 0) * each) for each in local)
   return rope.read(raw) | {"layer_kinds": kinds}
 
 
@@ -63,7 +63,8 @@ def _mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def _ministral_to_hf(config: ModelConfig) -> dict[str, Any]:
   return rope.write(config) | {
-    "sliding_window": window_of(config),
+    # transformers makes the mask of a window even where no layer has one.
+    "sliding_window": window_of(config) or config.max_length,
     "layer_types": layer_types(config),
   }
 
@@ -74,12 +75,12 @@ def _smollm3(raw: Raw) -> Fields:
   if rotary is None:
     rotary = [(i + 1) % interval != 0 for i in range(layers)]
   window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-  types = raw.get("layer_types") or [
-    "full_attention" if turned else "sliding_attention" for turned in rotary
-  ]
+  local = sliding(raw, [not turned for turned in rotary])
+  if len(rotary) != layers:
+    raise UserError(f"no_rope_layers has {len(rotary)} of them for {layers} layers")
   kinds = tuple(
-    LayerKind((window or 0) * (name == "sliding_attention"), bool(turned))
-    for name, turned in zip(types, rotary, strict=True)
+    LayerKind((window or 0) * each, bool(turned))
+    for each, turned in zip(local, rotary, strict=True)
   )
   bias = raw.get("attention_bias", False)
   own = {"layer_kinds": kinds, "qkv_bias": bias, "out_bias": bias}
@@ -102,6 +103,7 @@ def _smollm3_random(fields: Fields) -> Fields:
   return {"layer_kinds": tuple(LayerKind(rotary=(i + 1) % 4 != 0) for i in layers)}
 
 
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 _BIAS = ("qkv_bias", "out_bias")
 _MLP_BIAS = Key("mlp_bias", "mlp_bias", False)
 LLAMA = Family(
@@ -119,6 +121,7 @@ MISTRAL = Family(
   read=_windowed,
   write=_mistral_to_hf,
   own=(*rope.OWN, "layer_kinds"),
+  defaults=_MISTRAL,
 )
 MINISTRAL = Family(
   architecture="MinistralForCausalLM",
@@ -127,6 +130,7 @@ MINISTRAL = Family(
   read=_windowed,
   write=_ministral_to_hf,
   own=(*rope.OWN, "layer_kinds"),
+  defaults=_MISTRAL,
 )
 SMOLLM3 = Family(
   architecture="SmolLM3ForCausalLM",
@@ -136,6 +140,7 @@ SMOLLM3 = Family(
   write=_smollm3_to_hf,
   own=(*rope.OWN, *_BIAS, "layer_kinds"),
   derived=_smollm3_random,
+  defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4},
 )
 GRANITE = Family(
   architecture="GraniteForCausalLM",

@@ -21,6 +21,7 @@ from okd_jax.models.formats.families.family import (
   Raw,
   keys,
   layer_types,
+  sliding,
   window_of,
 )
 from okd_jax.models.formats.weights import Weight, require
@@ -58,14 +59,14 @@ def _olmo2_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _olmo3(raw: Raw) -> Fields:
   found, layers = rope.read(raw, _THETA, _FULL), raw["num_hidden_layers"]
   window = raw.get("sliding_window", _WINDOW)
-  types = raw.get("layer_types") or _types(layers)
+  windowed = sliding(raw, _usual(layers))
   # A scaling that is not said layer by layer is for those without a window.
   own = (raw.get("rope_parameters") or {}).get(_SLIDING) or {}
   if rope.scaling(own, raw):
     raise UserError("rope scaling in layers with a window is not supported")
   theta = own.get("rope_theta") or found["rope_theta"]
   local = LayerKind(window or 0, rope_theta=theta)
-  kinds = tuple(local if name == _SLIDING else LayerKind() for name in types)
+  kinds = tuple(local if each else LayerKind() for each in windowed)
   return found | _biases(raw) | {"layer_kinds": kinds}
 
 
@@ -83,19 +84,21 @@ def _olmo3_to_hf(config: ModelConfig) -> dict[str, Any]:
     "rope_parameters": {_FULL: whole, _SLIDING: local},
     "attention_bias": config.qkv_bias,
     "layer_types": layer_types(config),
-    "sliding_window": window_of(config),
+    # transformers makes the mask of a window even where no layer has one.
+    "sliding_window": window_of(config) or config.max_length,
   }
 
 
-def _types(layers: int) -> list[str]:
-  return [_SLIDING if (i + 1) % 4 else _FULL for i in range(layers)]
+def _usual(layers: int) -> list[bool]:
+  """Which layers have a window where nothing is said."""
+  return [(i + 1) % 4 != 0 for i in range(layers)]
 
 
 def _olmo3_random(fields: Fields) -> Fields:
   layers = fields.get("num_layers", ModelConfig.num_layers)
   theta = fields.get("rope_theta", _THETA)
   local = LayerKind(_WINDOW, rope_theta=theta)
-  kinds = tuple(local if t == _SLIDING else LayerKind() for t in _types(layers))
+  kinds = tuple(local if each else LayerKind() for each in _usual(layers))
   return {"rope_theta": theta, "layer_kinds": kinds}
 
 

@@ -72,4 +72,5 @@ PHI3 = Family(
   read=_read,
   write=_write,
   own=(*rope.OWN, "rotary_share", "layer_kinds"),
+  defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 )

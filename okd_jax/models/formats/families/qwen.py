@@ -22,6 +22,7 @@ from okd_jax.models.formats.families.family import (
   Raw,
   keys,
   layer_types,
+  sliding,
   window_of,
 )
 from okd_jax.models.formats.weights import Weight, require
@@ -43,12 +44,8 @@ def _windowed(raw: Raw) -> Fields:
   """Windows in the layers from max_window_layers on, where they are used at all."""
   layers, first = raw["num_hidden_layers"], raw.get("max_window_layers", 28)
   window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
-  types = raw.get("layer_types") or [
-    "sliding_attention" if i >= first else "full_attention" for i in range(layers)
-  ]
-  kinds = tuple(
-    LayerKind((window or 0) * (name == "sliding_attention")) for name in types
-  )
+  local = sliding(raw, [i >= first for i in range(layers)])
+  kinds = tuple(LayerKind((window or 0) * each) for each in local)
   return rope.read(raw) | {"layer_kinds": kinds}
 
 
@@ -102,6 +99,7 @@ def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+_DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 QWEN2 = Family(
   architecture="Qwen2ForCausalLM",
   weights=(*OUTER, *NORMS, *ATTENTION, *MLP),
@@ -110,6 +108,7 @@ QWEN2 = Family(
   read=_windowed,
   write=_to_hf,
   own=(*rope.OWN, "layer_kinds"),
+  defaults=_DEFAULTS,
 )
 _HEAD_DIM = Key("head_dim", "head_dim", 128)
 QWEN3 = Family(
@@ -120,6 +119,7 @@ QWEN3 = Family(
   read=_qwen3,
   write=_qwen3_to_hf,
   own=(*rope.OWN, "layer_kinds", "qkv_bias", "out_bias"),
+  defaults=_DEFAULTS,
 )
 QWEN3_MOE = Family(
   architecture="Qwen3MoeForCausalLM",
@@ -134,4 +134,5 @@ QWEN3_MOE = Family(
   write=_moe_to_hf,
   own=(*rope.OWN, "layer_kinds", "qkv_bias", "out_bias", "experts"),
   derived=lambda fields: {"experts": 8, "experts_per_token": 2},
+  defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )
