@@ -47,7 +47,14 @@ def directly(config, whole, rounded, rows):
   return total / count
 
 
-@pytest.mark.parametrize("name", ["gemma3", "opt_350m", "phi3_long"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "gemma3",
+    pytest.param("opt_350m", marks=pytest.mark.slow),
+    pytest.param("phi3_long", marks=pytest.mark.slow),
+  ],
+)
 def test_layer_by_layer_is_the_whole_model(settings, tmp_path, name):
   whole, config = families.save(name, tmp_path / "model")
   teacher = dataclasses.replace(

@@ -300,7 +300,7 @@ class TestErrors:
 
   def test_unsupported_architectures_are_named(self, tmp_path):
     path = _write(tmp_path / "model.gguf", "mamba", {}, {})
-    with pytest.raises(UserError, match="'mamba' is not supported, only llama, gpt2"):
+    with pytest.raises(UserError, match="'mamba' is not supported, only llama, qwen2"):
       models.load(path)
 
   def test_missing_and_unexpected_tensors_are_named(self, tmp_path):
