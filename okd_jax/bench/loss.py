@@ -158,6 +158,7 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+  """Sizes and repeats of `bench loss`, beside the flags that all benches share."""
   add, whole = parser.add_argument, at_least(1)
   add("--method", default="okd", choices=METHODS, help="whose loss")
   add("--student_size", type=whole, default=768, help="channels")

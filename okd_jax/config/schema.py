@@ -29,6 +29,7 @@ class _Section:
       raise UserError("; ".join(problems))
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from ()
 
 
@@ -74,6 +75,7 @@ class TeacherSettings(_Section):
   model: RandomModel = RandomModel()
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _among("teacher.dtype", self.dtype or "float32", (*DTYPES, INT8))
     if self.adapter and not self.path:
       yield "teacher.adapter adapts what teacher.path names; set it, too"
@@ -128,6 +130,7 @@ class StudentSettings(_Section):
     return numbers or even_layers(total, wanted)
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     starts = {
       "student.path": self.path,
       "student.layers": self.from_teacher,
@@ -205,6 +208,7 @@ class AdapterSettings(_Section):
     return step % self.every == 0 and step < self.until * steps
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(self, "adapter", lr_scale=0, every=1)
     try:
       TokenWeight.read("adapter.tokens", self.tokens)
@@ -240,6 +244,7 @@ class DataSettings(_Section):
   pack: bool = False
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(self, "data", max_length=2, max_prompt_length=1, holdout=0)
     yield from _among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from _among("data.overlong_row", self.overlong_row, POLICIES)
@@ -269,6 +274,7 @@ class TrainSettings(_Section):
   wandb: str = ""
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(
       self, "train", steps=0, batch_size=1, loss_chunk=0, log_every=1, seed=0
     )
@@ -300,6 +306,7 @@ class OptimSettings(_Section):
   dtype: str = ""
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(self, "optim", lr=0, clip=0, weight_decay=0, warmup_steps=0)
     yield from _among("optim.dtype", self.dtype or "float32", MOMENT_DTYPES)
     yield from _among("optim.schedule", self.schedule, SCHEDULES)
@@ -313,6 +320,7 @@ class CheckpointSettings(_Section):
   keep: int = 2
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(self, "checkpoint", every=1, keep=1)
 
 
@@ -331,6 +339,7 @@ class EvalSettings(_Section):
   patience: int = 0
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _least(self, "eval", every=0, limit=0, batch_size=1, patience=0)
     yield from _least(self, "eval", generate_limit=0, max_new_tokens=1, temperature=0)
     if self.patience and not self.best:
@@ -344,6 +353,7 @@ class ExportSettings(_Section):
   dtype: str = "float32"
 
   def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
     yield from _among("export.dtype", self.dtype, DTYPES)
 
 

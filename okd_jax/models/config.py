@@ -56,7 +56,7 @@ class RopeScaling:
   @property
   def by_pair(self) -> bool:
     """Whether each pair of channels has factors of its own, two for two lengths."""
-    return self.kind in ("longrope",)
+    return self.kind == "longrope"
 
 
 @dataclasses.dataclass(frozen=True)

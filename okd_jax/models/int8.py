@@ -18,6 +18,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, Num
 
+Kernel = Float[Array | np.ndarray, "*N D F"]
 SCALE = "kernel_scale"  # of the 'kernel' beside it
 LARGEST = 127
 _QUANTISED = re.compile(r"layers/.*(?<!router)/kernel")
@@ -29,27 +30,24 @@ def applies(path: str) -> bool:
 
 
 def quantize(
-  kernel: Float[np.ndarray, "*N D F"],
-) -> tuple[Int[np.ndarray, "*N D F"], Float[np.ndarray, "*N F"]]:
-  """(q, s) of kernels on the host, in float32."""
-  kernel = np.asarray(kernel, np.float32)
-  scale = np.abs(kernel).max(-2) / LARGEST
-  scale = np.where(scale == 0, np.float32(1), scale)
-  return np.rint(kernel / scale[..., None, :]).astype(np.int8), scale
+  kernel: Kernel,
+) -> tuple[Num[Array | np.ndarray, "*N D F"], Float[Array | np.ndarray, "*N F"]]:
+  """(q, s) of float kernels, by numpy on the host or by JAX, as they come."""
+  xp = np if isinstance(kernel, np.ndarray) else jnp
+  kernel = kernel.astype(np.float32)
+  scale = xp.abs(kernel).max(-2) / LARGEST
+  scale = xp.where(scale == 0, np.float32(1), scale)
+  return xp.rint(kernel / scale[..., None, :]).astype(np.int8), scale
 
 
 def quantized(params: dict[str, Any]) -> dict[str, Any]:
   """A decoder's parameters with (q, s) in the places of kernels, under jit or not."""
   found = {}
   for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-    if not applies(path):
+    if applies(path):
+      found[path], found[path.removesuffix("kernel") + SCALE] = quantize(leaf)
+    else:
       found[path] = leaf
-      continue
-    kernel = leaf.astype(jnp.float32)
-    scale = jnp.abs(kernel).max(-2) / LARGEST
-    scale = jnp.where(scale == 0, 1.0, scale)
-    found[path] = jnp.rint(kernel / scale[..., None, :]).astype(jnp.int8)
-    found[path.removesuffix("kernel") + SCALE] = scale
   return traverse_util.unflatten_dict(found, sep="/")
 
 
@@ -66,8 +64,10 @@ def dequantized(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def widened(
-  kernel: Num[Array, "*N D F"], scale: Float[Array, "*N F"] | None, dtype: Any
-) -> Float[Array, "*N D F"]:
+  kernel: Num[Array | np.ndarray, "*N D F"],
+  scale: Float[Array | np.ndarray, "*N F"] | None,
+  dtype: Any,
+) -> Float[Array | np.ndarray, "*N D F"]:
   """The kernel in `dtype`; without a scale it is a plain one."""
   kernel = kernel.astype(dtype)
   return kernel if scale is None else kernel * scale[..., None, :].astype(dtype)

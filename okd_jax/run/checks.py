@@ -69,7 +69,7 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
 
 def _int8_problems(settings: Settings, method: Method) -> Iterator[str]:
   kind = (settings.adapter.kind or method.adapter) if method.adapts else ""
-  if settings.quantizes and kind in ("blocks",):
+  if settings.quantizes and kind == "blocks":
     yield (
       "teacher.dtype=int8: blocks of the teacher would be trained, and int8 is for "
       "weights that stay; set adapter.kind=lora or another dtype"

@@ -15,7 +15,7 @@ import numpy as np
 import transformers
 
 from okd_jax.errors import UserError
-from okd_jax.models.config import ModelConfig
+from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats import gguf_tokenizer
 from okd_jax.models.formats.gguf import WEIGHTS
 from okd_jax.models.formats.weights import Params, disassemble
@@ -107,24 +107,26 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
       "rope.freq_base": float(config.rope_theta),
       "vocab_size": config.vocab_size,
     }
-  if scaling and scaling.kind in ("linear",):
-    own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+  match scaling:
+    case RopeScaling(kind="linear", factor=factor):
+      own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(factor)}
   return {f"{arch}.{key}": value for key, value in own.items()}
 
 
 def _tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
   arch = ARCHITECTURES[config.family]
   tensors = disassemble(config, WEIGHTS[arch], params, dtype=np.float32)
-  if arch in ("llama",):
+  if arch == "llama":
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     tensors = {
       name: _permuted(tensor, heads.get(name.split(".")[-2], 0))
       for name, tensor in tensors.items()
     }
-  if config.rope_scaling and config.rope_scaling.kind in ("llama3",):
-    plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
-    factors = np.asarray(plain / rope_frequencies(config), np.float32)
-    tensors["rope_freqs.weight"] = factors
+  match config.rope_scaling:
+    case RopeScaling(kind="llama3"):
+      plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
+      factors = np.asarray(plain / rope_frequencies(config), np.float32)
+      tensors["rope_freqs.weight"] = factors
   return tensors
 
 

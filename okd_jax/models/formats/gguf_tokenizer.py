@@ -108,7 +108,7 @@ def _byte_level(fields: _Fields) -> tokenizers.Tokenizer:
   )
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[name]())
   tokenizer.decoder = decoders.ByteLevel()
-  if name in ("qwen2",):
+  if name == "qwen2":
     tokenizer.normalizer = normalizers.NFC()
   _finish(tokenizer, fields, add_bos=whole_words)
   return tokenizer

@@ -58,9 +58,8 @@ class Family:
     weights: the table of all parameters; those that a model lacks are left out.
     keys: the table of the configuration.
     fixed: fields that are the same in all models of the family.
-    read, write: what the tables cannot say: fields from config.json, and the way back,
-      which raises a UserError where the layout has no words for it.
-    own: the fields that `read` finds.
+    read, write: what the tables cannot say: fields from config.json, and the way back.
+      Nothing need be checked there: what was written is read and compared.
     derived: fields that follow from others, of a model that is made at random: from the
       fields that were given.
     only: options that change the computation, with the only value that we compute.
@@ -78,7 +77,6 @@ class Family:
   fixed: Mapping[str, Field] = dataclasses.field(default_factory=dict)
   read: Callable[[Raw], Fields] = _nothing
   write: Callable[[ModelConfig], dict[str, Any]] = _nothing
-  own: tuple[str, ...] = ()
   derived: Callable[[Fields], Fields] = _nothing
   only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -116,26 +114,12 @@ class Family:
 
   def config_to_hf(self, config: ModelConfig) -> dict[str, Any]:
     """The way back; a UserError where the layout cannot say it."""
-    require(config, **self._implied(config))
     keys = {key.theirs: key.write(config) for key in self.keys}
     raw = {**self.only, **keys, **self.write(config)}
+    # What no key says comes back as its default, and so is refused.
     back = self.config_from_hf({**raw, "model_type": config.family})
     require(config, **_meaning(back, config))
     return raw
-
-  def _implied(self, config: ModelConfig) -> Fields:
-    """The values of all fields that no key says."""
-    derived = {
-      "num_kv_heads": config.num_heads,
-      "head_dim": config.hidden_size // config.num_heads,
-      "embed_size": config.hidden_size,
-    }
-    said = {key.ours for key in self.keys} | {*self.own, *_IDS}
-    return {
-      field.name: self.fixed.get(field.name, derived.get(field.name, field.default))
-      for field in dataclasses.fields(config)
-      if field.name not in said
-    }
 
 
 def _meaning(back: ModelConfig, config: ModelConfig) -> Fields:
@@ -232,6 +216,12 @@ def sliding(raw: Raw, usual: Sequence[bool]) -> list[bool]:
   if len(types) != layers:
     raise UserError(f"layer_types has {len(types)} of them for {layers} layers")
   return [name == _SLIDING for name in types]
+
+
+def biases(raw: Raw) -> Fields:
+  """Of attention: all its projections have them or none."""
+  bias = raw.get("attention_bias", False)
+  return {"qkv_bias": bias, "out_bias": bias}
 
 
 def window_of(config: ModelConfig) -> int | None:

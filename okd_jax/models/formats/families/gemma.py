@@ -22,13 +22,14 @@ from okd_jax.models.formats.families.family import (
   Fields,
   Key,
   Raw,
+  biases,
   keys,
   layer_types,
   sliding,
   whole_heads,
   window_of,
 )
-from okd_jax.models.formats.weights import Weight, require
+from okd_jax.models.formats.weights import Weight
 
 _NAMES = {
   "attention_norm": "input_layernorm",
@@ -57,24 +58,18 @@ _DEFAULTS = {
   "num_key_value_heads": 4,
 }
 _WINDOW, _LOCAL, _GLOBAL = 4096, 1e4, 1e6  # where none are named
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-_OWN = ("qkv_bias", "out_bias", "embed_scale", "attention_scale", "attention_cap")
 
 
 def _common(raw: Raw) -> Fields:
-  bias = raw.get("attention_bias", False)
   if raw.get("use_bidirectional_attention"):
     raise UserError("use_bidirectional_attention=True is not supported, only False")
-  return {
-    "qkv_bias": bias,
-    "out_bias": bias,
+  return biases(raw) | {
     "embed_scale": raw["hidden_size"] ** 0.5,
     "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
   }
 
 
 def _common_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias, embed_scale=config.hidden_size**0.5)
   scale = config.attention_scale or config.head_dim**-0.5
   return whole_heads(config) | {
     "attention_bias": config.qkv_bias,
@@ -109,29 +104,15 @@ def _gemma2_to_hf(config: ModelConfig) -> dict[str, Any]:
 def _gemma3(raw: Raw) -> Fields:
   every = raw.get("sliding_window_pattern") or 6
   windowed = sliding(raw, _usual(raw["num_hidden_layers"], every))
-  own = (raw.get("rope_parameters") or {}).get(_SLIDING) or {}
-  if rope.scaling(own, raw):
-    raise UserError("rope scaling in layers with a window is not supported")
-  theta = own.get("rope_theta") or raw.get("rope_local_base_freq") or _LOCAL
+  theta = rope.local_theta(raw, raw.get("rope_local_base_freq") or _LOCAL)
   local = LayerKind(raw.get("sliding_window", _WINDOW) or 0, rope_theta=theta)
   kinds = tuple(local if each else LayerKind() for each in windowed)
-  found = rope.read(raw, _GLOBAL, _FULL) | _common(raw) | _caps(raw, 0.0, 0.0)
+  found = rope.read(raw, _GLOBAL, rope.FULL) | _common(raw) | _caps(raw, 0.0, 0.0)
   return found | {"layer_kinds": kinds}
 
 
 def _gemma3_to_hf(config: ModelConfig) -> dict[str, Any]:
-  bases = {kind.rope_theta or config.rope_theta for kind in config.kinds if kind.window}
-  full = {kind.rope_theta for kind in config.kinds if not kind.window}
-  if len(bases) > 1 or full - {0.0}:
-    raise UserError(
-      "the gemma3_text layout cannot hold this model: its layers have more rotary "
-      "bases than one with a window and one without"
-    )
-  local = {"rope_type": "default", "rope_theta": max(bases, default=_LOCAL)}
-  whole = rope.write(config)["rope_parameters"]
-  return _common_to_hf(config) | {
-    "rope_parameters": {_FULL: whole, _SLIDING: local},
-  }
+  return _common_to_hf(config) | rope.write_local(config, _LOCAL)
 
 
 def _usual(layers: int, every: int) -> list[bool]:
@@ -156,17 +137,14 @@ def _gemma3_random(fields: Fields) -> Fields:
 
 
 def _gemma1(raw: Raw) -> Fields:
-  found = _common(raw)
-  return rope.read(raw) | {name: found[name] for name in _OWN1}
+  return rope.read(raw) | biases(raw) | {"embed_scale": raw["hidden_size"] ** 0.5}
 
 
 def _gemma1_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias, embed_scale=config.hidden_size**0.5)
   own = {"attention_bias": config.qkv_bias, "hidden_act": "gelu_pytorch_tanh"}
   return rope.write(config) | whole_heads(config) | own
 
 
-_OWN1 = ("qkv_bias", "out_bias", "embed_scale")
 GEMMA = Family(
   architecture="GemmaForCausalLM",
   weights=(*OUTER, *NORMS, *ATTENTION, *MLP),
@@ -179,7 +157,6 @@ GEMMA = Family(
   fixed={"norm_from_one": True, "activation": "gelu_tanh"},
   read=_gemma1,
   write=_gemma1_to_hf,
-  own=(*rope.OWN, *_OWN1),
   defaults={"max_position_embeddings": 8192, "num_key_value_heads": 16},
   derived=lambda fields: {
     "embed_scale": fields.get("hidden_size", ModelConfig.hidden_size) ** 0.5
@@ -192,7 +169,6 @@ GEMMA2 = Family(
   fixed=_FIXED,
   read=_gemma2,
   write=_gemma2_to_hf,
-  own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
   derived=_gemma2_random,
   defaults=_DEFAULTS | {"vocab_size": 256000, "max_position_embeddings": 8192},
 )
@@ -203,7 +179,6 @@ GEMMA3 = Family(
   fixed={**_FIXED, "qk_norm": "head"},
   read=_gemma3,
   write=_gemma3_to_hf,
-  own=(*rope.OWN, *_OWN, "logit_cap", "layer_kinds"),
   derived=_gemma3_random,
   defaults=_DEFAULTS | {"vocab_size": 262208, "max_position_embeddings": 131072},
 )

@@ -59,7 +59,6 @@ GPT2 = Family(
   },
   read=_read,
   write=_write,
-  own=("mlp_size",),
   only={
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,

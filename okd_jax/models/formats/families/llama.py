@@ -20,13 +20,13 @@ from okd_jax.models.formats.families.family import (
   Fields,
   Key,
   Raw,
+  biases,
   keys,
   layer_types,
   sliding,
   whole_heads,
   window_of,
 )
-from okd_jax.models.formats.weights import require
 
 WEIGHTS = (*OUTER, *NORMS, *ATTENTION, *MLP)
 _WINDOW = 4096  # of a Mistral that names none
@@ -34,12 +34,10 @@ _SMOLLM3_THETA = 2e6
 
 
 def _biases(raw: Raw) -> Fields:
-  bias = raw.get("attention_bias", False)
-  return rope.read(raw) | {"qkv_bias": bias, "out_bias": bias}
+  return rope.read(raw) | biases(raw)
 
 
 def _biases_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias)
   return rope.write(config) | {"attention_bias": config.qkv_bias}
 
 
@@ -56,8 +54,6 @@ def _windowed(raw: Raw) -> Fields:
 
 
 def _mistral_to_hf(config: ModelConfig) -> dict[str, Any]:
-  if len(config.kinds) > 1:
-    require(config, layer_kinds=config.layer_kinds[:1] * config.num_layers)
   return rope.write(config) | {"sliding_window": window_of(config)}
 
 
@@ -82,9 +78,7 @@ def _smollm3(raw: Raw) -> Fields:
     LayerKind((window or 0) * each, bool(turned))
     for each, turned in zip(local, rotary, strict=True)
   )
-  bias = raw.get("attention_bias", False)
-  own = {"layer_kinds": kinds, "qkv_bias": bias, "out_bias": bias}
-  return rope.read(raw, _SMOLLM3_THETA) | own
+  return rope.read(raw, _SMOLLM3_THETA) | biases(raw) | {"layer_kinds": kinds}
 
 
 def _smollm3_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -104,7 +98,6 @@ def _smollm3_random(fields: Fields) -> Fields:
 
 
 _MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
-_BIAS = ("qkv_bias", "out_bias")
 _MLP_BIAS = Key("mlp_bias", "mlp_bias", False)
 LLAMA = Family(
   architecture="LlamaForCausalLM",
@@ -112,7 +105,6 @@ LLAMA = Family(
   keys=keys(_MLP_BIAS),
   read=_biases,
   write=_llama_to_hf,
-  own=(*rope.OWN, *_BIAS),
 )
 MISTRAL = Family(
   architecture="MistralForCausalLM",
@@ -120,7 +112,6 @@ MISTRAL = Family(
   keys=keys(),
   read=_windowed,
   write=_mistral_to_hf,
-  own=(*rope.OWN, "layer_kinds"),
   defaults=_MISTRAL,
 )
 MINISTRAL = Family(
@@ -129,7 +120,6 @@ MINISTRAL = Family(
   keys=keys(),
   read=_windowed,
   write=_ministral_to_hf,
-  own=(*rope.OWN, "layer_kinds"),
   defaults=_MISTRAL,
 )
 SMOLLM3 = Family(
@@ -138,7 +128,6 @@ SMOLLM3 = Family(
   keys=keys(_MLP_BIAS, Key("tie_embeddings", "tie_word_embeddings", True)),
   read=_smollm3,
   write=_smollm3_to_hf,
-  own=(*rope.OWN, *_BIAS, "layer_kinds"),
   derived=_smollm3_random,
   defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4},
 )
@@ -154,6 +143,5 @@ GRANITE = Family(
   ),
   read=_biases,
   write=_biases_to_hf,
-  own=(*rope.OWN, *_BIAS),
   derived=lambda fields: {"attention_scale": 1.0},
 )

@@ -7,7 +7,6 @@ frequencies.
 
 from typing import Any
 
-from okd_jax.errors import UserError
 from okd_jax.models.config import LayerKind, ModelConfig
 from okd_jax.models.formats.families import rope
 from okd_jax.models.formats.families.family import (
@@ -19,12 +18,13 @@ from okd_jax.models.formats.families.family import (
   Fields,
   Key,
   Raw,
+  biases,
   keys,
   layer_types,
   sliding,
   window_of,
 )
-from okd_jax.models.formats.weights import Weight, require
+from okd_jax.models.formats.weights import Weight
 
 _WEIGHTS = (
   *OUTER,
@@ -39,49 +39,28 @@ _WEIGHTS = (
 _FIXED = {"norm_place": "on_output", "qk_norm": "projection"}
 _KEYS = keys(Key("norm_eps", "rms_norm_eps", 1e-5), without=["head_dim"])
 _THETA, _WINDOW = 500000.0, 4096  # of an OLMo 3 that names none
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
-
-def _biases(raw: Raw) -> Fields:
-  bias = raw.get("attention_bias", False)
-  return {"qkv_bias": bias, "out_bias": bias}
 
 
 def _olmo2(raw: Raw) -> Fields:
-  return rope.read(raw) | _biases(raw)
+  return rope.read(raw) | biases(raw)
 
 
 def _olmo2_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias)
   return rope.write(config) | {"attention_bias": config.qkv_bias}
 
 
 def _olmo3(raw: Raw) -> Fields:
-  found, layers = rope.read(raw, _THETA, _FULL), raw["num_hidden_layers"]
+  found, layers = rope.read(raw, _THETA, rope.FULL), raw["num_hidden_layers"]
   window = raw.get("sliding_window", _WINDOW)
   windowed = sliding(raw, _usual(layers))
-  # A scaling that is not said layer by layer is for those without a window.
-  own = (raw.get("rope_parameters") or {}).get(_SLIDING) or {}
-  if rope.scaling(own, raw):
-    raise UserError("rope scaling in layers with a window is not supported")
-  theta = own.get("rope_theta") or found["rope_theta"]
+  theta = rope.local_theta(raw, found["rope_theta"])
   local = LayerKind(window or 0, rope_theta=theta)
   kinds = tuple(local if each else LayerKind() for each in windowed)
-  return found | _biases(raw) | {"layer_kinds": kinds}
+  return found | biases(raw) | {"layer_kinds": kinds}
 
 
 def _olmo3_to_hf(config: ModelConfig) -> dict[str, Any]:
-  bases = {kind.rope_theta or config.rope_theta for kind in config.kinds if kind.window}
-  full = {kind.rope_theta for kind in config.kinds if not kind.window}
-  if len(bases) > 1 or full - {0.0} or not all(kind.rotary for kind in config.kinds):
-    raise UserError(
-      "the olmo3 layout cannot hold this model: its layers turn keys in more ways than "
-      "one with a window and one without"
-    )
-  local = {"rope_type": "default", "rope_theta": max(bases, default=config.rope_theta)}
-  whole = rope.write(config)["rope_parameters"]
-  return {
-    "rope_parameters": {_FULL: whole, _SLIDING: local},
+  return rope.write_local(config, config.rope_theta) | {
     "attention_bias": config.qkv_bias,
     "layer_types": layer_types(config),
     # transformers makes the mask of a window even where no layer has one.
@@ -109,7 +88,6 @@ OLMO2 = Family(
   fixed=_FIXED,
   read=_olmo2,
   write=_olmo2_to_hf,
-  own=(*rope.OWN, "qkv_bias", "out_bias"),
 )
 OLMO3 = Family(
   architecture="Olmo3ForCausalLM",
@@ -118,6 +96,5 @@ OLMO3 = Family(
   fixed=_FIXED,
   read=_olmo3,
   write=_olmo3_to_hf,
-  own=(*rope.OWN, "qkv_bias", "out_bias", "layer_kinds"),
   derived=_olmo3_random,
 )

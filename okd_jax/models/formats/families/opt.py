@@ -24,9 +24,6 @@ def _read(raw: Raw) -> Fields:
 def _write(config: ModelConfig) -> dict[str, Any]:
   require(config, hidden_size=config.num_heads * config.head_dim)
   before = config.norm_place == "before"
-  require(config, norm_place="before" if before else "on_sum")
-  if not before:
-    require(config, final_norm=False)
   return {
     "do_layer_norm_before": before,
     "_remove_final_layer_norm": before and not config.final_norm,
@@ -78,6 +75,5 @@ OPT = Family(
   },
   read=_read,
   write=_write,
-  own=("norm_place", "final_norm"),
   only={"enable_bias": True, "layer_norm_elementwise_affine": True},
 )

@@ -20,7 +20,7 @@ from okd_jax.models.formats.families.family import (
   whole_heads,
   window_of,
 )
-from okd_jax.models.formats.weights import QKV, linear, require
+from okd_jax.models.formats.weights import QKV, linear
 
 _LENGTH = 4096  # the original one where none is named
 _FORMER = ("su", "yarn")  # what longrope was called
@@ -44,8 +44,6 @@ def _write(config: ModelConfig) -> dict[str, Any]:
       f"the phi3 layout cannot hold this model: its rope scaling is {scaling.kind!r} "
       "where it needs 'longrope' or none"
     )
-  if len(config.kinds) > 1:
-    require(config, layer_kinds=config.layer_kinds[:1] * config.num_layers)
   original = scaling.original_max_length if scaling else config.max_length
   return (
     rope.write(config)
@@ -71,6 +69,5 @@ PHI3 = Family(
   keys=keys(without=["head_dim"]),
   read=_read,
   write=_write,
-  own=(*rope.OWN, "rotary_share", "layer_kinds"),
   defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
 )

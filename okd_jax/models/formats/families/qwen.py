@@ -20,12 +20,13 @@ from okd_jax.models.formats.families.family import (
   Fields,
   Key,
   Raw,
+  biases,
   keys,
   layer_types,
   sliding,
   window_of,
 )
-from okd_jax.models.formats.weights import Weight, require
+from okd_jax.models.formats.weights import Weight
 
 _EXPERTS = (
   Weight("layers/mlp/router/kernel", "layers.{}.mlp.gate.weight", True),
@@ -61,12 +62,10 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen3(raw: Raw) -> Fields:
-  bias = raw.get("attention_bias", False)
-  return _windowed(raw) | {"qkv_bias": bias, "out_bias": bias}
+  return _windowed(raw) | biases(raw)
 
 
 def _qwen3_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias)
   return _to_hf(config) | {"attention_bias": config.qkv_bias}
 
 
@@ -77,16 +76,11 @@ def _moe(raw: Raw) -> Fields:
     )
   window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
   kinds = (LayerKind(window or 0),) * raw["num_hidden_layers"]
-  bias = raw.get("attention_bias", False)
   experts = raw.get("num_local_experts") or raw.get("num_experts") or 128
-  own = {"layer_kinds": kinds, "qkv_bias": bias, "out_bias": bias, "experts": experts}
-  return rope.read(raw) | own
+  return rope.read(raw) | biases(raw) | {"layer_kinds": kinds, "experts": experts}
 
 
 def _moe_to_hf(config: ModelConfig) -> dict[str, Any]:
-  require(config, out_bias=config.qkv_bias)
-  if len(config.kinds) > 1:
-    require(config, layer_kinds=config.layer_kinds[:1] * config.num_layers)
   window = window_of(config)
   return rope.write(config) | {
     "attention_bias": config.qkv_bias,
@@ -107,7 +101,6 @@ QWEN2 = Family(
   fixed={"qkv_bias": True},
   read=_windowed,
   write=_to_hf,
-  own=(*rope.OWN, "layer_kinds"),
   defaults=_DEFAULTS,
 )
 _HEAD_DIM = Key("head_dim", "head_dim", 128)
@@ -118,7 +111,6 @@ QWEN3 = Family(
   fixed={"qk_norm": "head"},
   read=_qwen3,
   write=_qwen3_to_hf,
-  own=(*rope.OWN, "layer_kinds", "qkv_bias", "out_bias"),
   defaults=_DEFAULTS,
 )
 QWEN3_MOE = Family(
@@ -132,7 +124,6 @@ QWEN3_MOE = Family(
   fixed={"qk_norm": "head"},
   read=_moe,
   write=_moe_to_hf,
-  own=(*rope.OWN, "layer_kinds", "qkv_bias", "out_bias", "experts"),
   derived=lambda fields: {"experts": 8, "experts_per_token": 2},
   defaults=_DEFAULTS | {"num_key_value_heads": 4},
 )

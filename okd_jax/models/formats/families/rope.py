@@ -7,8 +7,7 @@ from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats.families.family import Fields, Raw
 
-# The fields that these functions read.
-OWN = ("rope_theta", "rope_scaling")
+FULL, LOCAL = "full_attention", "sliding_attention"  # layers, as they are called there
 # Fields of `RopeScaling` that only some kinds have, and what they are called there.
 _NAMES = {
   "linear": {},
@@ -50,7 +49,7 @@ def parameters(raw: Raw, layers: str = "") -> dict[str, Any]:
 def read(
   raw: Raw, theta: float = 10000.0, layers: str = "", partial: bool = False
 ) -> Fields:
-  """The fields `OWN`, and 'rotary_share' where it may be `partial`.
+  """The fields of base and scaling, and 'rotary_share' where it may be `partial`.
 
   theta: the base of a configuration that names none.
   """
@@ -70,7 +69,7 @@ def read(
 def scaling(rope: dict[str, Any], raw: Raw) -> RopeScaling | None:
   """What the rotary parameters of a configuration say beside the base."""
   kind = rope.get("rope_type") or rope.get("type")
-  if kind in ("default", None):
+  if kind is None or kind == "default":
     return None
   if kind not in _NAMES:
     raise UserError(
@@ -122,6 +121,26 @@ def write(config: ModelConfig) -> dict[str, Any]:
     "rope_theta": config.rope_theta,
     "rope_scaling": whole if config.rope_scaling else None,
   }
+
+
+def local_theta(raw: Raw, usual: float) -> float:
+  """The base of layers with a window, where these have one of their own.
+
+  A scaling that is not said layer by layer is for those without a window.
+  """
+  own = (raw.get("rope_parameters") or {}).get(LOCAL) or {}
+  if scaling(own, raw):
+    raise UserError("rope scaling in layers with a window is not supported")
+  return own.get("rope_theta") or usual
+
+
+def write_local(config: ModelConfig, usual: float) -> dict[str, Any]:
+  """`write` for layers with a window and without, each with its parameters."""
+  windowed = (kind for kind in config.kinds if kind.window)
+  bases = (kind.rope_theta or config.rope_theta for kind in windowed)
+  local = {"rope_type": "default", "rope_theta": next(bases, usual)}
+  whole = write(config)["rope_parameters"]
+  return {"rope_parameters": {FULL: whole, LOCAL: local}}
 
 
 def spelled(scaling: RopeScaling | None) -> dict[str, Any]:
