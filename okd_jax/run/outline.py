@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax import models
-from okd_jax.config.schema import RandomModel, Settings
+from okd_jax.config.players import RandomModel
+from okd_jax.config.schema import Settings
 from okd_jax.data import Record, compare_tokenizers, make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.models import Model, ModelConfig

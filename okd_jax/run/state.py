@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from okd_jax import models
-from okd_jax.config.schema import StudentSettings
+from okd_jax.config.players import StudentSettings
 from okd_jax.models import int8
 from okd_jax.run.cast import Cast
 from okd_jax.runtime import sharding

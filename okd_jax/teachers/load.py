@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from okd_jax import models
-from okd_jax.config.schema import INT8, Settings, TeacherSettings
+from okd_jax.config.players import INT8, TeacherSettings
+from okd_jax.config.schema import Settings
 from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.models import ModelConfig, int8

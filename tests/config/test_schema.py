@@ -3,7 +3,7 @@
 import pytest
 
 from okd_jax.config import read
-from okd_jax.config.schema import StudentSettings
+from okd_jax.config.players import StudentSettings
 from okd_jax.errors import UserError
 from okd_jax.run.job import check
 

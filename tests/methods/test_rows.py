@@ -11,7 +11,7 @@ from trial import VOCAB, Setup, grads_and_loss, make_batch
 
 from okd_jax import methods
 from okd_jax.config import read
-from okd_jax.config.schema import AdapterSettings
+from okd_jax.config.players import AdapterSettings
 from okd_jax.data.batch import Batch, first_rows, other_rows
 from okd_jax.errors import UserError
 from okd_jax.run import job

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trial import LogitTrial, Setup, grads_and_loss, make_batch, make_logits
 
 from okd_jax import methods
-from okd_jax.config.schema import AdapterSettings
+from okd_jax.config.players import AdapterSettings
 from okd_jax.errors import UserError
 from okd_jax.losses import Output
 from okd_jax.methods import online_module

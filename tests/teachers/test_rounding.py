@@ -10,7 +10,7 @@ import pytest
 
 from okd_jax import models
 from okd_jax.config import read
-from okd_jax.config.schema import RandomModel
+from okd_jax.config.players import RandomModel
 from okd_jax.data import Example
 from okd_jax.losses import forward_kl
 from okd_jax.models import Decoder
