@@ -40,6 +40,18 @@ def get_config() -> ConfigDict:
   config.student.layers = 0  # … from so many layers of the teacher, or …
   config.student.which_layers = "even"  # these: 'even', 'top', 'bottom' or '0,3,7'
   config.student.model = _random_model()  # … at random with these dimensions
+  # Trained in part: what this regular expression is found in, stays as it is. Names are
+  # such as 'embed/embedding' and 'layers/3/mlp/up/kernel'; 'embed|layers/[0-5]/'.
+  config.student.frozen = ""
+  config.student.dtype = ""  # of weights that stay; '' is float32, int8 is for lora's
+  config.student.adapter = ConfigDict()
+  # lora: train this alone, and none of the student's own weights. The run exports the
+  # student with it merged in, and the module for PEFT as student_adapter/.
+  config.student.adapter.kind = ""
+  config.student.adapter.rank = 32
+  config.student.adapter.scale = 1.0  # factor on the module's output
+  config.student.adapter.targets = ("query", "value")  # also key, out, gate, up, down
+  config.student.adapter.layers = 0  # 0: all layers, k: the top k
 
   config.method = ConfigDict()
   config.method.name = "okd"  # a key of okd_jax.METHODS

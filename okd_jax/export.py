@@ -1,4 +1,4 @@
-"""Exports the student of one checkpoint; needs neither data nor the teacher's weights.
+"""Exports the student of one checkpoint; needs no data and hardly any other weights.
 
 python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
@@ -11,13 +11,11 @@ from okd_jax import models
 from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.evaluation.figures import score_by
-from okd_jax.run import checkpoint
+from okd_jax.run import checkpoint, export
 from okd_jax.run.build import Shapes, build_shapes
-from okd_jax.run.export import export_merged, export_student, export_teachers
 from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli
 from okd_jax.runtime.workdir import Workdir
-from okd_jax.teachers.load import load_teachers
 
 
 def main(arguments: list[str]) -> None:
@@ -31,15 +29,13 @@ def main(arguments: list[str]) -> None:
     state = _restored(shapes, workdir, args.step)
     exported = workdir.student.exists()
     template = models.template_of(workdir.student) if exported else None
-    export_student(shapes, state.params, Path(args.output), template)
+    export.export_student(shapes, state.params, Path(args.output), template)
     if args.merge:
-      export_merged(shapes, state.params, Path(args.merge))
-    if args.adapter and (adapter := shapes.cast.adapter):
-      frozen = {}
-      if adapter.folder == "teacher":  # the whole of it, its blocks replaced
-        teachers = shapes.outline.teachers
-        frozen = load_teachers(shapes.job.settings, teachers, shapes.mesh)
-      export_teachers(shapes, state.params, frozen, Path(args.adapter))
+      export.export_merged(shapes, state.params, Path(args.merge))
+    if args.adapter:
+      export.export_teachers(shapes, state.params, Path(args.adapter))
+    if args.student_adapter:
+      export.export_student_adapter(shapes, state.params, Path(args.student_adapter))
 
 
 def _restored(shapes: Shapes, workdir: Workdir, step: int | None) -> TrainState:
@@ -66,6 +62,7 @@ def _parser() -> cli.Parser:
   add("--output", required=True, help=output)
   add("--adapter", default="", help="a folder for the adapter, or the trained teacher")
   add("--merge", default="", help="a folder for the teacher with its adapter merged in")
+  add("--student_adapter", default="", help="a folder for the LoRA of the student")
   step = "default: the best by eval.best, else the newest"
   add("--step", type=int, default=None, help=step)
   return parser

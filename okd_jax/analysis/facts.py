@@ -17,7 +17,7 @@ def sizes(about: Mapping[str, Any]) -> list[str]:
   if not about:
     return []
   student, teachers = about["models"]["student"], about["models"]["teachers"]
-  text = f"The student has {_model(student)}."
+  text = f"The student has {_model(student)}{_in_part(student)}."
   if not teachers:
     return [text]
   found = [text]
@@ -30,6 +30,14 @@ def sizes(about: Mapping[str, Any]) -> list[str]:
       text += f"; beside it learns a module of {_short(learns)}, {share:.2g} % of that"
     found.append(f"{text}.")
   return found
+
+
+def _in_part(size: Mapping[str, Any]) -> str:
+  """How much of it is trained, if that is not all."""
+  if "trained" not in size:
+    return ""
+  share = 100 * size["trained"] / size["parameters"]
+  return f"; {_short(size['trained'])} are trained, {share:.2g} % of that"
 
 
 def _model(size: Mapping[str, Any]) -> str:

@@ -5,8 +5,25 @@ for each side that somebody differentiates. Attention is counted as it is comput
 CPU, all pairs of a row. Norms, activations and softmax are not counted.
 """
 
+from typing import NamedTuple
+
 from okd_jax.methods.base import TokenWeight
 from okd_jax.models import ModelConfig
+
+
+class InPart(NamedTuple):
+  """What is trained of a student that is trained in part.
+
+  layers: how many of its top layers the backward pass goes through.
+  kernels: trained numbers in the layers' own kernels.
+  modules: numbers of its LoRA.
+  head: whether the head is trained.
+  """
+
+  layers: int
+  kernels: int
+  modules: int
+  head: bool
 
 
 def step(
@@ -15,6 +32,7 @@ def step(
   tokens: int,
   length: int,
   *,
+  in_part: InPart | None = None,
   adapted_layers: int = 0,
   module_size: int = 0,
   taught: float = 1.0,
@@ -26,31 +44,54 @@ def step(
   adapted_layers: how many of the teacher's top layers hold modules. The backward pass
     goes through these and the head, and takes no gradient of a frozen weight.
   module_size: parameters of all modules together.
+  in_part: what of the student is trained; None: all.
   taught: the share of the rows that modules learn from, over the steps.
   token_weight, module_tokens: how the student's loss and the modules' weigh tokens,
     which takes logits of its own; what neither of them keeps has none in the losses.
   """
   forward, backward = 1, 2
-  parts = {"student": (forward + backward) * _layers(student, tokens, length)}
+  parts = {"student": _student(student, tokens, length, in_part)}
+  own_head = (3 if in_part is None or in_part.head else 2) * _head(student, tokens)
   if not teacher:
-    return parts | {"heads": (forward + backward) * _head(student, tokens)}
+    return parts | {"heads": own_head}
   parts["teacher forward"] = _layers(teacher, tokens, length)
   if adapted_layers:
-    share = adapted_layers / teacher.num_layers
-    attention = _attention(teacher, tokens, length) * adapted_layers
-    # Of a product with a frozen weight one side, of attention's products both.
-    backward_layers = share * _layers(teacher, tokens, length) + attention
-    parts["teacher backward"] = taught * backward_layers
+    through = _through(teacher, tokens, length, adapted_layers)
+    parts["teacher backward"] = taught * through
     parts["modules"] = (forward + backward * taught) * 2 * module_size * tokens
   else:
     taught = 0.0
-  heads = _heads(student, teacher, tokens, taught, token_weight, module_tokens)
+  heads = _heads(
+    student, teacher, own_head, tokens, taught, token_weight, module_tokens
+  )
   return parts | {"heads": heads}
+
+
+def _student(
+  config: ModelConfig, tokens: int, length: int, in_part: InPart | None
+) -> float:
+  """The student's layers, forwards and backwards."""
+  forward = _layers(config, tokens, length)
+  if in_part is None:
+    return 3 * forward
+  weights = 2 * tokens * (in_part.kernels + 3 * in_part.modules)
+  return forward + _through(config, tokens, length, in_part.layers) + weights
+
+
+def _through(config: ModelConfig, tokens: int, length: int, layers: int) -> float:
+  """A backward pass through so many layers that makes no gradient of a weight.
+
+  Of a product with a frozen weight one side, of attention's products both.
+  """
+  share = layers / config.num_layers
+  attention = _attention(config, tokens, length) * layers
+  return share * _layers(config, tokens, length) + attention
 
 
 def _heads(
   student: ModelConfig,
   teacher: ModelConfig,
+  own_head: float,
   tokens: int,
   taught: float,
   token_weight: TokenWeight | None,
@@ -58,7 +99,7 @@ def _heads(
 ) -> float:
   """Logits: of both models forwards, the student's and, for its modules, the teacher's
   backwards; and those that tokens are weighed by."""
-  own = 3 * _head(student, tokens) + _head(teacher, tokens)
+  own = own_head + _head(teacher, tokens)
   kept, pulls = (how.share if how else 1.0 for how in (token_weight, module_tokens))
   both = max(kept, pulls)
   total = kept * own + _scores(token_weight, student, teacher, tokens)

@@ -20,9 +20,9 @@ from okd_jax.bench.measure import at_least
 from okd_jax.config.read import defaults
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.methods.base import TokenWeight
+from okd_jax.methods.base import STUDENT, TokenWeight
 from okd_jax.methods.base.knobs import at_start
-from okd_jax.models import ModelConfig, adapters, int8
+from okd_jax.models import Decoder, ModelConfig, adapters, int8
 from okd_jax.run import checks
 from okd_jax.run.cast import Cast, shapes
 from okd_jax.run.job import Job, check
@@ -30,6 +30,7 @@ from okd_jax.run.outline import Outline
 from okd_jax.run.plan import Plan, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.run.step import compile_step
+from okd_jax.run.student import with_held
 from okd_jax.runtime import sharding
 from okd_jax.teachers import saliency
 from okd_jax.teachers.load import ONLY
@@ -122,7 +123,10 @@ def _beside(flags: argparse.Namespace) -> argparse.Namespace:
 def _sizes(trial: Trial) -> dict[str, int]:
   """Bytes of what lies in memory from step to step."""
   params = trial.state.params
-  trees = {"teacher": trial.frozen, "student": params["student"]}
+  teachers, held = dict(trial.frozen), {}
+  if STUDENT in teachers:
+    held = {"frozen student": teachers.pop(STUDENT)}
+  trees = {"teacher": teachers} | held | {"student": params[STUDENT]}
   trees |= {"module": params.get("adapter", {}), "optimizers": trial.state.opt_state}
   return {name: measure.nbytes(tree) for name, tree in trees.items() if tree}
 
@@ -159,16 +163,16 @@ def build(flags: argparse.Namespace) -> Trial:
     raise UserError(f"--method={flags.method} is more than a step on given rows")
   mesh = sharding.make_mesh()
   sharding.check_batch(train.batch_size, train.microbatches, mesh, job.one_row_in)
-  cast = _cast(job, student, teacher, mesh)
+  cast = with_held(job.settings, _cast(job, student, teacher, mesh), mesh)
   length = job.settings.data.max_length
   checks.check_attention(train.attention, length, cast.decoders)
   plan = make_plan(job, cast, rows=1)
-  start = job.settings.student
-  state = first_state(start, cast, plan.random, plan.abstract, mesh)
+  state = first_state(job.settings, cast, plan.random, plan.abstract, mesh)
   batch = sharding.put_batch(_batch(flags, train.batch_size, length), mesh)
   if text.prepare:  # once, and not timed
     key, now = jax.random.key(2), at_start(job.method.knobs)
-    batch = text.prepare(plan.models, state.params, cast.frozen, batch, key, now)
+    seen = plan.models.seen(state.params, cast.frozen)
+    batch = text.prepare(plan.models, *seen, batch, key, now)
   begun, takes = time.perf_counter(), (state, cast.frozen, batch)
   program = _compiled(job, plan, mesh, *takes)
   elapsed, every = time.perf_counter() - begun, job.settings.adapter.every
@@ -236,12 +240,34 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
     teacher,
     settings.train.batch_size * settings.data.max_length,
     settings.data.max_length,
+    in_part=_in_part(cast.student, state),
     adapted_layers=layers,
     module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),
     taught=1 / job.one_row_in / settings.adapter.every,
     token_weight=TokenWeight.read("method.token_weight", weight),
     module_tokens=settings.adapter.module_tokens,
   )
+
+
+def _in_part(student: Decoder, state: TrainState) -> flops.InPart | None:
+  """What is trained of the student, None if it is all."""
+  config, adapter = student.config, student.adapter
+  if adapter is None:
+    return None
+  if not isinstance(adapter, adapters.Part):
+    layers = config.num_layers - adapter.trunk_layers(config.num_layers)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params[STUDENT]))
+    return flops.InPart(layers, 0, size, head=False)
+  lowest, kernels, total = config.num_layers, 0, config.num_layers
+  for path, shape in models.parameter_shapes(config).items():
+    of_layers = path.startswith("layers/")
+    rows = adapter.moves(path, total if of_layers else 1)
+    if of_layers and path.endswith("/kernel"):
+      kernels += int(rows.sum()) * shape.size // total
+    if rows.any() and path.split("/")[0] not in ("head", "norm", "narrow"):
+      lowest = min(lowest, int(np.argmax(rows)) if of_layers else 0)
+  head = "embed/embedding" if config.tie_embeddings else "head"
+  return flops.InPart(total - lowest, kernels, 0, bool(adapter.moves(head, 1)))
 
 
 def _batch(flags: argparse.Namespace, rows: int, length: int) -> Batch:

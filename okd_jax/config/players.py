@@ -55,13 +55,37 @@ class TeacherSettings(Section):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentAdapterSettings(Section):
+  """What is trained in place of the student's own weights; LoRA checks the rest."""
+
+  kind: str = ""
+  rank: int = 32
+  scale: float = 1.0
+  targets: Sequence[str] = ("query", "value")
+  layers: int = 0
+
+  def problems(self) -> Iterator[str]:
+    """What no run could use, each in a sentence; as in the base class."""
+    if self.kind not in ("", "lora"):
+      yield f"student.adapter.kind={self.kind!r} must be 'lora' or empty"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentSettings(Section):
-  """Where the student starts."""
+  """Where the student starts, and what of it is trained."""
 
   path: str = ""
   layers: int = 0
   which_layers: str = "even"
+  frozen: str = ""
+  dtype: str = ""
+  adapter: StudentAdapterSettings = StudentAdapterSettings()
   model: RandomModel = RandomModel()
+
+  @property
+  def in_part(self) -> bool:
+    """Whether some of it stays as it is."""
+    return bool(self.frozen or self.adapter.kind)
 
   @property
   def from_teacher(self) -> bool:
@@ -109,6 +133,7 @@ class StudentSettings(Section):
         f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
       )
     yield from least(self, "student", layers=0)
+    yield from self._problems_in_part()
     numbers = self._numbers
     if not numbers and self.which_layers not in ("even", "top", "bottom"):
       yield (
@@ -124,6 +149,21 @@ class StudentSettings(Section):
         f"student.which_layers={self.which_layers} must be ascending numbers, each once"
         f", and student.layers={self.layers} 0 or how many they are"
       )
+
+  def _problems_in_part(self) -> Iterator[str]:
+    yield from among("student.dtype", self.dtype or "float32", (*DTYPES, INT8))
+    if self.frozen and self.adapter.kind:
+      yield (
+        f"student.frozen={self.frozen!r}: with student.adapter.kind="
+        f"{self.adapter.kind} all of the student's weights stay already; set one"
+      )
+    if self.dtype and not self.in_part:
+      yield (
+        f"student.dtype={self.dtype} is of weights that stay, and all are trained; set "
+        "student.adapter.kind=lora or student.frozen, too"
+      )
+    elif self.dtype == INT8 and self.frozen:
+      yield "student.dtype=int8 needs student.adapter.kind=lora, not student.frozen"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

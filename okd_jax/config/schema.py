@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from okd_jax.config.players import (
   INT8,
   AdapterSettings,
-  RandomModel,
   StudentSettings,
   TeacherSettings,
 )
@@ -239,13 +238,20 @@ def _sections(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:
   """The typed sections of these names; a UserError lists what is wrong in all."""
   found, problems = {}, []
   for name in names:
-    values = config[name].to_dict()
-    if "model" in values:
-      values["model"] = RandomModel(**values["model"])
     try:
-      found[name] = _SECTIONS[name](**values)
+      found[name] = _section(_SECTIONS[name], config[name].to_dict())
     except UserError as error:
       problems.append(str(error))
   if problems:
     raise UserError("; ".join(problems))
   return found
+
+
+def _section(cls: type[Section], values: Mapping[str, Any]) -> Section:
+  """A section, with those inside it."""
+  inner = {
+    field.name: _section(field.type, values[field.name])
+    for field in dataclasses.fields(cls)
+    if dataclasses.is_dataclass(field.type)
+  }
+  return cls(**{**values, **inner})

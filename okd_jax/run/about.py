@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from okd_jax.data import Example
 from okd_jax.evaluation.answers import answerable
-from okd_jax.models import ModelConfig
+from okd_jax.models import ModelConfig, parameter_shapes
 from okd_jax.run.build import Run
 from okd_jax.runtime import machine
 from okd_jax.runtime.files import read_json
@@ -39,8 +39,10 @@ def write(run: Run, workdir: Workdir, step: int) -> None:
 
 def _models(run: Run) -> dict[str, Any]:
   """The student, the teachers and, of those that carry one, the module."""
-  params = run.plan.abstract.params
-  found = {"student": _size(run.cast.student.config, params["student"])}
+  params, student = run.plan.abstract.params, run.cast.student
+  found = {"student": _size(student.config, parameter_shapes(student.config))}
+  if student.adapter:
+    found["student"]["trained"] = count(params["student"])
   found["teachers"] = {
     name: _size(decoder.config, run.cast.frozen[name])
     | ({"module": count(params["adapter"][name])} if name in run.cast.adapted else {})

@@ -121,7 +121,9 @@ class Batches:
   ) -> Batch:
     run, key = self._run, self._key(step)
     now = knobs_at(run.method.knobs, progress(step, run.plan.steps))
-    return self.plan.prepare(run.plan.models, params, frozen, batch, key, now)
+    models = run.plan.models
+    seen = models.seen(params, frozen)
+    return self.plan.prepare(models, *seen, batch, key, now)
 
   def _key(self, step: int | Int[Array, ""]) -> Key[Array, ""]:
     """Of the step's own draws; those of tokens are folded once more."""
@@ -214,7 +216,7 @@ class Batches:
     """(source, variables, choose, sampling) of whoever writes."""
     run, plan = self._run, self.plan
     student = text_source(run, run.cast.student)
-    own = {"params": params["student"]}
+    own = run.cast.student_variables(params)
     if plan.source == "student":
       return student, own, draw, plan.student
     [(name, decoder)] = run.cast.teachers.items()

@@ -59,7 +59,7 @@ def _author(run: Run, name: str) -> tuple[Decoder, Callable[[], PyTree], str]:
   if name == "student":
     return (
       run.cast.student,
-      lambda: {"params": run.init().params["student"]},
+      lambda: run.cast.student_variables(run.init().params),
       run.settings.student.path,
     )
   [(only, decoder)] = run.cast.teachers.items()

@@ -11,7 +11,7 @@ from okd_jax.config.schema import Settings
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
 from okd_jax.methods import Method
-from okd_jax.run import checks
+from okd_jax.run import checks, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
 from okd_jax.run.data import Data, read_data
 from okd_jax.run.job import Job, check
@@ -21,6 +21,7 @@ from okd_jax.run.state import TrainState, first_state
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import saliency, trunk
+from okd_jax.teachers.load import load_teachers
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +47,8 @@ class Run:
 
   def init(self) -> TrainState:
     """The state of step 0; not needed by a run that resumes."""
-    student, plan = self.settings.student, self.plan
-    return first_state(student, self.cast, plan.random, plan.abstract, self.mesh)
+    cast, plan = self.cast, self.plan
+    return first_state(self.settings, cast, plan.random, plan.abstract, self.mesh)
 
   def only_top(self) -> "Run":
     """The run without its teacher's trunk, which is deleted from the devices."""
@@ -73,6 +74,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   shape = outline(job, workdir, records)
   data = read_data(settings.data, settings.eval, shape, records())
   cast = make_cast(job, shape, data, mesh, workdir)
+  cast = student.with_held(settings, cast, mesh)
   compared = bool(cast.stored) or bool(cast.teachers and not data.other)
   checks.after(settings, job.method, data.train, data.eval, cast.decoders, compared)
   _log.info("attention: %s", kernel(settings, shape.student))
@@ -82,7 +84,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-  """A run without its data and its weights: what exporting a checkpoint needs."""
+  """A run without its data and most weights: what exporting a checkpoint needs."""
 
   job: Job
   mesh: Mesh
@@ -92,7 +94,9 @@ class Shapes:
 
 
 def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
-  """The shapes of a run that was begun in `workdir`; reads configurations alone.
+  """The shapes of a run that was begun in `workdir`.
+
+  Reads configurations alone, and where the student is trained in part, the rest of it.
 
   Raises:
     UserError: for a configuration or a model's that cannot be read.
@@ -102,5 +106,10 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   sources = source_list(job.settings.data.train)
   shape = outline(job, workdir, lambda: load_records(sources))
   cast = shapes(job, shape, saliency.read(workdir.blocks))
+  if job.settings.student.in_part:
+    if job.settings.student.from_teacher:
+      frozen = load_teachers(job.settings, shape.teachers, mesh)
+      cast = dataclasses.replace(cast, frozen=frozen)
+    cast = student.with_held(job.settings, cast, mesh)
   steps = job.settings.optim.warmup_steps + 1
   return Shapes(job, mesh, shape, cast, make_plan(job, cast, rows=steps))

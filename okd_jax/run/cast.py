@@ -12,12 +12,20 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import PreTrainedTokenizerBase
 
+from okd_jax.config.players import StudentSettings
 from okd_jax.config.schema import Settings
 from okd_jax.data import PAD_ID, eval_batches
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
-from okd_jax.models import Decoder, ModelConfig, adapters, kernels
-from okd_jax.models.adapters import Adapter
+from okd_jax.methods.base import STUDENT
+from okd_jax.models import (
+  Decoder,
+  ModelConfig,
+  adapters,
+  kernels,
+  parameter_shapes,
+)
+from okd_jax.models.adapters import Adapter, Part
 from okd_jax.run.data import Data
 from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
@@ -34,10 +42,11 @@ _log = logging.getLogger(__name__)
 class Cast:
   """Who takes part in a run.
 
-  student: its decoder, without dropout.
+  student: its decoder, without dropout; with an adapter if it is trained in part.
   teachers: their decoders, by name.
   adapted: those of the teachers that carry an adapter.
-  frozen: the teachers' parameters, by name; empty where only shapes are wanted.
+  frozen: the teachers' parameters, by name, and as 'student' what is not trained of
+    it, if anything (`run.student`); empty where only shapes are wanted.
   stored: what the teacher said about the rows, by part, 'train' and 'eval', in place
     of the teacher; empty where there is one.
   choice: which of the teacher's blocks learn, where these are the adapter.
@@ -54,6 +63,13 @@ class Cast:
   def adapter(self) -> Adapter | None:
     """What the adapted teachers carry, all of them the same."""
     return next((decoder.adapter for decoder in self.adapted.values()), None)
+
+  def student_variables(self, params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """What the student's decoder reads, `params` being the trees that are trained."""
+    own, adapter = params[STUDENT], self.student.adapter
+    if adapter is None:
+      return {"params": own}
+    return adapter.variables(own, self.frozen[STUDENT])
 
   @property
   def decoders(self) -> dict[str, Decoder]:
@@ -113,7 +129,29 @@ def shapes(job: Job, outline: Outline, choice: Choice | None) -> Cast:
     if adapter and (not wanted or name in wanted):
       adapter.check(decoder.config)
       adapted[name] = decoder.clone(adapter=adapter)
-  return Cast(Decoder(outline.student, **common), teachers, adapted, choice=choice)
+  student = Decoder(outline.student, **common)
+  student = student.clone(adapter=_student_adapter(job.settings.student, student))
+  return Cast(student, teachers, adapted, choice=choice)
+
+
+def _student_adapter(settings: StudentSettings, student: Decoder) -> Adapter | None:
+  """What is trained of the student, None if all of it is.
+
+  Raises:
+    UserError: for what does not fit the student.
+  """
+  if settings.frozen:
+    part = Part(settings.frozen)
+    part.check_names(parameter_shapes(student.config))
+    return part
+  if not settings.adapter.kind:
+    return None
+  try:
+    adapter = adapters.make(**vars(settings.adapter))
+    adapter.check(student.config)
+  except UserError as error:
+    raise UserError(str(error).replace("adapter.", "student.adapter.")) from error
+  return adapter
 
 
 def make_adapter(

@@ -15,7 +15,11 @@ from okd_jax.evaluation import figures
 from okd_jax.models import Model
 from okd_jax.run import checkpoint
 from okd_jax.run.build import Run, build
-from okd_jax.run.export import export_student, export_teachers
+from okd_jax.run.export import (
+  export_student,
+  export_student_adapter,
+  export_teachers,
+)
 from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
@@ -60,6 +64,8 @@ class Result:
     lines = [figures.table(self.figures), "", f"student  {self.workdir / 'student'}"]
     if self.adapter:
       lines.append(f"{self.adapter.name}  {self.adapter}")
+    if (own := Workdir(self.workdir).student_adapter).exists():
+      lines.append(f"its LoRA {own}")
     lines.append(f"metrics  {self.workdir / 'metrics.jsonl'}")
     return "\n".join([*lines, f"report   {self.report}"])
 
@@ -146,9 +152,10 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
       state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)
     _log.info("exporting the student of step %d", chosen)
     export_student(own, state.params, workdir.student)
+    if own.settings.student.adapter.kind:
+      export_student_adapter(own, state.params, workdir.student_adapter)
     if adapter := own.cast.adapter:
-      frozen = own.cast.frozen
-      export_teachers(own, state.params, frozen, workdir.module(adapter.folder))
+      export_teachers(own, state.params, workdir.module(adapter.folder))
   report.write(workdir)
   barrier("workdir finished")  # the next stage reads it
 

@@ -105,7 +105,7 @@ class Evaluator:
   ) -> dict[str, PyTree]:
     """What the decoder of student, teacher or adapted teacher reads."""
     if kind == STUDENT:
-      return {"params": params["student"]}
+      return self._cast.student_variables(params)
     variables = {"params": self._cast.frozen[name]}
     if kind == ADAPTED:
       variables["adapter"] = params["adapter"][name]

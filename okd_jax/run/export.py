@@ -13,6 +13,10 @@ from jaxtyping import PyTree
 from okd_jax import models
 from okd_jax.config.schema import Settings
 from okd_jax.errors import UserError
+from okd_jax.methods.base import STUDENT
+from okd_jax.models import ModelConfig, int8
+from okd_jax.models.adapters import Lora
+from okd_jax.run import student
 from okd_jax.run.build import Run, Shapes
 from okd_jax.run.outline import teacher_paths
 from okd_jax.runtime.sharding import gathered
@@ -35,7 +39,7 @@ def export_student(
 
   template: what its prompts were written with, '' for none; None is what the run says.
   """
-  tree = gathered(params["student"])
+  tree = gathered(student.merged(run.cast, params[STUDENT]))
   if writes() and folder.suffix == GGUF:
     models.save_gguf(folder, tree, run.outline.student, run.outline.tokenizer)
   elif writes():
@@ -50,50 +54,59 @@ def export_student(
     )
 
 
+def export_student_adapter(
+  run: Run | Shapes, params: Mapping[str, PyTree], folder: Path
+) -> None:
+  """Writes the LoRA that was trained in place of the student's weights.
+
+  Where PEFT cannot find its base model, that comes beside, as FOLDER_base.
+
+  Raises:
+    UserError: if there is none.
+  """
+  decoder, settings = run.cast.student, run.job.settings
+  if not isinstance(decoder.adapter, Lora):
+    raise UserError("the student of this run has no adapter of its own")
+  base = _base_model(settings.student.path)
+  if not base:
+    frozen = int8.dequantized(run.cast.frozen[STUDENT])
+    base = _save_beside(run, folder, frozen, decoder.config)
+  tree = gathered(params[STUDENT])
+  if writes():
+    models.save_adapter(folder, tree, decoder.adapter, decoder.config, base)
+
+
 def export_teachers(
-  run: Run | Shapes,
-  params: Mapping[str, PyTree],
-  frozen: Mapping[str, PyTree],
-  folder: Path,
+  run: Run | Shapes, params: Mapping[str, PyTree], folder: Path
 ) -> None:
   """Writes adapters, of several teachers each to its own folder in `folder`.
 
-  frozen: the teachers' parameters; read only where a teacher's own blocks learned.
+  Where PEFT cannot find an adapter's base model, that comes beside, as FOLDER_base. A
+  teacher whose own blocks learned is written as a whole.
+
+  Raises:
+    UserError: if no teacher has one, or for weights that cannot be read.
   """
-  paths, alone = teacher_paths(run.job.settings), len(run.cast.teachers) == 1
+  if not run.cast.adapted:
+    raise UserError("no teacher of this run has an adapter")
+  alone = len(run.cast.teachers) == 1
   for name, decoder in run.cast.adapted.items():
     place = folder if alone else folder / name
     adapter, tree = decoder.adapter, params["adapter"][name]
-    peft = adapter.folder == "adapter"
-    tree = gathered(tree if peft else adapter.merge(frozen[name], tree))
-    if not writes():
+    if adapter.folder == "adapter":
+      base = _base_of_teacher(run, name, place)
+      tree = gathered(tree)
+      if writes():
+        models.save_adapter(place, tree, adapter, decoder.config, base)
       continue
-    if peft:
-      base = _base_model(paths.get(name, ""))
-      if base and models.is_part(base):
-        _log.warning(
-          "%s: the adapter is of the text model of %s alone, and PEFT, which opens the "
-          "whole, would leave it out; write the merged model with export --merge",
-          place,
-          base,
-        )
-      models.save_adapter(place, tree, adapter, decoder.config, base)
-      continue
-    blocks = ", ".join(map(str, adapter.blocks))
-    models.save(
-      place,
-      tree,
-      decoder.config,
-      run.outline.tokenizer,
-      dtype=run.job.settings.export.dtype,
-      card=_card(run.job.settings) | {"Trained blocks": blocks},
-    )
+    frozen = run.cast.frozen.get(name) or _teacher(run, name)
+    card = _card(run.job.settings)
+    card["Trained blocks"] = ", ".join(map(str, adapter.blocks))
+    _save(run, place, adapter.merge(frozen, tree), decoder.config, card)
 
 
 def export_merged(
-  run: Run | Shapes,
-  params: Mapping[str, PyTree],
-  folder: Path,
+  run: Run | Shapes, params: Mapping[str, PyTree], folder: Path
 ) -> None:
   """Writes adapted teachers as models of their own, each with its module in it.
 
@@ -103,35 +116,82 @@ def export_merged(
   """
   if not run.cast.adapted:
     raise UserError("no teacher of this run has an adapter that could be merged")
-  teachers = {name: decoder.config for name, decoder in run.cast.adapted.items()}
-  # In float32: rounded once, when the sum is written.
-  whole = load_whole(run.job.settings, teachers, run.mesh, "float32")
   alone = len(run.cast.teachers) == 1
   for name, decoder in run.cast.adapted.items():
-    tree = gathered(decoder.adapter.merge(whole[name], params["adapter"][name]))
-    if writes():
-      models.save(
-        folder if alone else folder / name,
-        tree,
-        decoder.config,
-        run.outline.teacher_tokenizer or run.outline.tokenizer,
-        dtype=run.job.settings.export.dtype,
-        card=_card(run.job.settings) | {"Merged": decoder.adapter.kind},
-        template=_template(run),
-      )
+    # In float32: rounded once, when the sum is written.
+    whole = _teacher(run, name, "float32")
+    tree = decoder.adapter.merge(whole, params["adapter"][name])
+    card = _card(run.job.settings) | {"Merged": decoder.adapter.kind}
+    place = folder if alone else folder / name
+    _save(run, place, tree, decoder.config, card, _template(run))
+
+
+def _base_of_teacher(run: Run | Shapes, name: str, place: Path) -> str:
+  """What PEFT opens as the model under a teacher's adapter; written if it must be."""
+  settings = run.job.settings
+  base = _base_model(teacher_paths(settings).get(name, ""))
+  if not base or settings.teacher.adapter:  # the sum of both is in no folder yet
+    return _save_beside(run, place, _teacher(run, name), run.outline.teachers[name])
+  if models.is_part(base):
+    _log.warning(
+      "%s: the adapter is of the text model of %s alone, and PEFT, which opens the "
+      "whole, would leave it out; write the merged model with export --merge",
+      place,
+      base,
+    )
+  return base
 
 
 def _base_model(path: str) -> str:
-  """A teacher's path as PEFT finds it from anywhere: hub ids stay, folders are whole.
+  """A model's path as PEFT opens it from anywhere, '' where it cannot.
 
-  PEFT opens what is named from the folder that a program runs in. Of a workdir it is
-  the folder of the exported model.
+  Hub ids stay and folders are whole: PEFT opens what is named from the folder that a
+  program runs in. Of a workdir it is the folder of the exported model.
   """
   local = Path(path).expanduser()
-  if not path or not local.exists():
+  if not path or local.is_file():  # PEFT reads no .gguf
+    return ""
+  if not local.exists():
     return path
   exported = local / "student"
   return str((exported if exported.is_dir() else local).resolve())
+
+
+def _save_beside(
+  run: Run | Shapes, place: Path, params: PyTree, config: ModelConfig
+) -> str:
+  """Writes the model under the adapter at `place`; returns where it is."""
+  folder = place.with_name(f"{place.name}_base").resolve()
+  _save(run, folder, params, config, {"Made for": f"the adapter in {place.name}"})
+  return str(folder)
+
+
+def _teacher(run: Run | Shapes, name: str, dtype: str = "") -> PyTree:
+  """A frozen teacher's parameters, read once more and never in int8."""
+  shapes = {name: run.outline.teachers[name]}
+  return load_whole(run.job.settings, shapes, run.mesh, dtype)[name]
+
+
+def _save(
+  run: Run | Shapes,
+  folder: Path,
+  params: PyTree,
+  config: ModelConfig,
+  card: Mapping[str, str],
+  template: str = "",
+) -> None:
+  """Writes a model that is not the student's, with the teacher's tokens."""
+  tree = gathered(params)
+  if writes():
+    models.save(
+      folder,
+      tree,
+      config,
+      run.outline.teacher_tokenizer or run.outline.tokenizer,
+      dtype=run.job.settings.export.dtype,
+      card=card,
+      template=template,
+    )
 
 
 def _template(run: Run | Shapes) -> str:

@@ -1,6 +1,5 @@
 """What a run carries from step to step, and how it is at step 0."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from okd_jax import models
-from okd_jax.config.players import StudentSettings
-from okd_jax.models import int8
+from okd_jax.config.schema import Settings
+from okd_jax.run import student
 from okd_jax.run.cast import Cast
 from okd_jax.runtime import sharding
 
@@ -59,12 +57,9 @@ def random_state(
     trees: what a method trains besides (`Method.trees`).
     carried: what it carries from step to step (`Method.carried`).
   """
-  root = jax.random.key(seed)
-  # A key is also what `fold_in` makes of the seed's and its number here: that of
-  # number 1 is a random teacher's, so an adapter's is folded once more.
-  student_key, adapter_key, key, tree_key = jax.random.split(root, 4)
+  student_key, adapter_key, key, tree_key = student.keys(seed)
   tokens = jnp.zeros((1, 1), jnp.int32)
-  params = {"student": cast.student.init(student_key, tokens)["params"]}
+  params = {"student": student.drawn(cast, student_key)}
   if cast.adapted:
     params["adapter"] = {}
   for i, (name, decoder) in enumerate(sorted(cast.adapted.items())):
@@ -77,7 +72,7 @@ def random_state(
 
 
 def first_state(
-  student: StudentSettings,
+  settings: Settings,
   cast: Cast,
   random: Callable[[], TrainState],
   abstract: TrainState,
@@ -99,15 +94,7 @@ def first_state(
     if jax.eval_shape(start, frozen) is not None:
       own = jax.jit(start, out_shardings=where.params["adapter"][name])(frozen)
       params["adapter"] = params["adapter"] | {name: own}
-  if student.path:
-    put = functools.partial(sharding.put, mesh)
-    params["student"] = models.load(student.path, put=put).params
-  elif student.from_teacher:
-    # Copies, in float32: the step donates the student's buffers, not the teacher's.
-    [(name, teacher)] = cast.teachers.items()
-    keep = student.taken(teacher.config.num_layers)
-    own, _ = models.take_layers(cast.frozen[name], teacher.config, keep)
-    own = int8.dequantized(own)
-    own = jax.tree.map(lambda x: x.astype(jnp.float32), own)
-    params["student"] = jax.device_put(own, where.params["student"])
+  begun = student.first(settings, cast, mesh)
+  if begun is not None:
+    params["student"] = begun
   return state.replace(params=params)

@@ -37,8 +37,8 @@ def train_step(
 
   Knobs that move reach their ends at the last of `steps`.
 
-  Gradients are taken with respect to the moving trees alone, so the frozen teachers
-  have no gradient buffers. If a loss, gradient or update is not finite, the state comes
+  Gradients are taken with respect to the moving trees alone, so what is frozen has no
+  gradient buffers. If a loss, gradient or update is not finite, the state comes
   back unchanged and the metric 'finite' is 0.
   """
   batch = _weighted(batch, method.weights, models.one_row_in)
@@ -46,7 +46,8 @@ def train_step(
   now = knobs_at(method.knobs, progress(state.step, steps)) | told(state.carried)
 
   def loss(params: PyTree, part: Batch, part_key: Key[Array, ""]):
-    return method.loss(models, params, frozen, part, part_key, now)
+    seen = models.seen(params, frozen)
+    return method.loss(models, *seen, part, part_key, now)
 
   params, opt_state = dict(state.params), dict(state.opt_state)
   logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}

@@ -80,6 +80,11 @@ class Workdir:
     return self.path / "student"
 
   @property
+  def student_adapter(self) -> Path:
+    """The LoRA that was trained of the student, which is merged into it, too."""
+    return self.path / "student_adapter"
+
+  @property
   def tokenizer(self) -> Path:
     return self.path / "tokenizer"
 

@@ -154,7 +154,7 @@ def only_top(cast: Whole) -> Whole:
     cast,
     teachers=short(cast.teachers),
     adapted=short(cast.adapted),
-    frozen={name: params},
+    frozen={**cast.frozen, name: params},
   )
 
 

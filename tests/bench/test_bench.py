@@ -122,14 +122,15 @@ def test_bad_flags_are_one_line_and_status_2(flag, capsys):
 
 TINY = ["--config.train.batch_size=2", "--config.data.max_length=16", "--repeats=2"]
 TINY += ["--vocab_size=50", "--config.train.loss_chunk=4"]
+LORA = ["--config.student.adapter.kind=lora", "--config.student.adapter.rank=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["okd", "sft"])
-def test_a_step_beside_its_arithmetic(method, tmp_path):
+@pytest.mark.parametrize(("method", "flags"), [("okd", []), ("sft", []), ("okd", LORA)])
+def test_a_step_beside_its_arithmetic(method, flags, tmp_path):
   output = tmp_path / "step.json"
   shapes = ["--teacher=3x64", "--student=1x64", f"--method={method}"]
-  done = call("bench", "step", *TINY, *shapes, f"--output={output}")
+  done = call("bench", "step", *TINY, *shapes, *flags, f"--output={output}")
   result = json.loads(output.read_text())
   total = sum(result["operations"].values())
   assert result["floor_ms"] == pytest.approx(1e3 * total / result["matmul_rate"])
@@ -137,6 +138,10 @@ def test_a_step_beside_its_arithmetic(method, tmp_path):
   assert result["to_floor"] == pytest.approx(ratio)
   memory = {"student", "optimizers", "temporaries"}
   memory |= {"teacher", "module"} if method == "okd" else set()
+  if flags:
+    memory.add("frozen student")
+    # Of query and value of one layer, down [64, 2] and up [2, 64], in float32.
+    assert result["memory_bytes"]["student"] == 4 * 2 * (64 * 2 + 2 * 64)
   assert set(result["memory_bytes"]) == memory
   assert result["settings"]["teacher"] == [3, 64]
   for title in ("step", "GFLOP", "floor", "compile", "memory"):

@@ -80,3 +80,21 @@ def test_a_frozen_teacher_runs_forwards_only():
   parts = flops.step(GPT, LLAMA, TOKENS, LENGTH)
   assert "teacher backward" not in parts
   assert parts["heads"] == 3 * head(4) + head(8)
+
+
+def test_a_student_that_is_trained_in_part():
+  """Backwards through its top layer alone, to a LoRA of 5 numbers and 30 kernels'."""
+  in_part = flops.InPart(layers=1, kernels=30, modules=5, head=False)
+  attention = 4 * TOKENS * LENGTH * 4
+  assert flops.step(GPT, None, TOKENS, LENGTH, in_part=in_part) == {
+    "student": 2 * SMALL + (SMALL + attention) + 2 * TOKENS * (30 + 3 * 5),
+    "heads": 2 * head(4),
+  }
+
+
+def test_all_in_part_is_all():
+  """A part that is everything costs what the whole student costs."""
+  kernels = 2 * (4 * 16 + 2 * 4 * GPT.mlp_size)
+  whole = flops.InPart(layers=2, kernels=kernels, modules=0, head=True)
+  steps = [flops.step(GPT, LLAMA, TOKENS, LENGTH, in_part=x) for x in (whole, None)]
+  assert steps[0] == pytest.approx(steps[1])

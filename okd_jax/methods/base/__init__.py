@@ -31,7 +31,13 @@ from okd_jax.methods.base.method import (
   token_sums,
   weigh,
 )
-from okd_jax.methods.base.models import Models, Params, Teacher, apply_functions
+from okd_jax.methods.base.models import (
+  STUDENT,
+  Models,
+  Params,
+  Teacher,
+  apply_functions,
+)
 from okd_jax.methods.base.sequences import Sequences, SharedTextKnobs, TextKnobs
 from okd_jax.methods.base.targets import (
   TargetKnobs,
@@ -53,6 +59,7 @@ __all__ = [
   "Params",
   "Sequences",
   "Shape",
+  "STUDENT",
   "SharedTextKnobs",
   "TargetKnobs",
   "Teacher",

@@ -12,6 +12,7 @@ from okd_jax.methods.base.token_weights import TokenWeight
 from okd_jax.models import Decoder, Mix, output
 
 Params = Mapping[str, Any]
+STUDENT = "student"  # its tree among those that are trained, and among frozen ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Models:
   """The apply functions a method may call, and how to chunk their logits.
 
   student(params, batch, key, mix=None) -> Output: the student's, without dropout
-    where the key is None.
+    where the key is None. `params` is its tree as `seen` gives it.
   teachers: by name; frozen parameters and adapters are trees by these names, too.
   chunk: positions of a row whose logits are in memory at once.
   vocab_size: ids that count, where a stored teacher knows fewer than the student.
   one_row_in: one row in so many teaches the adapters, the first of each group; 0: none
     does, and the adapted teachers only teach.
   module_tokens: which of these rows' tokens teach the adapters; None: all of them.
+  join: (trained, frozen) -> the student's variables, where it is trained in part.
   """
 
   student: Callable[..., Output]
@@ -50,6 +52,15 @@ class Models:
   vocab_size: int | None = None
   one_row_in: int = 1
   module_tokens: TokenWeight | None = None
+  join: Callable[[PyTree, PyTree], PyTree] | None = None
+
+  def seen(self, params: Params, frozen: Params) -> tuple[Params, Params]:
+    """(params, frozen) as a method sees them: a whole student, and teachers alone."""
+    if self.join is None:
+      return params, frozen
+    whole = self.join(params[STUDENT], frozen[STUDENT])
+    teachers = {name: tree for name, tree in frozen.items() if name != STUDENT}
+    return {**params, STUDENT: whole}, teachers
 
   def teacher(
     self,
@@ -95,10 +106,13 @@ def apply_functions(
     params: PyTree, batch: Batch, key: Key[Array, ""] | None, mix: Mix | None = None
   ) -> Output:
     decoder = student if key is not None else student.clone(dropout=0.0)
-    return output(decoder, {"params": params}, batch, key, mix=mix)
+    variables = {"params": params} if part is None else params
+    return output(decoder, variables, batch, key, mix=mix)
 
+  part = student.adapter
+  join = part.variables if part else None
   named = {name: _teacher(d, adapted.get(name)) for name, d in teachers.items()}
-  return Models(apply, named, chunk, vocab_size, one_row_in, module_tokens)
+  return Models(apply, named, chunk, vocab_size, one_row_in, module_tokens, join)
 
 
 def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:

@@ -1,4 +1,4 @@
-"""Online modules: the trained parts of a teacher that is otherwise frozen.
+"""Online modules: the trained parts of a model that is otherwise frozen.
 
 They live in the Flax collection `adapter`, beside `params` and never inside it,
 so that `teacher.apply({'params': frozen, 'adapter': trained}, tokens)` is the
@@ -20,6 +20,8 @@ With LoRA and blocks the adapted teacher is the plain one at step 0. Prefix and 
 have no such start: whatever virtual tokens hold, they take attention from the real
 ones.
 
+A student that is trained in part has LoRA, or is a `Part` of itself.
+
 A new kind is a class of `base.Adapter`, a line in `KINDS`, and one in the table of
 `formats.peft` if PEFT knows it.
 """
@@ -31,6 +33,7 @@ from okd_jax.errors import UserError
 from okd_jax.models.adapters.base import Adapter, Run
 from okd_jax.models.adapters.blocks import Blocks
 from okd_jax.models.adapters.lora import TARGETS, Lora
+from okd_jax.models.adapters.part import Part
 from okd_jax.models.adapters.prefix import Prefix
 from okd_jax.models.adapters.prompt import Prompt, prompt_vectors
 
@@ -40,6 +43,7 @@ __all__ = [
   "Adapter",
   "Blocks",
   "Lora",
+  "Part",
   "Prefix",
   "Prompt",
   "Run",

@@ -79,12 +79,25 @@ class Adapter:
     """
     return None
 
+  def held(self, base: Tree) -> Tree:
+    """What stays of the model's parameters, beside the collection: here all of them."""
+    return base
+
+  def variables(self, tree: Tree, held: Tree) -> dict[str, Tree]:
+    """What the decoder is applied to.
+
+    Args:
+      tree: the collection, as it is trained.
+      held: what stays (`held`).
+    """
+    return {"params": held, "adapter": tree}
+
   def norm(self, tree: Tree, base: Tree | None) -> Float[Array, ""]:
     """How large the module is: the Frobenius norm of what it adds, puts in or changes.
 
     Args:
       tree: the collection `adapter`.
-      base: the teacher's parameters, which only a change is measured from.
+      base: the frozen parameters, which only a change is measured from.
     """
     total = jnp.zeros(())
     for leaf in jax.tree.leaves(tree):
@@ -92,7 +105,7 @@ class Adapter:
     return jnp.sqrt(total)
 
   def merge(self, params: Tree, tree: Tree) -> Tree:
-    """The teacher's parameters with the module in them, in their own dtype.
+    """The model's parameters with the module in them, in their own dtype.
 
     Raises:
       UserError: where no weight can hold the module.

@@ -27,7 +27,7 @@ class TopLayers(Adapter):
     """Raises a UserError if a model of this shape has too few layers."""
     if self.layers > config.num_layers:
       raise UserError(
-        f"adapter.layers={self.layers}, but the teacher has only "
+        f"adapter.layers={self.layers}, but the model has only "
         f"{config.num_layers} layers"
       )
 

@@ -65,7 +65,7 @@ class Lora(TopLayers):
       )
     if "gate" in self.targets and not config.gated_mlp:
       raise UserError(
-        "adapter.targets names 'gate', but the teacher's MLP has no gate; leave it out"
+        "adapter.targets names 'gate', but the model's MLP has no gate; leave it out"
       )
 
   def delta(
