@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
   config.student.path = ""  # start from this model, or …
   config.student.layers = 0  # … from so many layers of the teacher, or …
   config.student.which_layers = "even"  # these: 'even', 'top', 'bottom' or '0,3,7'
+  # Of each of these, or of all the teacher's layers, this share of the heads and MLP
+  # channels: those that are most active in a few training rows.
+  config.student.width = 1.0
   config.student.model = _random_model()  # … at random with these dimensions
   # Trained in part: what this regular expression is found in, stays as it is. Names are
   # such as 'embed/embedding' and 'layers/3/mlp/up/kernel'; 'embed|layers/[0-5]/'.

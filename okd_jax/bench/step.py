@@ -205,7 +205,7 @@ def _config(flags: argparse.Namespace) -> ConfigDict:
     section, (layers, hidden) = config[name], getattr(flags, name)
     section.path = ""
     section.model.update({"hidden_size": hidden, "num_layers": layers})
-  config.student.layers, config.student.which_layers = 0, "even"
+  config.student.update({"layers": 0, "which_layers": "even", "width": 1.0})
   config.train.steps = config.train.steps or _STEPS + config.optim.warmup_steps
   return config
 

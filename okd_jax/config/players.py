@@ -77,6 +77,7 @@ class StudentSettings(Section):
   path: str = ""
   layers: int = 0
   which_layers: str = "even"
+  width: float = 1.0
   frozen: str = ""
   dtype: str = ""
   adapter: StudentAdapterSettings = StudentAdapterSettings()
@@ -89,8 +90,13 @@ class StudentSettings(Section):
 
   @property
   def from_teacher(self) -> bool:
-    """Whether it starts from some of the teacher's layers."""
-    return self.layers > 0 or bool(self._numbers)
+    """Whether it starts from some of the teacher's layers, or from a part of each."""
+    return self.layers > 0 or bool(self._numbers) or self.narrow
+
+  @property
+  def narrow(self) -> bool:
+    """Whether it has fewer heads and MLP channels than the teacher."""
+    return self.width < 1
 
   @property
   def _numbers(self) -> list[int]:
@@ -99,7 +105,7 @@ class StudentSettings(Section):
     return [int(n) for n in found] if all(map(str.isdecimal, found)) else []
 
   def taken(self, total: int) -> list[int]:
-    """The numbers of the layers to start from, of a teacher with `total`.
+    """The numbers of the layers to start from, of a teacher with `total`: if it does.
 
     Raises:
       UserError: if it lacks any of them.
@@ -117,21 +123,23 @@ class StudentSettings(Section):
         return [*range(total - wanted, total)]
       case "bottom":
         return [*range(wanted)]
-    return numbers or even_layers(total, wanted)
+    return numbers or even_layers(total, wanted or total)
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
     starts = {
       "student.path": self.path,
-      "student.layers": self.from_teacher,
+      "student.layers or width": self.from_teacher,
       "student.model.hidden_size": self.model.hidden_size,
     }
     given = [key for key, wanted in starts.items() if wanted]
     if len(given) != 1:
       yield (
         "say where the student starts by exactly one of student.path, student.layers "
-        f"and student.model.hidden_size (set: {', '.join(given) or 'none'})"
+        f"or width, and student.model.hidden_size (set: {', '.join(given) or 'none'})"
       )
+    if not 0 < self.width <= 1:
+      yield f"student.width={self.width} must be above 0 and at most 1"
     yield from least(self, "student", layers=0)
     yield from self._problems_in_part()
     numbers = self._numbers

@@ -22,6 +22,7 @@ from okd_jax.models.model import (
   take_layers,
   template_of,
 )
+from okd_jax.models.narrow import Kept, choose_kept, narrow_config, narrowed
 from okd_jax.models.transformer import (
   Cache,
   Decoder,
@@ -36,11 +37,13 @@ from okd_jax.models.transformer import (
 __all__ = [
   "Cache",
   "Decoder",
+  "Kept",
   "Mix",
   "Model",
   "ModelConfig",
   "LayerKind",
   "RopeScaling",
+  "choose_kept",
   "even_layers",
   "fingerprint",
   "head_kernel",
@@ -51,6 +54,8 @@ __all__ = [
   "load_adapter",
   "load_tokenizer",
   "logits",
+  "narrow_config",
+  "narrowed",
   "output",
   "parameter_shapes",
   "positions_from_segments",

@@ -117,6 +117,7 @@ class Attention(nn.Module):
     scores = Scores(c.attention_scale or None, c.attention_cap)
     out, written = attend(*heads, inputs, prefix, slots, self.kernel, scores)
     out = out.reshape(*x.shape[:2], c.num_heads * c.head_dim)
+    self.sow("intermediates", "into_out", out)  # for whoever asks what enters there
     return project(c.hidden_size, c.out_bias, name="out")(out), written
 
 
@@ -138,6 +139,7 @@ class MLP(nn.Module):
       h = recomputed(lambda gate, h: activate(gate) * h)(gate, h)
     else:
       h = recomputed(activate)(h)
+    self.sow("intermediates", "into_down", h)
     return project(c.hidden_size, c.mlp_bias, name="down")(h)
 
 

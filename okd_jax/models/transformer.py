@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from okd_jax.data.batch import Batch
 from okd_jax.losses import Output, soft_cap, unembed
@@ -218,6 +218,7 @@ class Decoder(nn.Module):
       virtual_inputs=virtual_inputs,
       length=None if cache is None else cache.length,
       dropout=self.make_rng("dropout") if self.dropout else None,
+      real=segment_ids != 0 if self.is_mutable_collection("intermediates") else None,
     )
     carry = (x, virtual, None if cache is None else (cache.key, cache.value))
     for block, run in self._runs(start, stop):
@@ -225,7 +226,9 @@ class Decoder(nn.Module):
       step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
       index = jnp.arange(run.first, run.last)
       xs = (index, of_layer[run.first : run.last], run.layers, run.modules)
-      carry, _ = jax.lax.scan(step, carry, xs)
+      carry, sums = jax.lax.scan(step, carry, xs)
+      if common.real is not None:
+        self.sow("intermediates", "layers", sums)
     x, _, stores = carry
     if cache is None:
       return x, None
@@ -272,6 +275,7 @@ class _Common(NamedTuple):
   virtual_inputs: Kinds | None
   length: Int[Array, ""] | int | None
   dropout: Array | None
+  real: Bool[Array | np.ndarray, "B L"] | None
 
 
 def _step(
@@ -279,8 +283,12 @@ def _step(
   common: _Common,
   carry: tuple[Float[Array, "B L D"], Float[Array, "1 m D"] | None, Stores | None],
   xs: tuple[Int[Array, ""], Int[Array, ""], Tree, Tree],
-) -> tuple[tuple, None]:
-  """One layer of the scan: the virtual tokens, where there are any, go first."""
+) -> tuple[tuple, Tree | None]:
+  """One layer of the scan: the virtual tokens, where there are any, go first.
+
+  Beside the carry, where somebody asks: over the real tokens, the sums of squares [F]
+  of what the layer has sown.
+  """
   x, virtual, stores = carry
   index, kind, weights, modules = xs
   rngs = {}
@@ -293,8 +301,18 @@ def _step(
     virtual, prefix = apply(virtual, common.virtual_inputs.at(kind))
   if stores is not None:
     slots = Slots(*stores, index, common.length)
-  x, written = apply(x, common.inputs.at(kind), prefix, slots)
-  return (x, virtual, None if stores is None else written), None
+  inputs = (x, common.inputs.at(kind), prefix, slots)
+  sums = None
+  if common.real is None:
+    x, written = apply(*inputs)
+  else:
+    (x, written), seen = apply(*inputs, mutable=["intermediates"])
+    real = common.real[..., None]
+    sums = jax.tree.map(
+      lambda h: jnp.sum(jnp.square(h.astype(jnp.float32)) * real, (0, 1)),
+      seen["intermediates"],
+    )
+  return (x, virtual, None if stores is None else written), sums
 
 
 def _init_stack(block: Block, collection: str, key: Array, count: int) -> Tree:

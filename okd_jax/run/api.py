@@ -90,6 +90,7 @@ def _teachers(teacher: Any, place: Path) -> dict[str, Any]:
 def _student(student: Any, place: Path) -> dict[str, Any]:
   # Whatever the recipe starts from gives way.
   none = {"student.path": "", "student.layers": 0, "student.model.hidden_size": 0}
+  none |= {"student.which_layers": "even", "student.width": 1.0}
   if isinstance(student, numbers.Integral):
     return none | {"student.layers": int(student)}
   if isinstance(student, Mapping):

@@ -20,7 +20,7 @@ from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
-from okd_jax.teachers import saliency, trunk
+from okd_jax.teachers import activity, saliency, trunk
 from okd_jax.teachers.load import load_teachers
 
 _log = logging.getLogger(__name__)
@@ -109,7 +109,8 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   if job.settings.student.in_part:
     if job.settings.student.from_teacher:
       frozen = load_teachers(job.settings, shape.teachers, mesh)
-      cast = dataclasses.replace(cast, frozen=frozen)
+      kept = activity.read(workdir.width)
+      cast = dataclasses.replace(cast, frozen=frozen, kept=kept)
     cast = student.with_held(job.settings, cast, mesh)
   steps = job.settings.optim.warmup_steps + 1
   return Shapes(job, mesh, shape, cast, make_plan(job, cast, rows=steps))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,16 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from transformers import PreTrainedTokenizerBase
 
+from okd_jax import models
 from okd_jax.config.players import StudentSettings
 from okd_jax.config.schema import Settings
-from okd_jax.data import PAD_ID, eval_batches
+from okd_jax.data import PAD_ID, Example, eval_batches
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.methods.base import STUDENT
 from okd_jax.models import (
   Decoder,
+  Kept,
   ModelConfig,
   adapters,
   kernels,
@@ -31,11 +33,13 @@ from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
-from okd_jax.teachers import load, saliency
+from okd_jax.teachers import activity, load, saliency
 from okd_jax.teachers.saliency import Choice
 from okd_jax.teachers.store import Store
 
 _log = logging.getLogger(__name__)
+
+_ACTIVE_ROWS = 64  # of the training data, that heads and channels are chosen by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Cast:
   stored: what the teacher said about the rows, by part, 'train' and 'eval', in place
     of the teacher; empty where there is one.
   choice: which of the teacher's blocks learn, where these are the adapter.
+  kept: which of its heads and channels a narrower student starts from.
   """
 
   student: Decoder
@@ -58,6 +63,7 @@ class Cast:
   frozen: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
   stored: Mapping[str, Store] = dataclasses.field(default_factory=dict)
   choice: Choice | None = None
+  kept: Kept | None = None
 
   @property
   def adapter(self) -> Adapter | None:
@@ -106,7 +112,10 @@ def make_cast(
     size = outline.student.vocab_size
     stored = load.open_stored(settings, data.train, data.eval, size)
   whole = shapes(job, outline, choice)
-  return dataclasses.replace(whole, frozen=frozen, stored=stored)
+  kept = activity.read(workdir.width)
+  if settings.student.narrow and kept is None:
+    kept = _choose_kept(settings, plain.teachers, frozen, data, mesh, outline.student)
+  return dataclasses.replace(whole, frozen=frozen, stored=stored, kept=kept)
 
 
 def shapes(job: Job, outline: Outline, choice: Choice | None) -> Cast:
@@ -196,17 +205,42 @@ def _choose(
   mesh: Mesh,
 ) -> Choice:
   [(name, decoder)] = teachers.items()
+  batches = _batches(settings, data.eval, mesh)
+  with jax.set_mesh(mesh):
+    found = saliency.block_saliency(
+      decoder, frozen[name], batches, mesh, settings.train.loss_chunk
+    )
+  return saliency.choose(np.asarray(found), settings.adapter.share)
+
+
+def _choose_kept(
+  settings: Settings,
+  teachers: Mapping[str, Decoder],
+  frozen: Mapping[str, PyTree],
+  data: Data,
+  mesh: Mesh,
+  student: ModelConfig,
+) -> Kept:
+  [(name, decoder)] = teachers.items()
+  with jax.set_mesh(mesh):
+    batches = _batches(settings, data.train[:_ACTIVE_ROWS], mesh)
+    squares = activity.mean_squares(decoder, frozen[name], batches, mesh)
+  layers = settings.student.taken(decoder.config.num_layers)
+  squares = {part: values[layers] for part, values in squares.items()}
+  return models.choose_kept(squares, decoder.config, student)
+
+
+def _batches(
+  settings: Settings, examples: Sequence[Example], mesh: Mesh
+) -> Iterator[Batch]:
+  """All of the rows, each in a row of its own."""
   batches = eval_batches(
-    data.eval,
+    examples,
     batch_size=sharding.whole_rows(settings.eval.batch_size, mesh),
     length=settings.data.max_length,
     pad_id=PAD_ID,
   )
-  with jax.set_mesh(mesh):
-    found = saliency.block_saliency(
-      decoder, frozen[name], map(Batch.of, batches), mesh, settings.train.loss_chunk
-    )
-  return saliency.choose(np.asarray(found), settings.adapter.share)
+  return map(Batch.of, batches)
 
 
 def kernel(settings: Settings, shape: ModelConfig) -> str:

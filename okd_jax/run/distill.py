@@ -26,7 +26,7 @@ from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
 from okd_jax.runtime import machine
 from okd_jax.runtime.workdir import Workdir, barrier
-from okd_jax.teachers import saliency, trunk
+from okd_jax.teachers import activity, saliency, trunk
 
 _log = logging.getLogger(__name__)
 
@@ -171,4 +171,6 @@ def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
   if own.cast.choice:
     # Never without its config.json, so no run ever reads another one's.
     saliency.write(workdir.blocks, own.cast.choice)
+  if own.cast.kept:
+    activity.write(workdir.width, own.cast.kept)
   barrier("workdir begun")

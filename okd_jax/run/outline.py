@@ -121,7 +121,9 @@ def _student(
     return start.config
   first = next(iter(teachers.values()), None)
   if settings.student.from_teacher:
-    return first.of_layers(settings.student.taken(first.num_layers))
+    taken = first.of_layers(settings.student.taken(first.num_layers))
+    width = settings.student.width
+    return models.narrow_config(taken, width) if settings.student.narrow else taken
   size = first.vocab_size if first else _ids(tokenizer)
   return _random(settings.student.model, size, tokenizer)
 

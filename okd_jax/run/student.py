@@ -96,8 +96,9 @@ def _whole(settings: Settings, cast: Cast, mesh: Mesh) -> PyTree:
     [(name, teacher)] = cast.teachers.items()
     keep = student.taken(teacher.config.num_layers)
     # Copies: the step donates the student's buffers, not the teacher's.
-    own, _ = models.take_layers(cast.frozen[name], teacher.config, keep)
+    own, config = models.take_layers(cast.frozen[name], teacher.config, keep)
     own = jax.tree.map(lambda x: x.astype(jnp.float32), int8.dequantized(own))
+    own = models.narrowed(own, config, cast.kept) if cast.kept else own
     return jax.device_put(own, sharding.shardings(own, mesh))
   key, tokens = keys(settings.train.seed)[0], jnp.zeros(_TOKENS, jnp.int32)
   return _placed(lambda k: cast.student.init(k, tokens)["params"], key, mesh)

@@ -14,6 +14,8 @@ from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, int8
 from okd_jax.run import distill, student
+from okd_jax.runtime.workdir import Workdir
+from okd_jax.teachers import activity
 
 LORA = {"student.adapter.kind": "lora", "student.adapter.rank": 2}
 PART = {"student.frozen": "embed|layers/0/", "optim.clip": 0.0}
@@ -181,3 +183,43 @@ def test_methods_that_sample_or_look_first(name, changes, tmp_path):
   changes |= {f"method.{key}": value for key, value in own.items()}
   [result] = distill.run(config(**changes), tmp_path)
   assert np.isfinite(result.figures["student, step 2"]["loss"])
+
+
+NARROW = {
+  "student.width": 0.5,
+  "student.model.hidden_size": 0,
+  "teacher.model.num_heads": 4,
+  "teacher.model.family": "qwen3",
+}
+
+
+def test_a_narrower_student_is_cut_out_of_the_teacher(tmp_path):
+  """By training rows; a run that goes on reads which heads and channels they were."""
+  run = built(config(**NARROW), tmp_path)
+  teacher, shape = run.outline.teachers["teacher"], run.outline.student
+  assert shape.num_layers == teacher.num_layers and shape.num_heads == 2
+  assert 2 * shape.mlp_size == teacher.mlp_size
+  params, kept = run.init().params["student"], run.cast.kept
+  whole = run.cast.frozen["teacher"]
+  up = [x["layers"]["mlp"]["up"]["kernel"] for x in (params, whole)]
+  for layer, channels in enumerate(kept.channels):
+    np.testing.assert_array_equal(up[0][layer], up[1][layer][:, channels])
+  other = kept._replace(
+    channels=np.broadcast_to(np.arange(shape.mlp_size), kept.channels.shape)
+  )
+  activity.write(Workdir(tmp_path).width, other)
+  again = built(config(**NARROW), tmp_path)
+  np.testing.assert_array_equal(again.cast.kept.channels, other.channels)
+
+
+@pytest.mark.slow
+def test_a_narrower_student_of_which_a_part_is_trained(tmp_path):
+  """Exported again from the checkpoint, which lacks what was cut out and stays."""
+  changes = [
+    f"--config.{k}={v}" for k, v in {**NARROW, **LORA, "student.layers": 2}.items()
+  ]
+  whole = tmp_path / "whole"
+  train(whole, *changes)
+  second_half(whole, tmp_path / "cut", *changes)
+  call("export", f"--workdir={whole}", f"--output={tmp_path / 'student'}")
+  assert same_folder(whole / "student", tmp_path / "student")
