@@ -236,6 +236,7 @@ def get_config() -> ConfigDict:
 
   config.export = ConfigDict()
   config.export.dtype = "float32"  # of the student's weights on disk
+  config.export.license = ""  # in its README.md; '' is that of the model it starts from
 
   config.mesh = ConfigDict()
   config.mesh.data = -1  # copies of the model; -1: all devices the others leave

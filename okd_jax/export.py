@@ -11,7 +11,7 @@ from okd_jax import models
 from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.evaluation.figures import score_by
-from okd_jax.run import checkpoint, export
+from okd_jax.run import card, checkpoint, export
 from okd_jax.run.build import Shapes, build_shapes
 from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli
@@ -26,16 +26,16 @@ def main(arguments: list[str]) -> None:
     raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")
   shapes = build_shapes(read.saved(workdir.config), workdir)
   with jax.set_mesh(shapes.mesh):
-    state = _restored(shapes, workdir, args.step)
+    state, output = _restored(shapes, workdir, args.step), Path(args.output)
     exported = workdir.student.exists()
     template = models.template_of(workdir.student) if exported else None
-    export.export_student(shapes, state.params, Path(args.output), template)
-    if args.merge:
-      export.export_merged(shapes, state.params, Path(args.merge))
-    if args.adapter:
-      export.export_teachers(shapes, state.params, Path(args.adapter))
-    if args.student_adapter:
-      export.export_student_adapter(shapes, state.params, Path(args.student_adapter))
+    about = card.of_student(shapes.job.settings, workdir.path, int(state.step))
+    export.export_student(shapes, state.params, output, template, about)
+    for flag, (write, _) in export.FOLDERS.items():
+      if folder := getattr(args, flag):
+        write(shapes, state.params, Path(folder))
+  if args.push_to_hub:
+    print(card.push(output, args.push_to_hub, args.public))
 
 
 def _restored(shapes: Shapes, workdir: Workdir, step: int | None) -> TrainState:
@@ -60,9 +60,11 @@ def _parser() -> cli.Parser:
   add("--workdir", required=True, help="of the run")
   output = "the folder to write, or a file: S.gguf (float16), S.q8_0.gguf, S.f32.gguf"
   add("--output", required=True, help=output)
-  add("--adapter", default="", help="a folder for the adapter, or the trained teacher")
-  add("--merge", default="", help="a folder for the teacher with its adapter merged in")
-  add("--student_adapter", default="", help="a folder for the LoRA of the student")
+  for flag, (_, what) in export.FOLDERS.items():
+    add(f"--{flag}", default="", metavar="DIR", help=f"a folder for {what}")
+  repository = {"default": "", "metavar": "OWNER/NAME"}
+  add("--push_to_hub", **repository, help="where --output goes, too")
+  add("--public", action="store_true", help="for all to see; private otherwise")
   step = "default: the best by eval.best, else the newest"
   add("--step", type=int, default=None, help=step)
   return parser

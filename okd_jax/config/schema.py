@@ -161,6 +161,7 @@ class ExportSettings(Section):
   """The student's folder."""
 
   dtype: str = "float32"
+  license: str = ""
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""

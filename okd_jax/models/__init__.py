@@ -6,6 +6,7 @@ logits = model.logits(model.params, tokens)  # [B, L] -> [B, L, V] float32
 
 from okd_jax.losses import unembed
 from okd_jax.models.config import LayerKind, ModelConfig, RopeScaling
+from okd_jax.models.formats.card import Card
 from okd_jax.models.formats.families import preset
 from okd_jax.models.formats.gguf_out import save as save_gguf
 from okd_jax.models.formats.hf import save
@@ -16,7 +17,9 @@ from okd_jax.models.model import (
   even_layers,
   fingerprint,
   init,
+  is_hub_id,
   is_part,
+  licence_of,
   load,
   load_tokenizer,
   take_layers,
@@ -36,6 +39,7 @@ from okd_jax.models.transformer import (
 
 __all__ = [
   "Cache",
+  "Card",
   "Decoder",
   "Kept",
   "Mix",
@@ -49,7 +53,9 @@ __all__ = [
   "head_kernel",
   "init",
   "init_cache",
+  "is_hub_id",
   "is_part",
+  "licence_of",
   "load",
   "load_adapter",
   "load_tokenizer",

@@ -18,11 +18,13 @@ from jaxtyping import Array, Float, Int, Key
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import gguf, hf
+from okd_jax.models.formats.card import licence
 from okd_jax.models.formats.weights import Params, Put
 from okd_jax.models.transformer import Decoder, logits
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
+_HUB_FILES += ["README.md"]  # which names the licence
 _HUB_SKIP = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -118,6 +120,21 @@ def is_part(path: str | os.PathLike) -> bool:
   """Whether the model is the text part of a larger one, which is all that is read."""
   place = _find(path)
   return place.is_dir() and hf.is_part(place)
+
+
+def is_hub_id(path: str | os.PathLike) -> bool:
+  """Whether `load` would ask the hub for it."""
+  return not Path(path).expanduser().exists() and bool(_HUB_ID.fullmatch(str(path)))
+
+
+def licence_of(path: str | os.PathLike) -> dict[str, str]:
+  """The fields license, license_name and license_link of a model, where it names them.
+
+  Raises:
+    UserError: as `load` does where there is no model, or for a card it cannot read.
+  """
+  place = _find(path)
+  return gguf.licence(place) if place.is_file() else licence(place / "README.md")
 
 
 def fingerprint(path: str | os.PathLike) -> str:

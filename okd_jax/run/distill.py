@@ -13,7 +13,7 @@ from okd_jax.config.stages import Stage, stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.models import Model
-from okd_jax.run import checkpoint
+from okd_jax.run import card, checkpoint
 from okd_jax.run.build import Run, build
 from okd_jax.run.export import (
   export_student,
@@ -151,7 +151,8 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
     if chosen != step:
       state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)
     _log.info("exporting the student of step %d", chosen)
-    export_student(own, state.params, workdir.student)
+    about = card.of_student(own.settings, workdir.path, chosen)
+    export_student(own, state.params, workdir.student, card=about)
     if own.settings.student.adapter.kind:
       export_student_adapter(own, state.params, workdir.student_adapter)
     if adapter := own.cast.adapter:

@@ -11,13 +11,13 @@ from pathlib import Path
 from jaxtyping import PyTree
 
 from okd_jax import models
-from okd_jax.config.schema import Settings
 from okd_jax.errors import UserError
 from okd_jax.methods.base import STUDENT
-from okd_jax.models import ModelConfig, int8
+from okd_jax.models import Card, ModelConfig, int8
 from okd_jax.models.adapters import Lora
 from okd_jax.run import student
 from okd_jax.run.build import Run, Shapes
+from okd_jax.run.card import made_by
 from okd_jax.run.outline import teacher_paths
 from okd_jax.runtime.sharding import gathered
 from okd_jax.runtime.workdir import writes
@@ -34,6 +34,7 @@ def export_student(
   params: Mapping[str, PyTree],
   folder: Path,
   template: str | None = None,
+  card: Card | None = None,
 ) -> None:
   """Writes the student to a folder, or to a file that ends in .gguf.
 
@@ -49,7 +50,7 @@ def export_student(
       run.outline.student,
       run.outline.tokenizer,
       dtype=run.job.settings.export.dtype,
-      card=_card(run.job.settings),
+      card=card,
       template=_template(run) if template is None else template,
     )
 
@@ -100,8 +101,7 @@ def export_teachers(
         models.save_adapter(place, tree, adapter, decoder.config, base)
       continue
     frozen = run.cast.frozen.get(name) or _teacher(run, name)
-    card = _card(run.job.settings)
-    card["Trained blocks"] = ", ".join(map(str, adapter.blocks))
+    card = _card(run, Blocks=", ".join(map(str, adapter.blocks)))
     _save(run, place, adapter.merge(frozen, tree), decoder.config, card)
 
 
@@ -121,9 +121,17 @@ def export_merged(
     # In float32: rounded once, when the sum is written.
     whole = _teacher(run, name, "float32")
     tree = decoder.adapter.merge(whole, params["adapter"][name])
-    card = _card(run.job.settings) | {"Merged": decoder.adapter.kind}
+    card = _card(run, Merged=decoder.adapter.kind)
     place = folder if alone else folder / name
     _save(run, place, tree, decoder.config, card, _template(run))
+
+
+# What a run can write beside its student: by a command's flag, how, and what it is.
+FOLDERS = {
+  "adapter": (export_teachers, "the adapter, or the trained teacher"),
+  "merge": (export_merged, "the teacher with its adapter merged in"),
+  "student_adapter": (export_student_adapter, "the LoRA of the student"),
+}
 
 
 def _base_of_teacher(run: Run | Shapes, name: str, place: Path) -> str:
@@ -162,7 +170,8 @@ def _save_beside(
 ) -> str:
   """Writes the model under the adapter at `place`; returns where it is."""
   folder = place.with_name(f"{place.name}_base").resolve()
-  _save(run, folder, params, config, {"Made for": f"the adapter in {place.name}"})
+  card = Card({"Made for": f"the adapter in {place.name}"})
+  _save(run, folder, params, config, card)
   return str(folder)
 
 
@@ -177,7 +186,7 @@ def _save(
   folder: Path,
   params: PyTree,
   config: ModelConfig,
-  card: Mapping[str, str],
+  card: Card,
   template: str = "",
 ) -> None:
   """Writes a model that is not the student's, with the teacher's tokens."""
@@ -206,7 +215,6 @@ def _template(run: Run | Shapes) -> str:
   return template if kinds & set(_TEMPLATED) else ""
 
 
-def _card(settings: Settings) -> dict[str, str]:
-  teachers = ", ".join(settings.teachers.values()) or settings.teacher.path
-  method, data = settings.method.name, settings.data.train
-  return {"Teacher": teachers, "Method": method, "Data": data}
+def _card(run: Run | Shapes, **rows: str) -> Card:
+  card = made_by(run.job.settings)
+  return card._replace(rows={**card.rows, **rows})

@@ -1,27 +1,54 @@
-"""README.md of an exported model."""
+"""README.md of an exported model, and what such a file says of a model's licence."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
+import huggingface_hub
+
+from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 
+_LICENCE = ("license", "license_name", "license_link")
 
-def model_card(config: ModelConfig, count: int, rows: Mapping[str, str]) -> str:
+
+class Card(NamedTuple):
+  """What a card says of how a model was made.
+
+  rows: of its table, such as {'Teacher': 'gpt2-xl'}.
+  figures: of a second one, what was measured.
+  base_models, datasets: ids on the hub.
+  licence: the hub's fields license, license_name and license_link, where known.
+  """
+
+  rows: Mapping[str, str] = {}
+  figures: Mapping[str, str] = {}
+  base_models: Sequence[str] = ()
+  datasets: Sequence[str] = ()
+  licence: Mapping[str, str] = {}
+
+
+def model_card(config: ModelConfig, count: int, card: Card) -> str:
   """README.md: no dates and no paths of this machine, so that runs compare equal."""
-  table = [f"| {name} | {_public(value)} |" for name, value in rows.items()]
-  header = ["| | |", "|---|---|", *table, ""] if table else []
+  header = huggingface_hub.ModelCardData(
+    base_model=list(card.base_models) or None,
+    datasets=list(card.datasets) or None,
+    library_name="transformers",
+    pipeline_tag="text-generation",
+    tags=["knowledge-distillation", "okd_jax"],
+    **card.licence,
+  )
+  rows = {name: _public(value) for name, value in card.rows.items()}
   lines = [
     "---",
-    "library_name: transformers",
-    "pipeline_tag: text-generation",
-    "tags:",
-    "- knowledge-distillation",
-    "- okd_jax",
+    header.to_yaml(),
     "---",
     "",
     f"A {config.family} language model with {count:,} parameters, made by okd_jax.",
     "",
-    *header,
+    *_table(("", ""), rows),
+    *_table(("on held-out rows", ""), card.figures),
     "```python",
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "",
@@ -31,6 +58,28 @@ def model_card(config: ModelConfig, count: int, rows: Mapping[str, str]) -> str:
     "",
   ]
   return "\n".join(lines)
+
+
+def licence(readme: Path) -> dict[str, str]:
+  """The licence that the header of a model's README.md names, {} if it names none.
+
+  Raises:
+    UserError: if the header cannot be read.
+  """
+  if not readme.exists():
+    return {}
+  try:
+    header = huggingface_hub.metadata_load(readme) or {}
+  except Exception as error:  # of YAML, of text, of the hub: no common class
+    raise UserError(f"{readme}: its header is no YAML ({error})") from error
+  return {key: str(header[key]) for key in _LICENCE if header.get(key)}
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
+  if not rows:
+    return []
+  lines = [f"| {name} | {value} |" for name, value in rows.items()]
+  return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines, ""]
 
 
 def _public(value: object) -> str:

@@ -103,6 +103,18 @@ def load(
   return config, tree, tokenizer
 
 
+def licence(path: Path) -> dict[str, str]:
+  """The licence that a GGUF file names, {} if it names none.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  fields, _ = _read(path)
+  names = {"license": "", "license_name": ".name", "license_link": ".link"}
+  found = {k: fields.get(f"general.license{name}") for k, name in names.items()}
+  return {key: str(value) for key, value in found.items() if value}
+
+
 class _File:
   """An open GGUF file: metadata fields, tensor shapes, and tensors on demand."""
 

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
-from okd_jax.models.formats.card import model_card
+from okd_jax.models.formats.card import Card, model_card
 from okd_jax.models.formats.families import FAMILIES, Family, family_of
 from okd_jax.models.formats.tensors import HEAD, Tensors, weight_files
 from okd_jax.models.formats.weights import Params, Put, Weight, assemble, disassemble
@@ -167,7 +167,7 @@ def save(
   tokenizer: "transformers.PreTrainedTokenizerBase | None" = None,
   *,
   dtype: DTypeLike = jnp.float32,
-  card: Mapping[str, str] | None = None,
+  card: Card | None = None,
   template: str = "",
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -177,7 +177,7 @@ def save(
 
   Args:
     dtype: of the stored weights: float32, bfloat16 or float16.
-    card: rows of the table in README.md, such as {'Teacher': 'gpt2-xl'}.
+    card: what README.md says beside the model's size.
     template: the data.template of the prompts it was trained on, noted in config.json.
     max_shard_bytes: weights beyond it go to several files and an index.
 
@@ -199,7 +199,7 @@ def save(
   with replacing(folder, _OURS) as partial:
     _write_configs(partial, config, raw, tokenizer)
     _write_weights(partial, tensors, max_shard_bytes)
-    (partial / "README.md").write_text(_readme(config, params, card or {}), "utf-8")
+    (partial / "README.md").write_text(_readme(config, params, card or Card()), "utf-8")
 
 
 def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -297,9 +297,9 @@ def _write_configs(
     _write_tokenizer(folder, tokenizer)
 
 
-def _readme(config: ModelConfig, params: Params, rows: Mapping[str, str]) -> str:
+def _readme(config: ModelConfig, params: Params, card: Card) -> str:
   count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
-  return model_card(config, count, rows)
+  return model_card(config, count, card)
 
 
 def _write_tokenizer(

@@ -74,7 +74,8 @@ class TestRoundTrip:
 
   def test_writes_the_same_bytes_twice(self, tmp_path, shared):
     model = models.load(shared / "models" / "stories260K")
-    card = {"Teacher": str(shared / "teacher"), "Method": "okd", "Data": "org/data"}
+    rows = {"Teacher": str(shared / "teacher"), "Method": "okd", "Data": "org/data"}
+    card = models.Card(rows)
     for name in ("first", "second"):
       models.save(tmp_path / name / "student", *_parts(model), card=card)
     first, second = (
