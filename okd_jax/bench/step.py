@@ -300,7 +300,7 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   shapes = " to ".join("x".join(map(str, s)) for s in (flags.teacher, flags.student))
   rows = {
     "method": f"{flags.method}, {flags.family} {shapes}, vocabulary "
-    f"{flags.vocab_size}, {config.train.dtype}",
+    f"{flags.vocab_size}, {config.train.dtype}{_dtypes(config)}",
     "shape": f"{config.train.batch_size} rows of {config.data.max_length} tokens",
     "step": f"{ms['median']:.0f} ms (median of {flags.repeats}; {ms['min']:.0f} to "
     f"{ms['max']:.0f})",
@@ -318,6 +318,17 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
       f"by arithmetic {beside['operations']:.2f}), {beside['memory']:.2f} of its memory"
     )
   return rows
+
+
+def _dtypes(config: ConfigDict) -> str:
+  """Number formats of what is frozen, and what is trained of the student, if told."""
+  kind, frozen = config.student.adapter.kind, config.student.frozen
+  told = {
+    "teacher": config.teacher.dtype,
+    "frozen student": config.student.dtype,
+    "trained of the student": kind or (frozen and f"all but {frozen!r}"),
+  }
+  return "".join(f", {name} {value}" for name, value in told.items() if value)
 
 
 def shape_of(text: str) -> tuple[int, int]:

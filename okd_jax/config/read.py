@@ -26,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 _TEACHERS = "teachers."
+_SEVERAL = re.compile(r"[a-zA-Z][\w-]*(, *[a-zA-Z][\w-]*)+")  # words, not numbers
 _PACKAGE = "configs"  # what recipes import their neighbours from
 
 
@@ -264,7 +265,8 @@ def _leave_behind(config: ConfigDict, changes: Mapping[str, Any]) -> None:
 def _parsed(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
   """Applies values as text, as flags do."""
   values = flags.FlagValues()
-  arguments = [sys.argv[0], *(f"--config.{k}={v}" for k, v in changes.items())]
+  texts = {k: _words(config, k, v) for k, v in changes.items()}
+  arguments = [sys.argv[0], *(f"--config.{k}={v}" for k, v in texts.items())]
   try:
     holder = config_flags.DEFINE_config_dict(
       "config", config, flag_values=values, sys_argv=arguments
@@ -273,6 +275,14 @@ def _parsed(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
   except _WRONG as error:
     raise UserError(str(error).strip().splitlines()[-1]) from error
   return holder.value
+
+
+def _words(config: ConfigDict, key: str, text: str) -> str:
+  """Of a key that holds several: 'query,up' is ('query', 'up'), as people write it."""
+  several = _SEVERAL.fullmatch(text) and key in keys(config)
+  if not several or not isinstance(_value(config, key), tuple):
+    return text
+  return repr(tuple(word.strip() for word in text.split(",")))
 
 
 def _assigned(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

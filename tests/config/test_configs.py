@@ -267,6 +267,30 @@ def test_stages_leave_the_runs_own_method_to_it(recipe, tmp_path):
     assert moving == ([] if stage.name else ["temperature"])
 
 
+@pytest.mark.parametrize(
+  ("text", "targets"),
+  [
+    ("query,up", ("query", "up")),
+    ("query, value,up", ("query", "value", "up")),
+    ("('query', 'up')", ("query", "up")),
+    ("query", ("query",)),
+  ],
+)
+def test_several_words_are_written_as_people_write_them(text, targets):
+  arguments = ["--config=configs/debug.py", f"--config.adapter.targets={text}"]
+  assert tuple(read.read(arguments).adapter.targets) == targets
+
+
+def test_text_with_commas_and_numbers_stay_as_they_are():
+  arguments = ["--config=configs/debug.py", "--config.data.train=a,b"]
+  arguments += [
+    "--config.method.name=ensemble",
+    "--config.method.teacher_weights=1.,2.",
+  ]
+  config = read.read(arguments)
+  assert config.data.train == "a,b" and config.method.teacher_weights == (1.0, 2.0)
+
+
 @pytest.mark.parametrize("recipe", STAGED)
 @pytest.mark.parametrize(
   "flags",
