@@ -49,13 +49,25 @@ def random_prompts(config: ModelConfig, flags: argparse.Namespace) -> np.ndarray
 
 
 def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-  """Time of `rollout.sample`, from prompts on the host to tokens on the device."""
+  """Time of `rollout.sample`, from prompts on the host to tokens on the device.
+
+  Beside it that of reading the prompts, for the first token alone, and the least that
+  another one takes: to read all weights and the cache once.
+  """
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
-  program, inputs, compile_s = _compile(model, flags)
-  for _ in range(flags.warmup):
-    measure.seconds(lambda: program(*inputs))
-  times = [measure.seconds(lambda: program(*inputs)) for _ in range(flags.repeats)]
+  program, inputs, compile_s = _compile(model, flags, flags.max_new_tokens)
+  first, _, _ = _compile(model, flags, 1)
+  rates, times, firsts = [measure.read_rate()], [], []
+  for _ in range(flags.warmup + flags.repeats):
+    times.append(measure.seconds(lambda: program(*inputs)))
+    firsts.append(measure.seconds(lambda: first(*inputs)))
+  times, firsts = times[flags.warmup :], firsts[flags.warmup :]
+  rates.append(measure.read_rate())
   new = flags.batch_size * flags.max_new_tokens
+  prompts = statistics.median(firsts)
+  later = statistics.median(times) - prompts
+  ms = 1e3 * later / max(flags.max_new_tokens - 1, 1)
+  floor = _bytes_read(model, flags) / max(rates)
   speed = measure.spread([new / t for t in times])
   memory = measure.memory(program)
   settings = ("batch_size", "prompt_tokens", "max_new_tokens", "repeats", "warmup")
@@ -66,6 +78,11 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     "tokens_per_s": speed,
     # Between one token of a row and its next, reading the prompts included.
     "ms_per_token": 1e3 * statistics.median(times) / flags.max_new_tokens,
+    "prompts_ms": 1e3 * prompts,
+    "ms_per_later_token": ms,
+    "read_rate": max(rates),
+    "floor_ms": 1e3 * floor,
+    "to_floor": ms / 1e3 / floor,
     "compile_s": compile_s,
     "memory_bytes": memory,
   }
@@ -76,6 +93,11 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     "tokens/s": f"{speed['median']:.1f} (median of {flags.repeats}; "
     f"{speed['min']:.1f} to {speed['max']:.1f})",
     "ms per token": f"{results['ms_per_token']:.3f} (of a row; the whole batch's step)",
+    "where": f"{1e3 * prompts:.0f} ms for the prompts and the first token, "
+    f"{ms:.3f} ms for each later one",
+    "floor": f"{1e3 * floor:.3f} ms to read weights and cache at "
+    f"{max(rates) / 1e9:.0f} GB/s; a later token takes {results['to_floor']:.2f} times "
+    "that",
     "compile": f"{compile_s:.2f} s",
   }
   if memory:
@@ -83,7 +105,21 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
   return results, rows
 
 
-def _compile(model: Model, flags: argparse.Namespace) -> tuple[Callable, tuple, float]:
+def _bytes_read(model: Model, flags: argparse.Namespace) -> float:
+  """What a token reads: layers, head and, on average over the run, the cache."""
+  params, config = dict(model.params), model.config
+  if not config.tie_embeddings:
+    del params["embed"]  # a few rows of it
+  params.pop("position_embed", None)
+  slots = flags.prompt_tokens + flags.max_new_tokens / 2
+  heads = config.num_layers * config.num_kv_heads * config.head_dim
+  size = jnp.dtype(flags.dtype).itemsize
+  return measure.nbytes(params) + 2 * flags.batch_size * heads * slots * size
+
+
+def _compile(
+  model: Model, flags: argparse.Namespace, max_new_tokens: int
+) -> tuple[Callable, tuple, float]:
   """(sampling program, its arguments, seconds it took to compile).
 
   There is no EOS, so every row runs to the limit.
@@ -102,7 +138,7 @@ def _compile(model: Model, flags: argparse.Namespace) -> tuple[Callable, tuple, 
   )
   source = decoder_source(Decoder(model.config, dtype=jnp.dtype(flags.dtype)))
   start = time.perf_counter()
-  lowered = rollout.sample.lower(source, *inputs, max_new_tokens=flags.max_new_tokens)
+  lowered = rollout.sample.lower(source, *inputs, max_new_tokens=max_new_tokens)
   program = lowered.compile()
   return program, inputs, time.perf_counter() - start
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
@@ -127,6 +129,19 @@ def matmul_rate(dtype: DTypeLike, repeats: int = 5) -> float:
   seconds(lambda: products(a, b))
   times = [seconds(lambda: products(a, b)) for _ in range(repeats)]
   return 2 * size**3 * count / min(times)
+
+
+def read_rate(repeats: int = 5) -> float:
+  """Bytes a second that the device reads at best: this machine, now.
+
+  The sum of an array that no cache holds, by NumPy, too, where that is the device.
+  """
+  array = jnp.ones(2**27, jnp.float32)
+  sums = [jax.jit(jnp.sum)]
+  if jax.default_backend() == "cpu":
+    sums.append(lambda x: np.asarray(x).sum())
+  times = [seconds(lambda f=f: f(array)) for f in sums for _ in range(repeats)]
+  return array.nbytes / min(times)
 
 
 def nbytes(tree: PyTree) -> int:

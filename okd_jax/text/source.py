@@ -4,9 +4,19 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from okd_jax.models import Cache, Decoder, init_cache, logits
+from okd_jax.losses import soft_cap
+from okd_jax.models import (
+  Cache,
+  Decoder,
+  ModelConfig,
+  head_kernel,
+  init_cache,
+  logits,
+)
 
 
 class Side(NamedTuple):
@@ -54,6 +64,21 @@ def decoder_source(decoder: Decoder) -> Source:
     cache: Cache,
   ) -> tuple[Float[Array, "B V"], Cache]:
     hidden, cache = decoder.apply(variables, tokens, segment_ids, positions, cache)
-    return logits(hidden[:, -1], variables["params"], config), cache
+    return _logits(hidden[:, -1], variables["params"], config), cache
 
   return Source(init, apply, config.max_length)
+
+
+def _logits(
+  hidden: Float[Array, "B D"], params: PyTree, config: ModelConfig
+) -> Float[Array, "B V"]:
+  """`models.logits` of a token a row.
+
+  On a CPU the head stands on the left, where XLA reads it 1.6 times as fast; it would
+  turn the product around again if it saw through to the transpose.
+  """
+  if jax.default_backend() != "cpu":
+    return logits(hidden, params, config)
+  head = head_kernel(params, config).astype(hidden.dtype)
+  turned = jnp.einsum("vd,bd->vb", head, hidden, preferred_element_type=jnp.float32)
+  return soft_cap(jax.lax.optimization_barrier(turned).T, config.logit_cap)

@@ -58,11 +58,13 @@ def test_generate_prints_a_table_and_writes_json(folder, tmp_path, capsys):
     ]
   )
   printed = capsys.readouterr().out
-  for title in ("machine", "model", "tokens/s", "ms per token", "compile", "memory"):
+  titles = "machine,model,tokens/s,ms per token,where,floor,compile,memory"
+  for title in titles.split(","):
     assert f"\n{title} " in "\n" + printed
   result = json.loads(output.read_text())
   keys = "benchmark date machine versions model parameters settings tokens_per_s"
-  keys += " ms_per_token compile_s memory_bytes"
+  keys += " ms_per_token prompts_ms ms_per_later_token read_rate floor_ms to_floor"
+  keys += " compile_s memory_bytes"
   assert list(result) == keys.split()
   assert result["model"] == "model" and result["benchmark"] == "generate"
   more = {"warmup": 1, "temperature": 0.0, "dtype": "float32"}
@@ -87,11 +89,12 @@ def test_every_row_runs_to_the_limit_whatever_the_settings(folder, monkeypatch):
     return 1.0
 
   monkeypatch.setattr(measure, "seconds", seconds)
+  monkeypatch.setattr(measure, "read_rate", lambda: 1e9)
   flags = ["--batch_size=16", "--prompt_tokens=5", "--max_new_tokens=40", "--repeats=2"]
   flags += ["--temperature=9", "--dtype=bfloat16", "--warmup=0"]
   bench.main(["generate", f"--model={folder}", *flags])
-  assert len(seen) == 2
-  for rollout in seen:
+  assert [rollout.lengths.tolist() for rollout in seen[1::2]] == [[1] * 16] * 2
+  for rollout in seen[::2]:
     assert rollout.lengths.tolist() == [40] * 16
     assert (rollout.tokens == _config().eos_ids[0]).any()
 
