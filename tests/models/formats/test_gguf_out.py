@@ -12,8 +12,10 @@ import transformers
 from okd_jax import models
 from okd_jax.data import Record, make_tokenizer
 from okd_jax.errors import UserError
-from okd_jax.models import LayerKind, RopeScaling, preset
+from okd_jax.models import Decoder, LayerKind, RopeScaling, preset
 from okd_jax.models.formats import gguf_tokenizer
+from okd_jax.text import rollout
+from okd_jax.text.source import decoder_source
 
 gguf = pytest.importorskip("gguf")
 
@@ -163,3 +165,61 @@ def test_networks_that_it_has_no_words_for(name, changes, message, tmp_path):
   with pytest.raises(UserError, match=message):
     models.save_gguf(tmp_path / "x.gguf", families.params(config), config, None)
   assert not list(tmp_path.iterdir())
+
+
+# In llama.cpp itself, where it is. No extra has it: pip install llama-cpp-python compiles
+# for minutes.
+
+NEW = 40
+TEXTS = ("Once upon a time, there was a", "Hello, world! It's 12345 naïve\n\n café")
+
+
+def in_llama_cpp(path, tokenizer):
+  """Asserts equal ids and greedy tokens; returns the largest difference of logits."""
+  llama_cpp = pytest.importorskip("llama_cpp")
+  theirs = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, logits_all=True)
+  model, differences = models.load(path), []
+  source, variables = decoder_source(Decoder(model.config)), {"params": model.params}
+  for text in TEXTS:
+    ids = tokenizer(text)["input_ids"]
+    assert theirs.tokenize(text.encode(), add_bos=ids[0] == theirs.token_bos()) == ids
+    theirs.reset()
+    theirs.eval(ids)
+    said = np.array(theirs.scores[: len(ids)])
+    ours = model.logits(model.params, np.array([ids], np.int32))[0]
+    differences.append(np.abs(said - ours).max())
+    theirs.reset()
+    options = {"temp": 0.0, "repeat_penalty": 1.0}
+    tokens = [x for x, _ in zip(theirs.generate(ids, **options), range(NEW))]  # noqa: B905
+    [answer] = rollout.generate(
+      source,
+      variables,
+      [ids],
+      jax.random.key(0),
+      max_new_tokens=NEW,
+      sampling=rollout.Sampling(0.0),
+    )
+    assert tokens == answer.tokens.tolist()
+  return max(differences)
+
+
+@pytest.mark.parametrize("kind, close", [("f32", 0.02), ("f16", 0.04), ("q8_0", 0.4)])
+def test_a_real_model_in_llama_cpp(kind, close, shared, tmp_path):
+  """Its cache holds float16; beside 8-bit weights activations are rounded, too."""
+  model = models.load(shared / "models" / "stories260K")
+  path = tmp_path / f"stories.{kind}.gguf"
+  models.save_gguf(path, model.params, model.config, model.tokenizer)
+  assert in_llama_cpp(path, model.tokenizer) < close
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_in_llama_cpp(name, shared, tmp_path):
+  folder = shared / "tokenizers" / "gpt2"
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+  shape = {k: v for k, v in vars(CONFIGS[name]).items() if k != "vocab_size"}
+  config = type(CONFIGS[name])(**shape, vocab_size=50257)
+  params = models.init(config, jax.random.key(0))
+  params = jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, params)  # clear choices
+  path = tmp_path / "model.f32.gguf"
+  models.save_gguf(path, params, config, tokenizer)
+  assert in_llama_cpp(path, tokenizer) < 0.02
