@@ -167,8 +167,8 @@ def test_networks_that_it_has_no_words_for(name, changes, message, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-# In llama.cpp itself, where it is. No extra has it: pip install llama-cpp-python compiles
-# for minutes.
+# In llama.cpp itself, where it is installed: pip install llama-cpp-python compiles for
+# minutes, so no extra has it.
 
 NEW = 40
 TEXTS = ("Once upon a time, there was a", "Hello, world! It's 12345 naïve\n\n café")
