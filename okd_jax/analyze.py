@@ -6,8 +6,6 @@ Writes DIR/analysis.json and pictures: agreement and KL by the difficulty of a t
 exposure bias, calibration, and the likeliest tokens at a few places.
 """
 
-from pathlib import Path
-
 import jax.numpy as jnp
 
 from okd_jax.analysis import pictures
@@ -17,7 +15,7 @@ from okd_jax.data.sources import source_list
 from okd_jax.models import load, template_of
 from okd_jax.run import distill
 from okd_jax.runtime import cli
-from okd_jax.runtime.files import write_json
+from okd_jax.runtime.files import local, write_json
 
 
 def main(arguments: list[str]) -> None:
@@ -34,11 +32,11 @@ def main(arguments: list[str]) -> None:
   found = analyse(
     load(student, dtype=dtype),
     load(teacher, dtype=dtype),
-    adapter or distill.Result(Path(student), {}).adapter,
+    adapter or distill.Result(local(student), {}).adapter,
     load_records(source_list(data)),
     options,
   )
-  folder = Path(output)
+  folder = local(output)
   write_json(folder / "analysis.json", found)
   pictures.draw(found, folder)
   print(pictures.table(found))

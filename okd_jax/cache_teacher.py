@@ -19,6 +19,7 @@ from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
 from okd_jax.run.build import Run, build
 from okd_jax.runtime import cli
+from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import record
 from okd_jax.teachers.store import Store
@@ -28,13 +29,12 @@ def main(arguments: list[str]) -> None:
   """Stores as the arguments say; a UserError for whatever is wrong with them."""
   args, rest = _parser().parse_known_args(arguments)
   cli.use_compilation_cache()
-  config = read.read(rest)
-  own = stages(config, Path(args.workdir or args.output))[-1]
+  own = stages(read.read(rest), local(args.workdir or args.output))[-1]
   if args.k < 0:
     raise UserError(f"--k={args.k} must be at least 0")
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
-  write(build(own.config, Workdir(own.workdir)), Path(args.output), args.k, args.dtype)
+  write(build(own.config, Workdir(own.workdir)), local(args.output), args.k, args.dtype)
 
 
 def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:

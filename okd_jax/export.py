@@ -3,8 +3,6 @@
 python -m okd_jax.export --workdir=DIR --output=OUT [--step=N]
 """
 
-from pathlib import Path
-
 import jax
 
 from okd_jax import models
@@ -15,25 +13,26 @@ from okd_jax.run import card, checkpoint, export
 from okd_jax.run.build import Shapes, build_shapes
 from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli
+from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir
 
 
 def main(arguments: list[str]) -> None:
   """Exports as the arguments say; a UserError if there is no such checkpoint."""
   args = _parser().parse_args(arguments)
-  workdir = Workdir(Path(args.workdir))
+  workdir = Workdir(local(args.workdir))
   if not workdir.checkpoints.is_dir() or not workdir.config.exists():
     raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")
   shapes = build_shapes(read.saved(workdir.config), workdir)
   with jax.set_mesh(shapes.mesh):
-    state, output = _restored(shapes, workdir, args.step), Path(args.output)
+    state, output = _restored(shapes, workdir, args.step), local(args.output)
     exported = workdir.student.exists()
     template = models.template_of(workdir.student) if exported else None
     about = card.of_student(shapes.job.settings, workdir.path, int(state.step))
     export.export_student(shapes, state.params, output, template, about)
     for flag, (write, _) in export.FOLDERS.items():
       if folder := getattr(args, flag):
-        write(shapes, state.params, Path(folder))
+        write(shapes, state.params, local(folder))
   if args.push_to_hub:
     print(card.push(output, args.push_to_hub, args.public))
 

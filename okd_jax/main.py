@@ -13,13 +13,13 @@ results stay as they are.
 """
 
 import sys
-from pathlib import Path
 
 from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.run import distill
 from okd_jax.run.stop import Stopped, Terminated
 from okd_jax.runtime import cli
+from okd_jax.runtime.files import local
 
 _FILE = "--config.method.file="
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
   cli.use_compilation_cache()
   with Terminated() as stop:
     try:
-      *_, result = distill.run(config, Path(args.workdir), stop, args.profile)
+      *_, result = distill.run(config, local(args.workdir), stop, args.profile)
     except Stopped:
       print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
       sys.exit(Terminated.STATUS)

@@ -10,7 +10,6 @@ command goes on after it was stopped or killed; what is finished is not run agai
 """
 
 import sys
-from pathlib import Path
 
 from okd_jax.analysis import comparison, study_report, tables
 from okd_jax.config import study as studies
@@ -18,6 +17,7 @@ from okd_jax.errors import UserError
 from okd_jax.run import study as runs
 from okd_jax.run.stop import Stopped, Terminated
 from okd_jax.runtime import cli
+from okd_jax.runtime.files import local
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
   flags, keys = _parser().parse_known_args(arguments)
   whole = studies.load(flags.config, keys)
   study = studies.select(whole, flags.arms, flags.seeds)
-  jobs = studies.jobs(study, Path(flags.workdir))
+  jobs = studies.jobs(study, local(flags.workdir))
   cli.use_compilation_cache()
   with Terminated() as stop:
     try:
@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> None:
       sys.exit(Terminated.STATUS)
   results = {job.name: runs.measured(job) for job in jobs if job.arm}
   found = comparison.compare(study, results)
-  study_report.write(study, found, Path(flags.workdir))
+  study_report.write(study, found, local(flags.workdir))
   print(tables.text(found))
-  print(f"\nreport  {Path(flags.workdir) / 'report.html'}")
+  print(f"\nreport  {local(flags.workdir) / 'report.html'}")
 
 
 def _named(jobs: list[studies.Job], name: str) -> studies.Job:

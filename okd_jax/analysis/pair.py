@@ -25,6 +25,7 @@ from okd_jax.data import (
 )
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
+from okd_jax.runtime.files import local
 from okd_jax.text.source import Side
 
 
@@ -136,7 +137,7 @@ def _sides(
   }
   if not adapter:
     return sides
-  if (Path(adapter) / "adapter_config.json").exists():
+  if (local(adapter) / "adapter_config.json").exists():
     tree, module = models.load_adapter(adapter, teacher.config)
     decoder = Decoder(teacher.config, adapter=module, dtype=dtype)
     variables = {"params": teacher.params, "adapter": tree}

@@ -86,6 +86,11 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     "compile_s": compile_s,
     "memory_bytes": memory,
   }
+  return results, _rows(flags, results)
+
+
+def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
+  speed, ms = results["tokens_per_s"], results["ms_per_later_token"]
   rows = {
     "model": f"{results['model']}, {results['parameters']:,} parameters, {flags.dtype}",
     "shape": f"{flags.batch_size} prompts of {flags.prompt_tokens} tokens, "
@@ -93,16 +98,16 @@ def run(flags: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     "tokens/s": f"{speed['median']:.1f} (median of {flags.repeats}; "
     f"{speed['min']:.1f} to {speed['max']:.1f})",
     "ms per token": f"{results['ms_per_token']:.3f} (of a row; the whole batch's step)",
-    "where": f"{1e3 * prompts:.0f} ms for the prompts and the first token, "
+    "where": f"{results['prompts_ms']:.0f} ms for the prompts and the first token, "
     f"{ms:.3f} ms for each later one",
-    "floor": f"{1e3 * floor:.3f} ms to read weights and cache at "
-    f"{max(rates) / 1e9:.0f} GB/s; a later token takes {results['to_floor']:.2f} times "
-    "that",
-    "compile": f"{compile_s:.2f} s",
+    "floor": f"{results['floor_ms']:.3f} ms to read weights and cache at "
+    f"{results['read_rate'] / 1e9:.0f} GB/s; a later token takes "
+    f"{results['to_floor']:.2f} times that",
+    "compile": f"{results['compile_s']:.2f} s",
   }
-  if memory:
+  if memory := results["memory_bytes"]:
     rows["memory"] = measure.mebibytes(memory)
-  return results, rows
+  return rows
 
 
 def _bytes_read(model: Model, flags: argparse.Namespace) -> float:

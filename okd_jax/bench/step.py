@@ -300,7 +300,7 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   shapes = " to ".join("x".join(map(str, s)) for s in (flags.teacher, flags.student))
   rows = {
     "method": f"{flags.method}, {flags.family} {shapes}, vocabulary "
-    f"{flags.vocab_size}, {config.train.dtype}{_dtypes(config)}",
+    f"{flags.vocab_size}, {config.train.dtype}{_dtypes(flags)}",
     "shape": f"{config.train.batch_size} rows of {config.data.max_length} tokens",
     "step": f"{ms['median']:.0f} ms (median of {flags.repeats}; {ms['min']:.0f} to "
     f"{ms['max']:.0f})",
@@ -320,8 +320,9 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
   return rows
 
 
-def _dtypes(config: ConfigDict) -> str:
+def _dtypes(flags: argparse.Namespace) -> str:
   """Number formats of what is frozen, and what is trained of the student, if told."""
+  config = flags.config
   kind, frozen = config.student.adapter.kind, config.student.frozen
   told = {
     "teacher": config.teacher.dtype,

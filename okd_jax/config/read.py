@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from okd_jax import methods
 from okd_jax.errors import UserError
-from okd_jax.runtime.files import read_json
+from okd_jax.runtime.files import local, read_json
 
 _log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 
 def _recipe_path(name: str) -> Path:
-  path = Path(name).expanduser()
+  path = local(name)
   if path.is_file():
     return path
   shipped = recipes() / f"{name.removesuffix('.py').removeprefix('configs/')}.py"
@@ -214,7 +214,7 @@ def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> Con
   changes = dict(changes)
   if file := changes.get("method.file", config.method.file):
     # Whole, so that the run can be resumed and exported from any folder.
-    changes["method.file"] = str(Path(file).expanduser().resolve())
+    changes["method.file"] = str(local(file).resolve())
     add_method_file(config, changes["method.file"])
   named = {k: changes.pop(k) for k in list(changes) if k.startswith(_TEACHERS)}
   for name in changes:

@@ -17,6 +17,7 @@ from typing import Any
 
 from okd_jax.data import embedded, hub
 from okd_jax.errors import UserError
+from okd_jax.runtime.files import local
 
 Row = hub.Row
 Spec = str | Sequence[object]  # from a config: that all are names is checked here
@@ -32,6 +33,7 @@ _FORMS_HELP = (
   "'messages', or 'text'"
 )
 _SUFFIXES = (".jsonl", ".json", ".txt")
+_SHOWN = 40  # characters of a value in a message
 _DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
 _PROMPTLESS, _CONVERSATIONS = ("text",), ("messages",)  # kinds that stand apart
 
@@ -167,13 +169,13 @@ def parse_record(row: object, where: str) -> Record:
 
 def _read_source(source: str) -> Iterable[Row]:
   """Rows of one source, whatever it is."""
-  path = pathlib.Path(source).expanduser()
+  path = local(source)
   base, split = hub.split_of(source)
   if path.is_file():
     return _read_file(path)
   if base == "embedded":
     return embedded.rows(split or "train")
-  folder = path if path.is_dir() else pathlib.Path(base).expanduser()
+  folder = path if path.is_dir() else local(base)
   if folder.is_dir():
     return _read_folder(folder, "" if folder == path else split)
   # Some can only have been meant as a path, and the hub is not asked for them.
@@ -282,12 +284,27 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
 
 
 def _known_names(row: object, where: str) -> Mapping[str, Any]:
-  """The row if it is one, Dolly's own names for input and output turned into ours."""
+  """The row if it is one, Dolly's own names for input and output turned into ours.
+
+  What is null is not there: data sets that were put together have all the others' keys.
+  """
   if not isinstance(row, Mapping):
     raise UserError(f"{where}: is {_type(row)}, not an object; {_FORMS_HELP}")
-  if "response" not in row or "output" in row:
+  others = [keys for kind, keys in FORMS.items() if kind != "instruction"]
+  if any(all(row.get(key) is not None for key in keys) for keys in others):
     return row
-  return {_DOLLY_NAMES.get(key, key): value for key, value in row.items()}
+  row = dict(row)
+  for theirs, ours in _DOLLY_NAMES.items():
+    value, own = row.pop(theirs, None), row.get(ours)
+    if value is None or (value == "" and own is not None):
+      continue
+    if own not in (None, "", value):
+      raise UserError(
+        f"{where}: {ours!r} is {_short(own)} and {theirs!r} is {_short(value)}, two "
+        "names of one thing; remove one of them"
+      )
+    row[ours] = value
+  return row
 
 
 def _kind(row: Mapping[str, Any], where: str) -> str:
@@ -381,6 +398,12 @@ def _text(row: Mapping[str, Any], key: str, where: str, blank: bool = False) -> 
       "repair the text"
     ) from error
   return value
+
+
+def _short(value: object) -> str:
+  """A value for a message."""
+  text = repr(value)
+  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def _type(value: object) -> str:

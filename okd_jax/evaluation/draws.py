@@ -19,6 +19,7 @@ from okd_jax.data import Example, read_predictions
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import ends, prompts_of
 from okd_jax.models import Decoder, Model
+from okd_jax.runtime.files import local
 from okd_jax.text import answers_job
 from okd_jax.text.rollout import Completion, Sampling, generate
 from okd_jax.text.source import decoder_source
@@ -73,7 +74,7 @@ def answers(
   Raises:
     UserError: if the file was made from something else, or is damaged.
   """
-  folder = folder.expanduser()  # as where data is read
+  folder = local(folder)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"{draw.name}.jsonl"
   answers_job.answer(_job(model, examples, draw, way, path, label, made_by))

@@ -19,6 +19,7 @@ from lm_eval.utils import handle_non_serializable, make_table
 from okd_jax.errors import UserError
 from okd_jax.evaluation.harness import DecoderLM
 from okd_jax.models import Model
+from okd_jax.runtime.files import local
 from okd_jax.runtime.metrics import finite_or_null
 
 _log = logging.getLogger(__name__)
@@ -97,10 +98,10 @@ def find_tasks(
     UserError: for a name, file or folder that is not there, or a file that cannot be
       read.
   """
-  if include_path and not Path(include_path).is_dir():
+  if include_path and not local(include_path).is_dir():
     raise UserError(f"--include_path={include_path} is no folder")
   names = [name for some in names for name in some.split(",") if name]
-  configs = [c for name in names if _is_path(name) for c in _configs(Path(name))]
+  configs = [c for name in names if _is_path(name) for c in _configs(local(name))]
   # The harness's own take seconds to read.
   own = not all(map(_is_path, names)) or any("group" in config for config in configs)
   if own:
@@ -112,8 +113,8 @@ def find_tasks(
       continue
     if matches := manager.match_tasks([name]):
       found += matches
-    elif Path(name).is_dir():
-      configs += _configs(Path(name))
+    elif local(name).is_dir():
+      configs += _configs(local(name))
     else:
       raise UserError(f"--tasks: there is no task {name!r}{_near(name, manager)}")
   return manager, [*dict.fromkeys(found), *_with_data(configs, data)]
@@ -271,9 +272,9 @@ def _splits(data: Sequence[str]) -> dict[str, str]:
   splits = {}
   for written in data:
     split, _, file = written.rpartition("=")
-    if not Path(file).is_file():
+    if not local(file).is_file():
       raise UserError(f"--data: there is no file {file}")
-    splits[split] = str(Path(file).resolve())
+    splits[split] = str(local(file).resolve())
   return splits
 
 

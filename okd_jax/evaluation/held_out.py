@@ -33,7 +33,7 @@ from okd_jax.evaluation.tokens import (
   evaluate_tokens,
 )
 from okd_jax.models import Decoder, Model
-from okd_jax.runtime.files import write_text
+from okd_jax.runtime.files import local, write_text
 
 _log = logging.getLogger(__name__)
 
@@ -210,14 +210,14 @@ def _text_results(
   with _folder(options) as folder:
     for draw in options.draws:
       label = Path(folder).name if options.answers else "answers"
-      texts[draw] = answers(model, prompts, draw, way, Path(folder), label, made_by)
+      texts[draw] = answers(model, prompts, draw, way, local(folder), label, made_by)
       scores[draw] = score(texts[draw], references)
       _log.info("%s: ROUGE-L %.2f", draw.name, scores[draw]["rougeL"])
   if options.predictions:
     lines = (
       json.dumps({"text": x}, ensure_ascii=False) for x in texts[options.draws[0]]
     )
-    write_text(Path(options.predictions), "".join(line + "\n" for line in lines))
+    write_text(local(options.predictions), "".join(line + "\n" for line in lines))
   drawn = [draw for draw in options.draws if draw.temperature]
   found = mean_and_std([scores[draw] for draw in drawn or options.draws])
   if drawn and drawn != options.draws:

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from okd_jax.data import Record
 from okd_jax.errors import UserError
 from okd_jax.evaluation.held_out import Options, evaluate
 from okd_jax.models import Model
+from okd_jax.runtime.files import local
 from okd_jax.runtime.metrics import finite_or_null
 
 
@@ -44,7 +44,7 @@ def evaluate_sets(
     UserError: as `evaluate`.
   """
   for key, records in sets.items():
-    into = str(Path(options.answers) / key) if options.answers else ""
+    into = str(local(options.answers) / key) if options.answers else ""
     own = dataclasses.replace(options, answers=into)
     yield key, finite_or_null(evaluate(model, records, own, teacher, name))
 

@@ -21,6 +21,7 @@ from okd_jax.models.formats import gguf, hf
 from okd_jax.models.formats.card import licence
 from okd_jax.models.formats.weights import Params, Put
 from okd_jax.models.transformer import Decoder, logits
+from okd_jax.runtime.files import local
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
@@ -124,7 +125,7 @@ def is_part(path: str | os.PathLike) -> bool:
 
 def is_hub_id(path: str | os.PathLike) -> bool:
   """Whether `load` would ask the hub for it."""
-  return not Path(path).expanduser().exists() and bool(_HUB_ID.fullmatch(str(path)))
+  return not local(path).exists() and bool(_HUB_ID.fullmatch(str(path)))
 
 
 def licence_of(path: str | os.PathLike) -> dict[str, str]:
@@ -187,12 +188,12 @@ def even_layers(total: int, n: int) -> list[int]:
 
 def _find(path: str | os.PathLike) -> Path:
   """The .gguf file or the HF folder that `path` means."""
-  local = Path(path).expanduser()
-  if local.is_file():
-    if local.suffix != ".gguf":
+  place = local(path)
+  if place.is_file():
+    if place.suffix != ".gguf":
       raise UserError(f"{path} is a file, but no .gguf; name the model's folder")
-    return local
-  return _model_folder(local) if local.is_dir() else _download(str(path))
+    return place
+  return _model_folder(place) if place.is_dir() else _download(str(path))
 
 
 def _model_folder(folder: Path) -> Path:

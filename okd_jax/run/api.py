@@ -21,6 +21,7 @@ from okd_jax.models import Model
 from okd_jax.run import distill as whole
 from okd_jax.run.distill import Result
 from okd_jax.runtime import files
+from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir, barrier, writes
 
 Named = str | os.PathLike | Model
@@ -63,7 +64,7 @@ def distill(
   Raises:
     UserError: for whatever is wrong with the configuration, a model or the data.
   """
-  place = Path(workdir)
+  place = local(workdir)
   changes: dict[str, Any] = {"method.name": method} if method else {}
   changes |= _teachers(teacher, place) | _student(student, place)
   changes["data.train"] = _data(data, place, "train")

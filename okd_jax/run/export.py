@@ -19,6 +19,7 @@ from okd_jax.run import student
 from okd_jax.run.build import Run, Shapes
 from okd_jax.run.card import made_by
 from okd_jax.run.outline import teacher_paths
+from okd_jax.runtime.files import local
 from okd_jax.runtime.sharding import gathered
 from okd_jax.runtime.workdir import writes
 from okd_jax.teachers.load import load_whole
@@ -156,13 +157,13 @@ def _base_model(path: str) -> str:
   Hub ids stay and folders are whole: PEFT opens what is named from the folder that a
   program runs in. Of a workdir it is the folder of the exported model.
   """
-  local = Path(path).expanduser()
-  if not path or local.is_file():  # PEFT reads no .gguf
+  place = local(path)
+  if not path or place.is_file():  # PEFT reads no .gguf
     return ""
-  if not local.exists():
+  if not place.exists():
     return path
-  exported = local / "student"
-  return str((exported if exported.is_dir() else local).resolve())
+  exported = place / "student"
+  return str((exported if exported.is_dir() else place).resolve())
 
 
 def _save_beside(

@@ -12,9 +12,14 @@ from typing import Any
 from okd_jax.errors import UserError
 
 
+def local(path: str | os.PathLike) -> Path:
+  """A path as people write it: a ~ at its front is their home."""
+  return Path(path).expanduser()
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes beside `path`, then takes its place; makes the folder if it must."""
-  path = Path(path)
+  path = local(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.write_text(text, encoding="utf8")
@@ -32,7 +37,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: if there is no such file, or no object in it.
   """
-  path = Path(path)
+  path = local(path)
   try:
     value = json.loads(path.read_text("utf-8"))
   except FileNotFoundError:
@@ -57,7 +62,7 @@ def replacing(folder: str | os.PathLike, ours: re.Pattern) -> Iterator[Path]:
     UserError: if `folder` holds a file whose name `ours` does not match: it would
       be lost.
   """
-  folder = Path(folder).absolute()
+  folder = local(folder).absolute()
   _refuse_foreign(folder, ours)
   partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
   for leftover in (partial, old):  # of a killed run

@@ -18,6 +18,7 @@ from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.models import ModelConfig, int8
 from okd_jax.runtime import sharding
+from okd_jax.runtime.files import local
 from okd_jax.teachers.store import Store, digest, rows_digest
 
 ONLY = "teacher"  # the name of the only one
@@ -95,7 +96,7 @@ def _random(shape: ModelConfig, settings: Settings, mesh: Mesh) -> PyTree:
 
 def _adapter_folder(teacher: TeacherSettings) -> Path:
   """The PEFT folder that teacher.adapter names, or the one of that run."""
-  folder = Path(teacher.adapter).expanduser()
+  folder = local(teacher.adapter)
   return folder / "adapter" if (folder / "adapter").is_dir() else folder
 
 
@@ -117,7 +118,7 @@ def open_stored(
   for part, examples in {"train": train, "eval": held_out}.items():
     if not examples:
       continue
-    folder = Path(settings.teacher.cache) / part
+    folder = local(settings.teacher.cache) / part
     found[part] = Store(folder, len(examples), stored_key(settings, examples))
     known = found[part].about["vocab_size"]
     if known > vocab_size:

@@ -10,7 +10,6 @@ a method samples have no trunk to keep: there the teacher stays whole.
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -24,6 +23,7 @@ from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, output
+from okd_jax.runtime.files import local
 from okd_jax.teachers import load, precompute, store
 
 MEMORY = "memory"
@@ -93,7 +93,7 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
       return store.Memory(len(rows), " ".join(["trunk", *folder]))
     about = load.teacher_key(settings, rows)
     about |= {"layers": start} | load.dtypes(settings)
-    return store.begin(Path(where, *folder), len(rows), about)
+    return store.begin(local(where).joinpath(*folder), len(rows), about)
 
   train = begun(data.train)
   if _needs_all(method, cast):

@@ -29,6 +29,7 @@ from okd_jax.data import Record, check_vocabulary, prepare, stop_ids
 from okd_jax.data.format import answered_row, decode_response
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, ModelConfig
+from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import writes
 from okd_jax.text.answers_job import BATCHES, Job, answer, checksum
 from okd_jax.text.rollout import Completion, Sampling, generate
@@ -128,7 +129,7 @@ def _job(
 
 
 def _jsonl(path: str | os.PathLike) -> Path:
-  path = Path(path)
+  path = local(path)
   if path.suffix != ".jsonl":
     raise UserError(f"{path}: the output must end in .jsonl, so that it can be read")
   return path

@@ -74,6 +74,47 @@ def test_the_first_complete_form_wins():
   assert parse_record(ultrachat, "w").kind == "messages"
 
 
+@pytest.mark.parametrize(
+  ("row", "wanted"),
+  [
+    # Data sets that were put together: each row has the others' keys, as null.
+    ({"input": None, "output": None}, ("c", ("r",))),
+    ({"input": None, "prompt": None, "completion": None, "text": None}, ("c", ("r",))),
+    ({"input": "", "output": None}, ("c", ("r",))),
+    ({"input": "c", "output": "r"}, ("c", ("r",))),
+    ({"context": None, "input": "x"}, ("x", ("r",))),
+    ({"context": "", "input": "x"}, ("x", ("r",))),
+    ({"response": None, "output": ["a", "b"]}, ("c", ("a", "b"))),
+    ({"input": None, "context": None}, ("", ("r",))),
+  ],
+)
+def test_null_is_absence(row, wanted):
+  row = {"instruction": "i", "context": "c", "response": "r"} | row
+  record = parse_record(row, "f:1")
+  assert record.kind == "instruction"
+  assert (record.input, record.references) == wanted
+
+
+def test_null_beside_other_forms():
+  null = dict.fromkeys(("instruction", "input", "output", "response", "messages"))
+  assert parse_record(null | {"text": "t", "prompt": None}, "f:1").text == "t"
+  row = null | {"prompt": "p", "completion": "c", "context": "of something else"}
+  assert parse_record(row, "f:1").prompt == "p"
+
+
+@pytest.mark.parametrize(
+  ("row", "words"),
+  [
+    ({"output": "other"}, "'output' is 'other' and 'response' is 'r', two names"),
+    ({"input": "x" * 50}, f"'input' is '{'x' * 39}… and 'context' is 'c'"),
+  ],
+)
+def test_two_names_of_one_thing_that_differ(row, words):
+  row = {"instruction": "i", "context": "c", "response": "r"} | row
+  with pytest.raises(UserError, match=f"f:1: {re.escape(words)}"):
+    parse_record(row, "f:1")
+
+
 def test_dolly_by_its_own_names():
   row = {"instruction": "i", "context": "c", "response": "r", "category": "qa"}
   record = parse_record(row, "w")

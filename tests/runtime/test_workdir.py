@@ -1,12 +1,16 @@
 """A run's folder: whole or not at all, made from what it says, by process 0 alone."""
 
 import json
+import re
 
 import jax
 import pytest
 
+from configs import debug
+from okd_jax import evaluate, export
 from okd_jax.errors import UserError
-from okd_jax.runtime import workdir
+from okd_jax.run import distill
+from okd_jax.runtime import files, workdir
 from okd_jax.runtime.workdir import Workdir
 
 ABOUT = {"seed": 0, "model": "a", "ends": (1, 2)}
@@ -162,3 +166,33 @@ def test_parts_are_those_of_the_file(tmp_path):
   for each in [*own, workdir.part(tmp_path / "o1.jsonl"), path]:
     each.write_text("")
   assert workdir.parts(path) == sorted(own) and len({*own}) == 3
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+  """Of whatever is read or written."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert files.local("~/x") == tmp_path / "x"
+  files.write_text("~/deep/a.txt", "a")
+  assert (tmp_path / "deep" / "a.txt").read_text() == "a"
+  files.write_json("~/a.json", {"a": 1})
+  assert files.read_json("~/a.json") == {"a": 1}
+  with files.replacing("~/folder", re.compile("a")) as partial:
+    (partial / "a").touch()
+  assert (tmp_path / "folder" / "a").exists()
+
+
+def test_commands_write_where_a_tilde_says(tmp_path, monkeypatch):
+  """A finished run, by a command that is told of it and of outputs by a tilde."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config = debug.get_config()
+  config.train.steps, config.eval.generate_limit = 1, 1
+  config.data.train, config.data.holdout = "embedded:eval", 4
+  distill.run(config, files.local("~/run"))
+  monkeypatch.chdir(tmp_path)
+  export.main(["--workdir=~/run", "--output=~/out", "--adapter=~/adapter"])
+  given = ["--model=~/run", "--data=~/rows.jsonl", "--output=~/scores.json"]
+  (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+  evaluate.main([*given, "--predictions=~/said.jsonl"])
+  found = {path.name for path in tmp_path.iterdir()}
+  assert found >= {"run", "out", "adapter", "adapter_base", "scores.json", "said.jsonl"}
+  assert not (tmp_path / "~").exists()
