@@ -52,6 +52,29 @@ def test_the_best_reference_counts():
     ("a b", "ab", False),
     ("the cat", "cat", False),  # articles count
     ("", "yes", False),
+    ("", "", True),
+    # Signs and points of numbers are no punctuation.
+    ("1.0", "10", False),
+    ("1.0.", "1.0", True),
+    (".5", "5", False),
+    ("-5", "5", False),
+    ("\u22125", "-5", True),
+    ("x = -5", "x 5", False),
+    ("5-3", "53", False),
+    ("- 5", "5", True),
+    ("1,000,000", "1000000", True),
+    ("1,5", "15", False),
+    # Nor is what names end in.
+    ("C++", "C", False),
+    ("C++.", "c++", True),
+    ("C#", "C", False),
+    ("A+", "A", False),
+    ("a+b", "ab", True),
+    # Of what is nothing but punctuation each is itself alone.
+    ("?!", "...", False),
+    (" ... ", "...", True),
+    ("你好。", "你好", True),
+    ("«Да»", "да", True),
   ],
 )
 def test_exact_match_ignores_case_punctuation_and_spaces(prediction, reference, same):
@@ -83,7 +106,17 @@ def test_means_over_rows():
     ("café noir", ["café bleu"], 50.0),
     # 'na', 've' of 3 and 3: an umlaut splits a word, P = R = 2/3.
     ("naïve one", ["naïve two"], 66.6667),
-    ("北京", ["北京"], 0.0),  # nothing that rouge_score takes for a word
+    # Where most letters are of another script, words are of any letters …
+    ("Привет, мир", ["привет мир!"], 100.0),
+    ("नमस्ते दुनिया", ["नमस्ते भारत"], 50.0),
+    ("γεια κόσμε ok", ["γεια κόσμε okays"], 66.6667),
+    # … and characters where a script has no spaces.
+    ("北京", ["北京"], 100.0),
+    ("我爱北京", ["我在北京。"], 75.0),
+    ("สวัสดี", ["สวัสดี"], 100.0),
+    ("ﾃｽﾄ", ["テスト"], 100.0),  # of half width
+    # A few letters of another script make no other text.
+    ("the letter π is pi", ["the letter π is nice"], 75.0),
   ],
 )
 def test_by_hand_to_four_decimals(prediction, references, want):
