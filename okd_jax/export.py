@@ -20,6 +20,7 @@ from okd_jax.runtime.workdir import Workdir
 def main(arguments: list[str]) -> None:
   """Exports as the arguments say; a UserError if there is no such checkpoint."""
   args = _parser().parse_args(arguments)
+  card.check_name(args.push_to_hub, args.public)
   workdir = Workdir(local(args.workdir))
   if not workdir.checkpoints.is_dir() or not workdir.config.exists():
     raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")

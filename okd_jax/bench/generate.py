@@ -98,20 +98,28 @@ def _rows(flags: argparse.Namespace, results: dict[str, Any]) -> dict[str, str]:
     "tokens/s": f"{speed['median']:.1f} (median of {flags.repeats}; "
     f"{speed['min']:.1f} to {speed['max']:.1f})",
     "ms per token": f"{results['ms_per_token']:.3f} (of a row; the whole batch's step)",
-    "where": f"{results['prompts_ms']:.0f} ms for the prompts and the first token, "
-    f"{ms:.3f} ms for each later one",
-    "floor": f"{results['floor_ms']:.3f} ms to read weights and cache at "
-    f"{results['read_rate'] / 1e9:.0f} GB/s; a later token takes "
-    f"{results['to_floor']:.2f} times that",
     "compile": f"{results['compile_s']:.2f} s",
   }
+  if flags.max_new_tokens > 1:
+    rows["where"] = (
+      f"{results['prompts_ms']:.0f} ms for the prompts and the first token, "
+      f"{ms:.3f} ms for each later one"
+    )
+    rows["floor"] = (
+      f"{results['floor_ms']:.3f} ms to read weights and cache at "
+      f"{results['read_rate'] / 1e9:.0f} GB/s, if none of it stays in a processor's "
+      f"cache; a later token takes {results['to_floor']:.2f} times that"
+    )
   if memory := results["memory_bytes"]:
     rows["memory"] = measure.mebibytes(memory)
   return rows
 
 
 def _bytes_read(model: Model, flags: argparse.Namespace) -> float:
-  """What a token reads: layers, head and, on average over the run, the cache."""
+  """What a token reads: layers, head and, on average over the run, the cache.
+
+  Of experts all, which a batch of several rows comes to need.
+  """
   params, config = dict(model.params), model.config
   if not config.tie_embeddings:
     del params["embed"]  # a few rows of it

@@ -263,7 +263,8 @@ def _in_part(student: Decoder, state: TrainState) -> flops.InPart | None:
     of_layers = path.startswith("layers/")
     rows = adapter.moves(path, total if of_layers else 1)
     if of_layers and path.endswith("/kernel"):
-      kernels += int(rows.sum()) * shape.size // total
+      used = config.experts_per_token / config.experts if "/experts_" in path else 1
+      kernels += int(rows.sum() * shape.size * used) // total
     if rows.any() and path.split("/")[0] not in ("head", "norm", "narrow"):
       lowest = min(lowest, int(np.argmax(rows)) if of_layers else 0)
   head = "embed/embedding" if config.tie_embeddings else "head"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from okd_jax.config.section import DTYPES, Section, among, least
 from okd_jax.errors import UserError
 from okd_jax.methods.base import TokenWeight
-from okd_jax.models import even_layers
+from okd_jax.models import adapters, even_layers
 
 INT8 = "int8"  # of a frozen teacher's kernels
 
@@ -66,8 +66,13 @@ class StudentAdapterSettings(Section):
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
-    if self.kind not in ("", "lora"):
+    if self.kind not in ("", adapters.Lora.kind):
       yield f"student.adapter.kind={self.kind!r} must be 'lora' or empty"
+    elif self.kind:
+      try:
+        adapters.make(**vars(self))
+      except UserError as error:
+        yield str(error).replace("adapter.", "student.adapter.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +101,7 @@ class StudentSettings(Section):
   @property
   def narrow(self) -> bool:
     """Whether it has fewer heads and MLP channels than the teacher."""
-    return self.width < 1
+    return self.width != 1
 
   @property
   def _numbers(self) -> list[int]:
@@ -138,7 +143,7 @@ class StudentSettings(Section):
         "say where the student starts by exactly one of student.path, student.layers "
         f"or width, and student.model.hidden_size (set: {', '.join(given) or 'none'})"
       )
-    if not 0 < self.width <= 1:
+    if not 0 < self.width <= 1:  # NaN, too
       yield f"student.width={self.width} must be above 0 and at most 1"
     yield from least(self, "student", layers=0)
     yield from self._problems_in_part()
@@ -160,6 +165,8 @@ class StudentSettings(Section):
 
   def _problems_in_part(self) -> Iterator[str]:
     yield from among("student.dtype", self.dtype or "float32", (*DTYPES, INT8))
+    if self.frozen:
+      yield from adapters.Part.problems_of(self.frozen)
     if self.frozen and self.adapter.kind:
       yield (
         f"student.frozen={self.frozen!r}: with student.adapter.kind="

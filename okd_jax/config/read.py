@@ -26,7 +26,8 @@ _log = logging.getLogger(__name__)
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 _TEACHERS = "teachers."
-_SEVERAL = re.compile(r"[a-zA-Z][\w-]*(, *[a-zA-Z][\w-]*)+")  # words, not numbers
+_WORD = r"\d*[a-zA-Z_][\w-]*"  # and no number
+_SEVERAL = re.compile(rf"[\[(]? *({_WORD} *, *)+{_WORD} *[\])]?")
 _PACKAGE = "configs"  # what recipes import their neighbours from
 
 
@@ -279,10 +280,10 @@ def _parsed(config: ConfigDict, changes: Mapping[str, str]) -> ConfigDict:
 
 def _words(config: ConfigDict, key: str, text: str) -> str:
   """Of a key that holds several: 'query,up' is ('query', 'up'), as people write it."""
-  several = _SEVERAL.fullmatch(text) and key in keys(config)
+  several = _SEVERAL.fullmatch(text.strip()) and key in keys(config)
   if not several or not isinstance(_value(config, key), tuple):
     return text
-  return repr(tuple(word.strip() for word in text.split(",")))
+  return repr(tuple(word.strip() for word in text.strip("[]() ").split(",")))
 
 
 def _assigned(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

@@ -165,9 +165,10 @@ def _split(
   tokenizer: PreTrainedTokenizerBase,
 ) -> Iterable[tuple[list[int], list[int]]]:
   """(prompt, response with its end if it has one) of each text, in tokens."""
-  front, special = _front_ids(tokenizer), _special_ids(tokenizer)
   prompts = _tokens([text.prompt for text in texts], tokenizer)
   fulls = _tokens([text.full for text in texts], tokenizer)
+  some = next((t.full for t, ids in zip(texts, fulls, strict=True) if ids), "")
+  front, special = front_ids(tokenizer, some), _special_ids(tokenizer)
   responses = [
     full[len(prompt) :] if full[: len(prompt)] == prompt else None
     for prompt, full in zip(prompts, fulls, strict=True)
@@ -185,8 +186,10 @@ def _split(
       response = _ended(response, tokenizer)
     if text.chat:
       yield prompt, response
+    elif text.prompt:
+      yield after(front, prompt), response
     else:
-      yield (front + prompt, response) if text.prompt else ([], front + response)
+      yield [], after(front, response)
 
 
 def _ended(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -285,13 +288,31 @@ def _tokens(
   )["input_ids"]
 
 
-def _front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def front_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
   """What the tokenizer puts before a text by default: BOS, or nothing.
 
   What it puts after one, an EOS say, is left out: a prompt has not ended.
+
+  text: any; what is put there does not depend on it.
   """
-  probe = tokenizer("a", return_special_tokens_mask=True)
-  return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
+  [bare] = _tokens([text], tokenizer)
+  whole = tokenizer(text, verbose=False)["input_ids"]
+  if not bare and whole:  # before nothing, or after it?
+    words = (tokenizer.decode([i], skip_special_tokens=True) for i in _ids(tokenizer))
+    some = next((word for word in words if _tokens([word], tokenizer)[0]), "")
+    return front_ids(tokenizer, some) if some else []
+  starts = range(len(whole) - len(bare) + 1)
+  found = (start for start in starts if whole[start : start + len(bare)] == bare)
+  return whole[: next(found, 0)]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+  return sorted(tokenizer.get_vocab().values())
+
+
+def after(front: list[int], ids: list[int]) -> list[int]:
+  """The ids behind what stands before a text, once: some texts write a BOS out."""
+  return ids if ids[: len(front)] == front else front + ids
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

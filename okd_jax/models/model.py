@@ -26,6 +26,7 @@ from okd_jax.runtime.files import local
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt"]
 _HUB_FILES += ["README.md"]  # which names the licence
+_BLOCK, _BLOCKS = 2**16, 64  # bytes of one, and how many of a large file are read
 _HUB_SKIP = ["*/*", "consolidated*"]  # other formats of the same weights
 
 
@@ -90,7 +91,7 @@ def load(
   >>> model.logits(model.params, jnp.zeros((1, 3), jnp.int32)).shape
   (1, 3, 8)
   """
-  place = _find(path)
+  place = place_of(path)
   reader = gguf if place.is_file() else hf
   how = {"params": params, "quantize": quantize, "layers": layers}
   return Model(*reader.load(place, dtype=dtype, put=put, **how))
@@ -102,7 +103,7 @@ def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizer
   Raises:
     UserError: as `load` does, and if there is none.
   """
-  place, tokenizer = _find(path), None
+  place, tokenizer = place_of(path), None
   if place.is_dir() and not hf.is_model(place):
     tokenizer = hf.load_tokenizer(place)
   tokenizer = tokenizer or load(place, params=False).tokenizer
@@ -113,13 +114,13 @@ def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizer
 
 def template_of(path: str | os.PathLike) -> str:
   """The data.template that a model exported by a run asks for, '' of any other."""
-  place = _find(path)
+  place = place_of(path)
   return "" if place.is_file() else hf.template(place)
 
 
 def is_part(path: str | os.PathLike) -> bool:
   """Whether the model is the text part of a larger one, which is all that is read."""
-  place = _find(path)
+  place = place_of(path)
   return place.is_dir() and hf.is_part(place)
 
 
@@ -132,9 +133,9 @@ def licence_of(path: str | os.PathLike) -> dict[str, str]:
   """The fields license, license_name and license_link of a model, where it names them.
 
   Raises:
-    UserError: as `load` does where there is no model, or for a card it cannot read.
+    UserError: as `load` does where there is no model.
   """
-  place = _find(path)
+  place = place_of(path)
   return gguf.licence(place) if place.is_file() else licence(place / "README.md")
 
 
@@ -144,10 +145,30 @@ def fingerprint(path: str | os.PathLike) -> str:
   Raises:
     UserError: as `load` does where there is no model.
   """
-  place, total = _find(path), hashlib.sha256()
+  place, total = place_of(path), hashlib.sha256()
   for file in [place] if place.is_file() else hf.files(place):
     with file.open("rb") as stream:
       total.update(hashlib.file_digest(stream, "sha256").digest())
+  return total.hexdigest()
+
+
+def glance(path: str | os.PathLike) -> str:
+  """A digest of a model's files that is soon there, however large they are.
+
+  Of each file it reads the size and some blocks spread over it, which other weights
+  would hardly share.
+
+  Raises:
+    UserError: as `load` does where there is no model.
+  """
+  place, total = place_of(path), hashlib.sha256()
+  for file in [place] if place.is_file() else hf.files(place):
+    size = file.stat().st_size
+    total.update(f"{size} ".encode())
+    with file.open("rb") as stream:
+      for start in range(0, size, max(_BLOCK, size // _BLOCKS)):
+        stream.seek(start)
+        total.update(stream.read(_BLOCK))
   return total.hexdigest()
 
 
@@ -186,8 +207,12 @@ def even_layers(total: int, n: int) -> list[int]:
   return np.linspace(0, total - 1, n).round().astype(int).tolist()
 
 
-def _find(path: str | os.PathLike) -> Path:
-  """The .gguf file or the HF folder that `path` means."""
+def place_of(path: str | os.PathLike) -> Path:
+  """The .gguf file or the HF folder that `path` means; of the hub it is fetched.
+
+  Raises:
+    UserError: where there is none.
+  """
   place = local(path)
   if place.is_file():
     if place.suffix != ".gguf":

@@ -37,7 +37,8 @@ def narrow_config(config: ModelConfig, width: float) -> ModelConfig:
   """The shape with this share of the heads and MLP channels, rounded, at least one.
 
   Heads go by groups that share keys and values, or, where there is one group, within
-  it. They stay where the family's layout cannot say that a model has fewer.
+  it; so many as come nearest of the numbers that the family's layout can say, and that
+  may be all of them.
 
   Raises:
     UserError: for a mixture of experts.
@@ -50,14 +51,17 @@ def narrow_config(config: ModelConfig, width: float) -> ModelConfig:
   mlp_size = _share(config.mlp_size, width)
   config = dataclasses.replace(config, mlp_size=mlp_size)
   groups, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
-  kept = _share(groups, width)
-  size = group if groups > 1 else _share(group, width)
-  fewer = dataclasses.replace(config, num_kv_heads=kept, num_heads=kept * size)
-  try:
-    hf.hf_config(fewer)
-  except UserError:
-    return config
-  return fewer
+  total = groups if groups > 1 else group
+  for count in sorted(range(total, 0, -1), key=lambda n: abs(n - total * width)):
+    kept = (count, count * group) if groups > 1 else (1, count)
+    heads = dict(zip(("num_kv_heads", "num_heads"), kept, strict=True))
+    fewer = dataclasses.replace(config, **heads)
+    try:
+      hf.hf_config(fewer)
+    except UserError:
+      continue
+    return fewer
+  return config
 
 
 def choose_kept(squares: Squares, config: ModelConfig, narrow: ModelConfig) -> Kept:

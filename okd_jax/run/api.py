@@ -50,7 +50,7 @@ def distill(
     teacher: a path, a hub id or a loaded `Model`; several by name for the method
       'ensemble'; None where the method has none, or a teacher cache is read.
     student: where it starts: a path, a hub id or a `Model`; a number of the teacher's
-      layers; or the dimensions of a random one, as config.student.model has them.
+      layers; the dimensions of a random one (student.model), or {} if **keys say it.
     data: rows (dicts with the keys that data files have), or paths or dataset ids.
     workdir: the folder of the run.
     method: a key of `okd_jax.METHODS`; None is the recipe's, of 'default' okd.

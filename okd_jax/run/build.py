@@ -11,7 +11,7 @@ from okd_jax.config.schema import Settings
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
 from okd_jax.methods import Method
-from okd_jax.run import checks, student
+from okd_jax.run import checks, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
 from okd_jax.run.data import Data, read_data
 from okd_jax.run.job import Job, check
@@ -105,6 +105,7 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
   sources = source_list(job.settings.data.train)
   shape = outline(job, workdir, lambda: load_records(sources))
+  identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))
   if job.settings.student.in_part:
     if job.settings.student.from_teacher:

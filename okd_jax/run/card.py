@@ -22,12 +22,13 @@ def of_student(settings: Settings, workdir: Path, step: int) -> Card:
   Its licence is export.license, or that of the model whose weights it starts from.
 
   Raises:
-    UserError: for metrics or another model's card that cannot be read.
+    UserError: for metrics that cannot be read.
   """
   paths = list(teacher_paths(settings).values())
   start = settings.student.path
   from_teacher = settings.teacher.path if settings.student.from_teacher else ""
   rows = {"Student's start": start or _start(settings)} | made_by(settings).rows
+  rows |= _trained(settings)
   licence = {"license": settings.export.license} if settings.export.license else {}
   return Card(
     rows | {"Steps": f"{step:,}"},
@@ -45,6 +46,16 @@ def made_by(settings: Settings) -> Card:
   teachers = ", ".join(teacher_paths(settings).values())
   method, data = settings.method.name, settings.data.train
   return Card({"Teacher": teachers or "–", "Method": method, "Data": data})
+
+
+def check_name(name: str, public: bool) -> None:
+  """Raises a UserError for a name that no model on the hub can have."""
+  if public and not name:
+    raise UserError("--public says who sees what --push_to_hub uploads; set that, too")
+  try:
+    huggingface_hub.utils.validate_repo_id(name or "none")
+  except huggingface_hub.utils.HFValidationError as error:
+    raise UserError(f"--push_to_hub={name!r} is no OWNER/NAME on the hub") from error
 
 
 def push(place: Path, name: str, public: bool) -> str:
@@ -83,6 +94,17 @@ def _start(settings: Settings) -> str:
   return which + (f", width {student.width}" if student.narrow else "")
 
 
+def _trained(settings: Settings) -> dict[str, str]:
+  """What was trained of the student, if that was not all."""
+  student = settings.student
+  if not student.in_part:
+    return {}
+  own = student.adapter
+  lora = f"LoRA of rank {own.rank} on {' '.join(own.targets)}, merged in"
+  what = lora if own.kind else f"all but {student.frozen!r}"
+  return {"Trained": what + (f", beside {student.dtype}" if student.dtype else "")}
+
+
 def _measured(workdir: Path, step: int) -> dict[str, str]:
   """The figures of that step, as tables show them; none if it was not measured."""
   found = {}
@@ -104,4 +126,4 @@ def _dataset(source: str) -> str:
 
 
 def _licence(path: str) -> dict[str, str]:
-  return dict(models.licence_of(path)) if path else {}
+  return models.licence_of(path) if path else {}

@@ -225,7 +225,16 @@ def _choose_kept(
   with jax.set_mesh(mesh):
     batches = _batches(settings, data.train[:_ACTIVE_ROWS], mesh)
     squares = activity.mean_squares(decoder, frozen[name], batches, mesh)
-  layers = settings.student.taken(decoder.config.num_layers)
+  whole = decoder.config
+  _log.info(
+    "student.width=%s: of each layer %d of %d heads and %d of %d MLP channels",
+    settings.student.width,
+    student.num_heads,
+    whole.num_heads,
+    student.mlp_size,
+    whole.mlp_size,
+  )
+  layers = settings.student.taken(whole.num_layers)
   squares = {part: values[layers] for part, values in squares.items()}
   return models.choose_kept(squares, decoder.config, student)
 

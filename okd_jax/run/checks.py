@@ -62,7 +62,7 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
   if settings.teacher.named or method.several:
     return
   if settings.student.from_teacher:
-    yield "student.layers and which_layers need teacher.path"
+    yield "student.layers, which_layers and width need a teacher, such as teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
 
@@ -140,7 +140,7 @@ def _problems_of_several(settings: Settings, names: list[str]) -> Iterator[str]:
       if getattr(one, key):
         yield f"teacher.{key} is of a single teacher; leave it out beside teachers"
     if settings.student.from_teacher:
-      yield "student.layers takes layers from a single teacher; set student.path"
+      yield "student.layers and width take from a single teacher; set student.path"
   if settings.adapter.text or settings.adapter.kind == "blocks":
     yield "adapter.text and adapter.kind=blocks are for a single teacher"
   weights = settings.method.knobs.get("teacher_weights", ())
@@ -170,8 +170,9 @@ def _token_problems(settings: Settings, method: Method) -> Iterator[str]:
     return
   if settings.student.from_teacher:
     yield (
-      "student.layers takes the teacher's embeddings, but under method.cross_tokenizer "
-      "the student has tokens of its own; set student.path or student.model.hidden_size"
+      "student.layers or width takes the teacher's embeddings, but under "
+      "method.cross_tokenizer the student has tokens of its own; set student.path or "
+      "student.model.hidden_size"
     )
   if not (settings.student.path or settings.data.tokenizer):
     yield (
@@ -213,7 +214,7 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
     problem = "method.end.temperature: what is stored has one temperature"
   elif settings.student.from_teacher:
     problem = (
-      "student.layers and which_layers take layers from the teacher; name the "
+      "student.layers, which_layers and width take weights of the teacher; name the "
       "start by student.path or student.model"
     )
   if problem:

@@ -20,7 +20,7 @@ from okd_jax.run.export import (
   export_student_adapter,
   export_teachers,
 )
-from okd_jax.run.identity import growth, tell_growth
+from okd_jax.run.identity import check_models, growth, models_of, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
@@ -128,6 +128,7 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   if not longer and workdir.report.exists():
     _log.info("%s is finished already; name another workdir to run anew", workdir.path)
     return
+  check_models(check(part.config).settings, workdir)
   own = build(part.config, workdir)
   if longer:
     tell_growth(own.settings, own.method)
@@ -168,6 +169,8 @@ def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
   workdir.remove(workdir.report)  # of the run as it was, if it is longer now
   if file := part.config.method.file:
     workdir.write_text(workdir.method, Path(file).read_text(encoding="utf8"))
+  if not workdir.models.exists():
+    workdir.write_json(workdir.models, models_of(own.settings))
   workdir.write_json(workdir.config, part.config.to_dict())
   if own.cast.choice:
     # Never without its config.json, so no run ever reads another one's.

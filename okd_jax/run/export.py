@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxtyping import PyTree
+from transformers import PreTrainedTokenizerBase
 
 from okd_jax import models
 from okd_jax.errors import UserError
@@ -72,7 +73,7 @@ def export_student_adapter(
   base = _base_model(settings.student.path)
   if not base:
     frozen = int8.dequantized(run.cast.frozen[STUDENT])
-    base = _save_beside(run, folder, frozen, decoder.config)
+    base = _save_beside(run, folder, frozen, decoder.config, run.outline.tokenizer)
   tree = gathered(params[STUDENT])
   if writes():
     models.save_adapter(folder, tree, decoder.adapter, decoder.config, base)
@@ -103,7 +104,8 @@ def export_teachers(
       continue
     frozen = run.cast.frozen.get(name) or _teacher(run, name)
     card = _card(run, Blocks=", ".join(map(str, adapter.blocks)))
-    _save(run, place, adapter.merge(frozen, tree), decoder.config, card)
+    whole = adapter.merge(frozen, tree)
+    _save(run, place, whole, decoder.config, run.outline.tokenizer, card)
 
 
 def export_merged(
@@ -124,7 +126,8 @@ def export_merged(
     tree = decoder.adapter.merge(whole, params["adapter"][name])
     card = _card(run, Merged=decoder.adapter.kind)
     place = folder if alone else folder / name
-    _save(run, place, tree, decoder.config, card, _template(run))
+    tokenizer = _teachers_tokenizer(run)
+    _save(run, place, tree, decoder.config, tokenizer, card, _template(run))
 
 
 # What a run can write beside its student: by a command's flag, how, and what it is.
@@ -140,7 +143,8 @@ def _base_of_teacher(run: Run | Shapes, name: str, place: Path) -> str:
   settings = run.job.settings
   base = _base_model(teacher_paths(settings).get(name, ""))
   if not base or settings.teacher.adapter:  # the sum of both is in no folder yet
-    return _save_beside(run, place, _teacher(run, name), run.outline.teachers[name])
+    config, tokenizer = run.outline.teachers[name], _teachers_tokenizer(run)
+    return _save_beside(run, place, _teacher(run, name), config, tokenizer)
   if models.is_part(base):
     _log.warning(
       "%s: the adapter is of the text model of %s alone, and PEFT, which opens the "
@@ -162,17 +166,24 @@ def _base_model(path: str) -> str:
     return ""
   if not place.exists():
     return path
-  exported = place / "student"
-  return str((exported if exported.is_dir() else place).resolve())
+  return str(models.place_of(place).resolve())
+
+
+def _teachers_tokenizer(run: Run | Shapes) -> PreTrainedTokenizerBase:
+  return run.outline.teacher_tokenizer or run.outline.tokenizer
 
 
 def _save_beside(
-  run: Run | Shapes, place: Path, params: PyTree, config: ModelConfig
+  run: Run | Shapes,
+  place: Path,
+  params: PyTree,
+  config: ModelConfig,
+  tokenizer: PreTrainedTokenizerBase,
 ) -> str:
   """Writes the model under the adapter at `place`; returns where it is."""
   folder = place.with_name(f"{place.name}_base").resolve()
   card = Card({"Made for": f"the adapter in {place.name}"})
-  _save(run, folder, params, config, card)
+  _save(run, folder, params, config, tokenizer, card)
   return str(folder)
 
 
@@ -187,17 +198,18 @@ def _save(
   folder: Path,
   params: PyTree,
   config: ModelConfig,
+  tokenizer: PreTrainedTokenizerBase,
   card: Card,
   template: str = "",
 ) -> None:
-  """Writes a model that is not the student's, with the teacher's tokens."""
+  """Writes a model that is not the student."""
   tree = gathered(params)
   if writes():
     models.save(
       folder,
       tree,
       config,
-      run.outline.teacher_tokenizer or run.outline.tokenizer,
+      tokenizer,
       dtype=run.job.settings.export.dtype,
       card=card,
       template=template,

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from okd_jax import models
 from okd_jax.config import read
 from okd_jax.config.schema import Settings
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
+from okd_jax.runtime.files import read_json
 from okd_jax.runtime.workdir import Workdir
+from okd_jax.teachers.load import adapter_digest
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +64,41 @@ def _check_method_file(file: str, workdir: Workdir) -> None:
         f"method.file={file} has changed since the run in {workdir.path} began; name "
         f"another workdir, or put back {workdir.method}, which is the file as it was"
       )
+
+
+def models_of(settings: Settings) -> dict[str, str]:
+  """Digests of the models and the adapter that the settings name, by their keys.
+
+  Raises:
+    UserError: for one that is not there.
+  """
+  paths = {"student.path": settings.student.path}
+  if not settings.teacher.cache:
+    paths |= {"teacher.path": settings.teacher.path}
+    paths |= {f"teachers.{name}": path for name, path in settings.teachers.items()}
+  found = {key: models.glance(path) for key, path in paths.items() if path}
+  if settings.teacher.adapter:
+    found["teacher.adapter"] = adapter_digest(settings.teacher)
+  return found
+
+
+def check_models(settings: Settings, workdir: Workdir) -> None:
+  """Refuses models that are others now than when the run in the workdir began.
+
+  Names stay where folders change: a run that a student came from may be longer now.
+
+  Raises:
+    UserError: that names one.
+  """
+  if not workdir.models.exists():  # a run of before there was this file, or none
+    return
+  saved = read_json(workdir.models)
+  changed = [k for k, now in models_of(settings).items() if saved.get(k, now) != now]
+  if changed:
+    raise UserError(
+      f"{changed[0]}: the model is another than when the run in {workdir.path} began; "
+      "put that one back, or name another workdir"
+    )
 
 
 def tell_growth(settings: Settings, method: Method) -> None:

@@ -72,6 +72,11 @@ class Workdir:
     return self.path / "blocks.json"
 
   @property
+  def models(self) -> Path:
+    """Digests of the models that the run began with."""
+    return self.path / "models.json"
+
+  @property
   def width(self) -> Path:
     """Which of the teacher's heads and MLP channels a narrower student starts from."""
     return self.path / "width.json"

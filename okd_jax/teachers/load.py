@@ -151,13 +151,14 @@ def teacher_key(settings: Settings, examples: Sequence[Example]) -> dict[str, An
   key, teacher = {"data": rows_digest(examples)}, settings.teacher
   if teacher.path:
     key["teacher"] = models.fingerprint(teacher.path)
-    key["adapter"] = _adapter_digest(teacher)
+    key["adapter"] = adapter_digest(teacher)
   elif teacher.model.wanted:
     key["teacher"] = f"random, seed {settings.train.seed}: {teacher.model}"
   return key
 
 
-def _adapter_digest(teacher: TeacherSettings) -> str:
+def adapter_digest(teacher: TeacherSettings) -> str:
+  """A digest of teacher.adapter's files, '' where there is none."""
   if not teacher.adapter:
     return ""
   files = sorted(_adapter_folder(teacher).glob("adapter_*"))

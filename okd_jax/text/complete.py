@@ -138,13 +138,11 @@ def _prompt_tokens(model: Model, prompt: str, template: str) -> list[int]:
 
 
 def _plain_tokens(model: Model, prompt: str) -> list[int]:
-  """The prompt as it is, after what the tokenizer puts before a text by default.
+  """The prompt as it is, after what the tokenizer puts before a text by default."""
+  from okd_jax.data.encode import after, front_ids
 
-  What it puts after one, an EOS say, is left out: a prompt has not ended.
-  """
-  probe = model.tokenizer("a", return_special_tokens_mask=True)
-  front = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
-  return front + model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+  ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+  return after(front_ids(model.tokenizer, prompt), ids)
 
 
 def _chat_tokens(model: Model, prompt: str) -> list[int]:

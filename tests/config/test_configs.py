@@ -272,6 +272,8 @@ def test_stages_leave_the_runs_own_method_to_it(recipe, tmp_path):
   [
     ("query,up", ("query", "up")),
     ("query, value,up", ("query", "value", "up")),
+    (" [query,up]", ("query", "up")),
+    ("2b,9b-it", ("2b", "9b-it")),
     ("('query', 'up')", ("query", "up")),
     ("query", ("query",)),
   ],

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from chats import CHATML, LONG_TALK, chat_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from okd_jax.data import (
   Counts,
@@ -139,6 +140,37 @@ def test_no_seam_means_the_tokens_of_the_whole_text():
   whole = tokenizer("The answer is Paris")["input_ids"]
   assert example.tokens.tolist() == [*whole, tokenizer.eos_token_id]
   assert example.prompt_length == 3
+
+
+def test_a_bos_that_is_written_out_is_the_only_one():
+  """As in rows that somebody rendered for LLaMA: '<s>[INST] … [/INST] …'."""
+  tokenizer = framed_tokenizer()
+  bos = tokenizer.bos_token_id
+  [text] = encode(Record("text", "f:1", text="<s>abc"), tokenizer, **ROOMY)
+  assert text.tokens.tolist() == [bos, *b"abc", EOS]
+  [row] = encode(ask("<s>ab", "xyz"), tokenizer, **ROOMY)
+  assert spans(row) == ([bos, *b"ab"], [*b"xyz", EOS])
+  [inside] = encode(ask("a<s>b", "xyz"), tokenizer, **ROOMY)
+  assert spans(inside) == ([bos, *b"a", bos, *b"b"], [*b"xyz", EOS])
+
+
+def test_a_vocabulary_without_letters_that_anybody_could_probe_with():
+  """Twenty amino acids and no token for the unknown: a, j, u and x are none."""
+  letters = "ACDEFGHIKLMNPQRSTVWY"
+  vocabulary = {letter: i for i, letter in enumerate(letters)}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  backend.add_special_tokens(["<s>", "</s>"])
+  bos, eos = 20, 21
+  backend.post_processor = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", bos)]
+  )
+  tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+  )
+  [row] = encode(ask("MK", "VL"), tokenizer, **ROOMY)
+  ids = [vocabulary[letter] for letter in "MKVL"]
+  assert spans(row) == ([bos, *ids[:2]], [*ids[2:], eos])
+  assert stop_ids(tokenizer) == (eos,)
 
 
 def test_bos_is_kept_and_eos_is_never_doubled():

@@ -410,7 +410,7 @@ def test_each_model_is_judged_in_its_own_tokens(run):
     (dict(data={"tokenizer": ""}), "a new student needs a tokenizer"),
     (
       dict(student={"layers": 1, "model": {"hidden_size": 0}}),
-      "student.layers takes the teacher's embeddings",
+      "student.layers or width takes the teacher's embeddings",
     ),
     (dict(data={"max_prompt_length": 30}), "prompts are longer|no record fits"),
   ],

@@ -119,8 +119,13 @@ def test_the_most_active_stay():
     choose_kept(squares | {"down": squares["down"] * np.nan}, config, config)
 
 
-def test_where_a_family_cannot_say_it_heads_stay():
-  """GPT-2's heads are as wide as their number leaves them."""
+def test_the_nearest_number_of_heads_that_a_family_can_say():
+  """GPT-2's heads are as wide as their number leaves them; LLaMA's divide its width."""
+  llama = models.preset(
+    "llama", vocab_size=40, hidden_size=64, num_layers=1, num_heads=8, num_kv_heads=8
+  )
+  found = {w: narrow_config(llama, w).num_heads for w in (1, 0.9, 0.75, 0.6, 0.5, 0.1)}
+  assert found == {1: 8, 0.9: 8, 0.75: 8, 0.6: 4, 0.5: 4, 0.1: 1}
   gpt2 = CONFIGS["gpt2"]
   narrow = narrow_config(gpt2, 0.5)
   assert narrow.num_heads == gpt2.num_heads and narrow.mlp_size == gpt2.mlp_size // 2

@@ -87,9 +87,51 @@ def test_headers_of_others(tmp_path):
   assert licence(readme) == {}
   readme.write_text("---\nlicense: mit\ntags: [a]\n---\ntext")
   assert licence(readme) == {"license": "mit"}
-  readme.write_text("---\nlicense: [mit\n---\ntext")
-  with pytest.raises(UserError, match=r"README.md: its header is no YAML"):
-    licence(readme)
+  readme.write_text("---\nlicense: [mit, x]\n---\ntext")
+  assert licence(readme) == {}
+
+
+def test_a_header_that_nobody_can_read_stops_no_export(tmp_path, caplog):
+  readme = tmp_path / "README.md"
+  readme.write_text("---\nlicense: mit: x\n---\ntext")
+  assert licence(readme) == {}
+  [told] = caplog.messages
+  assert told.startswith(f"{readme}: its header is no YAML (") and "\n" not in told
+
+
+def test_no_path_is_published(tmp_path):
+  """Each of several, wherever it stands."""
+  (tmp_path / "secret").mkdir()
+  rows = {"Data": f"org/set, {tmp_path}/secret/rows.jsonl,embedded", "Teacher": "–"}
+  text = model_card(SHAPE, 1000, Card(rows | {"Student's start": f"{tmp_path}/secret"}))
+  assert str(tmp_path) not in text
+  assert "| Data | org/set, rows.jsonl, embedded |" in text
+  assert "| Student's start | secret |" in text
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"student.frozen": "embed"}, "all but 'embed'"),
+    (
+      {"student.adapter.kind": "lora", "student.dtype": "int8"},
+      "LoRA of rank 32 on query value, merged in, beside int8",
+    ),
+  ],
+)
+def test_what_was_trained_in_part(changes, said, tmp_path):
+  assert card.of_student(settings(**changes), tmp_path, 1).rows["Trained"] == said
+
+
+@pytest.mark.parametrize(
+  ("name", "public", "words"),
+  [("a b/c", False, "is no OWNER/NAME"), ("", True, "--public says who sees")],
+)
+def test_names_are_checked_first(name, public, words):
+  with pytest.raises(UserError, match=words):
+    card.check_name(name, public)
+  card.check_name("me/student-1.0", public)
+  card.check_name("", False)
 
 
 class Hub:

@@ -2,12 +2,16 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 from commands import call, losses, rows, train
 from small import config
 
+from okd_jax import export, models
 from okd_jax.config import read
 from okd_jax.config.stages import stages
+from okd_jax.data import make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.run import distill
 from okd_jax.run.identity import growth, tell_growth
@@ -150,3 +154,40 @@ def test_a_finished_run_is_extended(tmp_path):
     json.loads((tmp_path / "grown" / "config.json").read_text())["train"]["steps"] == 10
   )
   call("main", "--config=configs/debug.py", f"--workdir={tmp_path / 'long'}", status=2)
+
+
+def test_a_model_that_has_changed_is_refused_and_named(tmp_path):
+  """Guards what is in no checkpoint: a student's frozen base, a teacher."""
+  tokenizer = make_tokenizer("bytes", [])
+  shape = models.preset(
+    "llama", vocab_size=258, hidden_size=16, num_layers=1, num_heads=2
+  )
+  base = tmp_path / "base"
+  models.save(base, models.init(shape, jax.random.key(0)), shape, tokenizer)
+  changes = {"student.path": str(base), "student.model.hidden_size": 0}
+  changes |= {"student.adapter.kind": "lora", "train.steps": 2}
+  workdir = tmp_path / "run"
+  distill.run(config(**changes), workdir)
+  models.save(base, models.init(shape, jax.random.key(1)), shape, tokenizer)
+  words = r"student.path: the model is another than when the run in .*run began"
+  with pytest.raises(UserError, match=words):
+    distill.run(config(**changes | {"train.steps": 3}), workdir)
+  with pytest.raises(UserError, match=words):
+    export.main([f"--workdir={workdir}", f"--output={tmp_path / 'out'}"])
+  assert not (tmp_path / "out").exists()
+  models.save(base, models.init(shape, jax.random.key(0)), shape, tokenizer)
+  export.main([f"--workdir={workdir}", f"--output={tmp_path / 'out'}"])
+
+
+@pytest.mark.parametrize("where", [0, 5 * 2**20, 10 * 2**20 - 1])
+def test_a_glance_sees_other_weights(where, tmp_path):
+  """Of a large file it reads blocks: a byte may hide, other weights cannot."""
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  file = tmp_path / "model.safetensors"
+  data = np.random.default_rng(0).integers(0, 256, 10 * 2**20, np.uint8)
+  file.write_bytes(data.tobytes())
+  before = models.glance(tmp_path)
+  assert models.glance(tmp_path) == before
+  data[max(where - 2**18, 0) : where + 2**18] += 1
+  file.write_bytes(data.tobytes())
+  assert models.glance(tmp_path) != before

@@ -1,6 +1,7 @@
 """LoRA: a product of two thin matrices beside a projection's kernel."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -53,6 +54,8 @@ class Lora(TopLayers):
       )
     if self.rank < 1:
       yield f"adapter.rank={self.rank} must be at least 1"
+    if not (self.scale and math.isfinite(self.scale)):
+      yield f"adapter.scale={self.scale} must be a number other than 0"
     yield from super().problems()
 
   def check(self, config: ModelConfig) -> None:

@@ -1,5 +1,6 @@
 """README.md of an exported model, and what such a file says of a model's licence."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import NamedTuple
 
 import huggingface_hub
 
-from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 
+_log = logging.getLogger(__name__)
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -63,16 +64,18 @@ def model_card(config: ModelConfig, count: int, card: Card) -> str:
 def licence(readme: Path) -> dict[str, str]:
   """The licence that the header of a model's README.md names, {} if it names none.
 
-  Raises:
-    UserError: if the header cannot be read.
+  A header that cannot be read is told of: no model needs it.
   """
   if not readme.exists():
     return {}
   try:
     header = huggingface_hub.metadata_load(readme) or {}
   except Exception as error:  # of YAML, of text, of the hub: no common class
-    raise UserError(f"{readme}: its header is no YAML ({error})") from error
-  return {key: str(header[key]) for key in _LICENCE if header.get(key)}
+    reason = str(error).strip().split("\n")[0]
+    _log.warning("%s: its header is no YAML (%s), so no licence", readme, reason)
+    return {}
+  found = {key: header.get(key) for key in _LICENCE}
+  return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
@@ -82,9 +85,13 @@ def _table(head: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
   return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines, ""]
 
 
-def _public(value: object) -> str:
-  """A local path is reduced to its last name; hub ids and prose stay."""
-  text = str(value)
-  return (
-    os.path.basename(os.path.normpath(text)) if text[:1] in ("/", ".", "~") else text
-  )
+def _public(value: str) -> str:
+  """Of several by commas, each local path is reduced to its last name."""
+  parts = [part.strip() for part in str(value).split(",")]
+  return ", ".join(map(_public_part, parts))
+
+
+def _public_part(text: str) -> str:
+  """Hub ids and prose stay."""
+  local = text[:1] in ("/", ".", "~") or os.path.exists(text)
+  return os.path.basename(os.path.normpath(text)) if local and text else text

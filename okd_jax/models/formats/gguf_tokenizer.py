@@ -250,8 +250,8 @@ def _ends(tokenizer: "transformers.PreTrainedTokenizerBase") -> dict[str, Any]:
   bos, eos, pad = (getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad"))
   named = {"bos": bos, "eos": eos, "padding": pad}
   return {f"{k}_token_id": v for k, v in named.items() if v is not None} | {
-    "add_bos_token": bos is not None and ids[0] == bos,
-    "add_eos_token": eos is not None and ids[-1] == eos,
+    "add_bos_token": bos is not None and ids[:1] == [bos],
+    "add_eos_token": eos is not None and ids[-1:] == [eos],
   }
 
 
