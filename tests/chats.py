@@ -25,3 +25,47 @@ def chat_tokenizer(template=CHATML):
   tokenizer.backend_tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
   tokenizer.chat_template = template
   return tokenizer
+
+
+# Templates in the manner of families, as small as what they are tested for.
+LLAMA3 = (
+  "{{ '<|bos|>' }}{% if tools %}{{ '<|im_start|>system\n' + tools|tojson }}"
+  "{{ '<|im_end|>' }}{% endif %}"
+  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}"
+  "{% if m.tool_calls %}{% set f = m.tool_calls[0].function %}"
+  "{{ {'name': f.name, 'parameters': f.arguments}|tojson }}"
+  "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+QWEN = (
+  "{% if tools %}{{ '<|im_start|>system\n# Tools\n' + tools|tojson + '<|im_end|>\n' }}"
+  "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+  "{% if m.reasoning_content and loop.last %}"
+  "{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
+  "{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+  "{{ '<tool_call>' + c.function|tojson + '</tool_call>' }}{% endfor %}"
+  "{{ '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+R1 = (  # opens the thought in its prompt, and leaves thoughts out of what was said
+  "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}"
+  "{% else %}{{ '<|bot|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
+  "{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}"
+)
+GEMMA = (  # calls the assistant model, and knows nothing but text
+  "{% for m in messages %}{{ '<|im_start|>' + ('model' if m.role == 'assistant' else "
+  "m.role) + '\n' + (m.content or '')|trim + '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = {
+  "tools": TOOLS,
+  "messages": [
+    {"role": "user", "content": "1 + 1?", "name": None},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "2", "name": "add", "tool_call_id": "7"},
+    {"role": "assistant", "content": "It is 2.", "reasoning_content": None},
+  ],
+}

@@ -22,6 +22,7 @@ from okd_jax.data.limits import Counts, Limits, nothing_left, summary
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
+_STOP = "\n"  # before a response, to be taken off again
 _BATCH = 1000  # texts a call: a fast tokenizer holds a good deal for every token
 
 
@@ -150,7 +151,8 @@ def _encode(
   for start in range(0, len(records), _BATCH):
     batch = [clean(r, tokenizer) for r in records[start : start + _BATCH]]
     texts = [render(record) for record in batch]
-    rows = _split(texts, [record.ended for record in batch], tokenizer)
+    tally["rewritten"] += sum(text.astray for text in texts)
+    rows = _split(texts, [record.ended for record in batch], tokenizer, tally)
     for record, (prompt, response) in zip(batch, rows, strict=True):
       if record.is_text:
         examples += _windows(record, response, limits, tally)
@@ -163,6 +165,7 @@ def _split(
   texts: Sequence[Rendered],
   ended: Sequence[bool],
   tokenizer: PreTrainedTokenizerBase,
+  tally: collections.Counter,
 ) -> Iterable[tuple[list[int], list[int]]]:
   """(prompt, response with its end if it has one) of each text, in tokens."""
   prompts = _tokens([text.prompt for text in texts], tokenizer)
@@ -174,9 +177,9 @@ def _split(
     for prompt, full in zip(prompts, fulls, strict=True)
   ]
   astray = [i for i, response in enumerate(responses) if response is None]
-  alone = _tokens([texts[i].response for i in astray], tokenizer)
-  for i, response in zip(astray, alone, strict=True):
-    responses[i] = response
+  tally["straddled"] += len(astray)
+  for i in astray:
+    responses[i] = _behind(prompts[i], fulls[i], texts[i].response, tokenizer)
   for text, whole, prompt, response in zip(
     texts, ended, prompts, responses, strict=True
   ):
@@ -190,6 +193,28 @@ def _split(
       yield after(front, prompt), response
     else:
       yield [], after(front, response)
+
+
+def _behind(
+  prompt: list[int],
+  full: list[int],
+  response: str,
+  tokenizer: PreTrainedTokenizerBase,
+) -> list[int]:
+  """The response's own tokens, such that prompt and response are the text again.
+
+  Some tokenizers put a space before whatever they are given alone; behind something
+  that no token of theirs reaches across they do not.
+  """
+  [alone], [behind], [stop] = (
+    _tokens([text], tokenizer) for text in (response, f"{_STOP}{response}", _STOP)
+  )
+  wanted = tokenizer.decode(full)
+  ways = [alone]
+  if behind[: len(stop)] == stop:
+    ways.append(behind[len(stop) :])
+  right = (ids for ids in ways if tokenizer.decode(prompt + ids) == wanted)
+  return next(right, alone)
 
 
 def _ended(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,9 +8,10 @@ the prompt, and prompt and response as one text, because a tokenizer may merge w
 stands left and right of the seam (see `encode.py`).
 """
 
+import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -40,6 +41,8 @@ NAMED = {  # name: (without input, with input)
   "alpaca": (_ALPACA + _TASK, _ALPACA_WITH_INPUT + _TASK_WITH_INPUT),
 }
 _FIELDS = ("instruction", "input")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_MARK = "answer 6d61726b"  # stands for any answer that a template leaves alone
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
   keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -56,12 +59,15 @@ class Rendered(NamedTuple):
     full: prompt and response.
     response: the response alone.
     chat: whether a chat template wrote it, so that special tokens are in the text.
+    astray: whether the template writes the response in another way than behind its
+      own prompt.
   """
 
   prompt: str
   full: str
   response: str
   chat: bool = False
+  astray: bool = False
 
 
 Render = Callable[[Record], Rendered]
@@ -104,6 +110,11 @@ def _render(record: Record, fill: Fill) -> Rendered:
 def _single_turn(record: Record) -> str:
   """The instruction of [system,] user, assistant; other turns need a chat template."""
   roles = [message["role"] for message in record.messages]
+  if kept := [key for key, _ in _beyond_text(record)]:
+    raise UserError(
+      f"{record.where}: {kept[0]!r} cannot be written with this template; set "
+      "data.template=chat"
+    )
   if roles not in (["user"], ["system", "user"]):
     raise UserError(
       f"{record.where}: a conversation of roles {', '.join(roles)}, assistant cannot "
@@ -207,36 +218,107 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
       f"{' or '.join(NAMED)}, or a tokenizer that has one"
     )
 
-  def write(messages: list[Mapping[str, str]], where: str, prompt: bool) -> str:
-    try:
-      return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=prompt
-      )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-      raise UserError(
-        f"{where}: the tokenizer's chat template refuses the messages ({error})"
-      ) from error
+  write = functools.partial(_write, tokenizer)
+  proved: set[tuple[str, str]] = set()  # keys that the template has a place for
 
   def render(record: Record) -> Rendered:
     if record.is_text:
       return Rendered("", record.text, record.text)
-    messages = _as_messages(record)
-    answer = {"role": "assistant", "content": record.references[0]}
-    prompt = write(messages, record.where, prompt=True)
+    messages, tools = _as_messages(record), record.tools
+    answer = {"role": "assistant", **record.final, "content": record.references[0]}
+    prompt = write(messages, record, tools, prompt=True)
     if not record.ended:  # the template would write the end of the turn
-      text = answer["content"]
+      text = record.references[0]
       return Rendered(prompt, prompt + text, text, chat=True)
-    full = write([*messages, answer], record.where, prompt=False)
+    whole = [*messages, answer]
+    full = write(whole, record, tools)
+    for key, role in _beyond_text(record):
+      if (key, role) not in proved and _without(write, whole, record, key) == full:
+        raise UserError(
+          f"{record.where}: the tokenizer's chat template has no place for {key!r}"
+        )
+      proved.add((key, role))
     if full.startswith(prompt):
       return Rendered(prompt, full, full[len(prompt) :], chat=True)
     # Some templates rewrite earlier turns once there is an answer. What will be
     # asked at generation time is the prompt, so that is what must be trained on.
-    return Rendered(prompt, prompt + answer["content"], answer["content"], chat=True)
+    response = _behind(write, record, prompt)
+    return Rendered(prompt, prompt + response, response, chat=True, astray=True)
 
   return render
 
 
-def _as_messages(record: Record) -> list[Mapping[str, str]]:
+Write = Callable[..., str]
+
+
+def _write(
+  tokenizer: PreTrainedTokenizerBase,
+  messages: Sequence[Mapping[str, Any]],
+  record: Record,
+  tools: Sequence[Any] | None,
+  prompt: bool = False,
+) -> str:
+  """Messages as the chat template has them; a UserError where it refuses them."""
+  try:
+    return tokenizer.apply_chat_template(
+      list(messages),
+      tools=list(tools) if tools else None,
+      tokenize=False,
+      add_generation_prompt=prompt,
+    )
+  except (jinja2.TemplateError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{record.where}: the tokenizer's chat template refuses the messages ({error})"
+    ) from error
+
+
+def _beyond_text(record: Record) -> list[tuple[str, str]]:
+  """(key, role) of what a conversation says beside its text, which must not be lost.
+
+  Reasoning of earlier turns is not among it: templates leave that out on purpose.
+  """
+  found = [("tools", "")] if record.tools else []
+  found += [("tool_calls", m["role"]) for m in record.messages if m.get("tool_calls")]
+  found += [
+    (k, "assistant") for k in ("tool_calls", *_REASONING) if record.final.get(k)
+  ]
+  return found
+
+
+def _without(
+  write: Write, messages: Sequence[Mapping[str, Any]], record: Record, key: str
+) -> str:
+  """The conversation without a key."""
+  if key == "tools":
+    return write(messages, record, None)
+  stripped = [{k: v for k, v in m.items() if k != key} for m in messages]
+  return write(
+    [m | {"content": m.get("content", "")} for m in stripped], record, record.tools
+  )
+
+
+def _behind(write: Write, record: Record, prompt: str) -> str:
+  """The answer and its end, as the template would write them behind its prompt.
+
+  What the prompt has opened already, such as <think>, is not said again. The end is
+  what the template writes after an answer that it leaves alone.
+  """
+  messages, text = _as_messages(record), record.references[0]
+  plain = write(
+    [*messages, {"role": "assistant", "content": _MARK}], record, record.tools
+  )
+  before, marked, end = plain.rpartition(_MARK)
+  if not marked:
+    return text
+  opened = prompt.removeprefix(before) if prompt.startswith(before) else ""
+  for start in (opened, opened.strip()):
+    if start and text.startswith(start):
+      text = text.removeprefix(start)
+      break
+  return text + end
+
+
+def _as_messages(record: Record) -> list[Mapping[str, Any]]:
   if record.is_chat:
     return list(record.messages)
   return [{"role": "user", "content": _joined(record.prompt, record.input)}]
@@ -279,7 +361,8 @@ def answered_row(record: Record, response: str, ended: bool = True) -> dict[str,
   match record.kind:
     case "messages":
       final = {"role": "assistant", "content": response}
-      row = {"messages": [*record.messages, final]}
+      tools = {"tools": list(record.tools)} if record.tools else {}
+      row = {"messages": [*record.messages, final]} | tools
     case "completion":
       row = {"prompt": record.prompt, "completion": response}
     case _:

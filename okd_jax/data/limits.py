@@ -42,7 +42,9 @@ class Counts:
   """What became of the rows of a dataset.
 
   `windows` counts the pieces of texts that were cut; `kept` counts examples, so it
-  exceeds `rows` when texts were.
+  exceeds `rows` when texts were. `straddled`: a token reached from the prompt into the
+  response, which then has tokens of its own. `rewritten`: the chat template writes the
+  conversation in another way than its prompt begins.
   """
 
   rows: int
@@ -52,6 +54,8 @@ class Counts:
   dropped_rows: int = 0
   truncated_rows: int = 0
   windows: int = 0
+  straddled: int = 0
+  rewritten: int = 0
 
 
 def nothing_left(counts: Counts, limits: Limits) -> str:
@@ -78,6 +82,10 @@ def summary(counts: Counts, limits: Limits) -> str:
     )
   if counts.truncated_rows:
     parts.append(f"cut {counts.truncated_rows} rows to {limits.max_length} tokens")
+  if counts.straddled:
+    parts.append(f"{counts.straddled} responses with tokens apart from their prompts'")
+  if counts.rewritten:
+    parts.append(f"{counts.rewritten} that the chat template writes anew")
   return "; ".join(parts)
 
 

@@ -19,6 +19,8 @@ from okd_jax.data import embedded, hub
 from okd_jax.errors import UserError
 from okd_jax.runtime.files import local
 
+_log = logging.getLogger("okd_jax")
+
 Row = hub.Row
 Spec = str | Sequence[object]  # from a config: that all are names is checked here
 
@@ -32,6 +34,7 @@ _FORMS_HELP = (
   "a record has 'instruction' and 'output' (and 'input'), 'prompt' and 'completion', "
   "'messages', or 'text'"
 )
+_LFS = b"version https://git-lfs.github.com/spec/"
 _SUFFIXES = (".jsonl", ".json", ".txt")
 _SHOWN = 40  # characters of a value in a message
 _DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
@@ -45,8 +48,10 @@ class Record:
   Attributes:
     kind: `instruction`: `prompt` is the instruction and `input` (often empty) what
       it applies to. `completion`: `prompt` is used as it stands. `messages`:
-      `messages` are those before the final one of the assistant. `text`: all of
-      `text` is trained on, and there is no prompt.
+      `messages` are those before the final one of the assistant, with all their keys;
+      `final` has the keys of that one beside role and content. `text`: all of `text`
+      is trained on, and there is no prompt.
+    tools: what a conversation may call, as chat templates take it; None for nothing.
     where: file and line, for messages.
     references: acceptable responses; the first is trained on. None for `text`.
     ended: False where the response was cut off, so that no end is trained after it.
@@ -56,7 +61,9 @@ class Record:
   where: str
   prompt: str = ""
   input: str = ""
-  messages: tuple[Mapping[str, str], ...] = ()
+  messages: tuple[Mapping[str, Any], ...] = ()
+  final: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  tools: tuple[Any, ...] | None = None
   text: str = ""
   references: tuple[str, ...] = ()
   ended: bool = True
@@ -80,7 +87,7 @@ class Record:
     >>> Record("messages", "f:2", messages=({"role": "user", "content": "Hi"},)).asked
     'user: Hi'
     """
-    turns = [f"{turn['role']}: {turn['content']}" for turn in self.messages]
+    turns = [f"{turn['role']}: {turn.get('content', '')}" for turn in self.messages]
     return "\n\n".join(text for text in (self.prompt, self.input, *turns) if text)
 
 
@@ -157,7 +164,10 @@ def parse_record(row: object, where: str) -> Record:
   fields: dict[str, Any] = {"references": _references_of(row, where), "ended": ended}
   match kind:
     case "messages":
-      fields["messages"] = tuple(_messages(row, where)[:-1])
+      *before, final = _messages(row, where)
+      extra = {k: v for k, v in final.items() if k not in ("role", "content")}
+      fields |= {"messages": tuple(before), "final": extra}
+      fields["tools"] = _tools(row, where)
     case "completion":
       fields["prompt"] = _text(row, "prompt", where)
     case "instruction":
@@ -199,6 +209,10 @@ def _read_file(path: pathlib.Path) -> Iterable[Row]:
       "(each also with .gz)"
     )
   content = _read_bytes(path)
+  if content.startswith(_LFS):
+    raise UserError(
+      f"{path}: is a pointer of git-lfs, not the file; fetch it with git lfs pull"
+    )
   if not content.strip():
     raise UserError(f"{path}: the file is empty; {_FORMS_HELP}")
   if suffix == ".txt":
@@ -258,7 +272,7 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
   names = {path.name for path in folder.iterdir()}
   if "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names:
     return hub.read_saved(folder, split)
-  files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+  files = _data_files(folder)
   if not files:
     raise UserError(
       f"{folder}: the folder holds no .jsonl file and was not written by "
@@ -272,12 +286,30 @@ def _read_folder(folder: pathlib.Path, split: str) -> Iterable[Row]:
       + ", ".join(path.name for path in files)
     )
   if chosen and len(chosen) < len(files):
-    logging.getLogger("okd_jax").info(
+    _log.info(
       "data: %s: reading %s alone; name a file, or FOLDER:SPLIT, for the others",
       folder,
       ", ".join(path.name for path in chosen),
     )
   return [row for path in chosen or files for row in _read_file(path)]
+
+
+def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The jsonl files, but for what a folder holds by accident, which is told of.
+
+  Hidden files are a file manager's or a killed writer's, and a file beside its own .gz
+  is the same rows again.
+  """
+  found = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+  names = {path.name for path in found}
+  hidden = [path for path in found if path.name.startswith(".")]
+  twice = [
+    path for path in found if path.name.removesuffix(".gz") in names - {path.name}
+  ]
+  for path in (*hidden, *twice):
+    why = "is hidden" if path in hidden else "stands beside the file without .gz"
+    _log.info("data: %s %s: left out", path, why)
+  return [path for path in found if path not in hidden and path not in twice]
 
 
 # Rows
@@ -337,7 +369,7 @@ def _references_of(row: object, where: str) -> tuple[str, ...]:
     if row.get(key) is not None:
       return _strings(row, key, where)
   if row.get("messages") is not None:
-    return (_messages(row, where)[-1]["content"],)
+    return (_messages(row, where)[-1].get("content", ""),)
   found = ", ".join(map(repr, row)) or "none"
   raise UserError(
     f"{where}: no reference to compare with (found keys: {found}); add 'output', "
@@ -355,8 +387,23 @@ def _strings(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
   return tuple(_text(items, item, where) for item in items)
 
 
-def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-  """Checked messages, the last of them the assistant's."""
+def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...] | None:
+  """What a conversation may call; some data sets write the list out as JSON."""
+  tools = row.get("tools")
+  if isinstance(tools, str):
+    tools = _loads(tools.encode(), f"{where}: 'tools'", "value") if tools else None
+  if not tools:
+    return None
+  if not isinstance(tools, (list, tuple)):
+    raise UserError(f"{where}: 'tools' is {_type(tools)}, not a list")
+  return tuple(tools)
+
+
+def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+  """Checked messages with all that is not null in them, the last the assistant's.
+
+  One that calls a tool needs no content.
+  """
   messages = row["messages"]
   if not isinstance(messages, (list, tuple)) or len(messages) < 2:
     raise UserError(
@@ -367,14 +414,17 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
     place = f"{where}: message {i + 1}"
     if not isinstance(message, Mapping):
       raise UserError(f"{place} is {_type(message)}, not an object")
-    for key in ("role", "content"):
-      if message.get(key) is None:
+    message = {key: value for key, value in message.items() if value is not None}
+    calls = bool(message.get("tool_calls"))
+    for key in ("role",) if calls else ("role", "content"):
+      if key not in message:
         raise UserError(f"{place}: key {key!r} is missing or null")
-    role = _text(message, "role", place)
+    _text(message, "role", place)
     # Only the last is trained on: an empty system message is odd, but harmless.
     last = i == len(messages) - 1
-    content = _text(message, "content", place, blank=not last)
-    checked.append({"role": role, "content": content})
+    if "content" in message:
+      _text(message, "content", place, blank=calls or not last)
+    checked.append(message)
   if checked[-1]["role"] != "assistant":
     raise UserError(
       f"{where}: the last message is by {checked[-1]['role']!r}; it must be by "

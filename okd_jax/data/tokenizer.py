@@ -154,7 +154,7 @@ def _bpe_tokenizer(size: int, records: Sequence[Record]) -> tokenizers.Tokenizer
 def _texts(records: Sequence[Record]) -> Iterator[str]:
   for record in records:
     yield from (record.prompt, record.input, record.text, *record.references)
-    yield from (message["content"] for message in record.messages)
+    yield from (message.get("content", "") for message in record.messages)
 
 
 def _finished(tokenizer: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:

@@ -54,8 +54,8 @@ def ends(decoder: Decoder, tokenizer, template: str) -> list[int]:
 
 
 def answerable(examples: Sequence[Example]) -> list[Example]:
-  """Those with a prompt and at least one reference answer."""
-  return [e for e in examples if e.prompt_length and e.references]
+  """Those with a prompt and at least one reference answer that says something."""
+  return [e for e in examples if e.prompt_length and any(e.references)]
 
 
 def mean_and_std(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 from chats import LONG_TALK, SYSTEM_TALK, TALK, chat_tokenizer, talk
 
 from okd_jax.data import Record, make_tokenizer
-from okd_jax.data.format import make_render
+from okd_jax.data.format import Rendered, make_render
 from okd_jax.errors import UserError
 
 PLAIN = Record("instruction", "f:1", prompt="Add.", references=("3",))
@@ -82,7 +82,7 @@ def test_braces_in_the_data_are_text(template):
 @pytest.mark.parametrize("template", ["default", "alpaca", "{instruction}", "chat"])
 def test_text_knows_no_template(template):
   rendered = make_render(template, chat_tokenizer())(TEXT)
-  assert rendered == ("", "All of it.", "All of it.", False)
+  assert rendered == Rendered("", "All of it.", "All of it.")
 
 
 @pytest.mark.parametrize("template", ["default", "alpaca", "{instruction}"])
@@ -121,7 +121,7 @@ def test_chat():
   for record, prompt in cases:
     rendered = make_render("chat", tokenizer)(record)
     answer = record.references[0] + "<|im_end|>\n"
-    assert rendered == (prompt, prompt + answer, answer, True)
+    assert rendered == Rendered(prompt, prompt + answer, answer, chat=True)
 
 
 def test_a_chat_template_that_rewrites_the_prompt():

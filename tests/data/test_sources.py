@@ -74,6 +74,24 @@ def test_the_first_complete_form_wins():
   assert parse_record(ultrachat, "w").kind == "messages"
 
 
+def test_what_a_folder_holds_by_accident(tmp_path, caplog):
+  caplog.set_level("INFO", logger="okd_jax")
+  write(tmp_path / "data.jsonl", ROW)
+  (tmp_path / "data.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
+  (tmp_path / "._data.jsonl").write_bytes(b"\x00\x05\x16\x07")
+  (tmp_path / "other.jsonl.gz").write_bytes(gzip.compress(json.dumps(ROW).encode()))
+  assert len(load_records(str(tmp_path))) == 2
+  assert "._data.jsonl is hidden: left out" in caplog.text
+  assert "data.jsonl.gz stands beside the file without .gz" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt", "data.json"])
+def test_a_pointer_of_git_lfs_is_no_data(name, tmp_path):
+  path = tmp_path / name
+  path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  fails(str(path), "is a pointer of git-lfs", "git lfs pull")
+
+
 @pytest.mark.parametrize(
   ("row", "wanted"),
   [
