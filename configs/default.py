@@ -173,7 +173,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas
   config.data.eval = ""  # likewise; '' holds out rows of data.train
-  config.data.holdout = 64  # so many of them
+  config.data.holdout = 64  # so many of them, of each source its share
+  config.data.holdout_seed = 0  # of their draw; its own, so that seeds share the rows
   config.data.tokenizer = ""  # '' the teacher's, a model, 'bytes' or 'bpe:N' (trained)
   config.data.template = "default"  # alpaca, chat, a file, or text with {instruction}
   config.data.max_length = 512  # tokens of prompt and response together

@@ -45,6 +45,7 @@ class DataSettings(Section):
   train: str = "embedded"
   eval: str = ""
   holdout: int = 64
+  holdout_seed: int = 0
   tokenizer: str = ""
   template: str = "default"
   max_length: int = 512
@@ -56,6 +57,7 @@ class DataSettings(Section):
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
     yield from least(self, "data", max_length=2, max_prompt_length=1, holdout=0)
+    yield from least(self, "data", holdout_seed=0)
     yield from among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from among("data.overlong_row", self.overlong_row, POLICIES)
 

@@ -22,6 +22,7 @@ from okd_jax.data import (
   shared_text,
   show_example,
 )
+from okd_jax.data.hold_out import hold_out
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
@@ -68,7 +69,7 @@ def read_data(
   outline: Outline,
   records: Sequence[Record],
 ) -> Data:
-  """Training and evaluation rows; without data.eval, the last ones are held out.
+  """Training and evaluation rows; without data.eval, some are held out.
 
   Raises:
     UserError: for rows that cannot be used, or tokens that a model does not have.
@@ -80,8 +81,9 @@ def read_data(
   rows = [_training_rows(data, *reader, records) for reader in readers]
   if len(rows) > 1:
     rows = pair(*rows)
+  chosen = None if data.eval_source else _held_out(data, rows[0])
   own, *other = [
-    _with_held_out(data, evaluation, *reader, train)
+    _with_held_out(data, evaluation, *reader, train, chosen)
     for reader, train in zip(readers, rows, strict=True)
   ]
   _log.info(
@@ -145,14 +147,37 @@ def _training_rows(
   return rows
 
 
+def _held_out(
+  data: DataSettings, train: Sequence[Example]
+) -> tuple[list[int], list[int]]:
+  """(rows to train on, rows held out)."""
+  if not 0 < data.holdout < len(train):
+    raise UserError(
+      f"data.holdout={data.holdout} must be at least 1 and less than the "
+      f"{len(train)} rows of {data.train}; or set data.eval"
+    )
+  rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
+  if same:
+    _log.info("%d rows are left out: each is the same as one held out", same)
+  if not rest:
+    raise UserError(
+      f"data.holdout={data.holdout} leaves no row of {data.train} to train on; lower "
+      "it, or set data.eval"
+    )
+  return rest, held_out
+
+
 def _with_held_out(
   data: DataSettings,
   evaluation: EvalSettings,
   tokenizer: PreTrainedTokenizerBase,
   note: str,
   train: Sequence[Example],
+  chosen: tuple[Sequence[int], Sequence[int]] | None,
 ) -> Reading:
-  if source := data.eval_source:
+  """Evaluation rows beside those to train on, or the rows `chosen` for the two."""
+  if chosen is None:
+    source = data.eval_source
     held_out, _ = prepare(
       load_records(source_list(source))[: evaluation.limit or None],
       tokenizer,
@@ -162,10 +187,5 @@ def _with_held_out(
       **_options(data),
     )
   else:
-    if not 0 < data.holdout < len(train):
-      raise UserError(
-        f"data.holdout={data.holdout} must be at least 1 and less than the "
-        f"{len(train)} rows of {data.train}; or set data.eval"
-      )
-    train, held_out = train[: -data.holdout], train[-data.holdout :]
+    train, held_out = ([train[i] for i in rows] for rows in chosen)
   return Reading(tokenizer, train, held_out[: evaluation.limit or None])
