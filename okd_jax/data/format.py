@@ -8,10 +8,13 @@ the prompt, and prompt and response as one text, because a tokenizer may merge w
 stands left and right of the seam (see `encode.py`).
 """
 
+import contextlib
+import contextvars
+import datetime
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -43,6 +46,7 @@ NAMED = {  # name: (without input, with input)
 _FIELDS = ("instruction", "input")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARK = "answer 6d61726b"  # stands for any answer that a template leaves alone
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
   keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -251,6 +255,41 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
 Write = Callable[..., str]
 
 
+_DAY: contextvars.ContextVar[datetime.date | None]
+_DAY = contextvars.ContextVar("day", default=None)
+
+
+def day() -> datetime.date:
+  """The day that chat templates write: today, unless `written_on` says another."""
+  return _DAY.get() or datetime.date.today()
+
+
+@contextlib.contextmanager
+def written_on(date: datetime.date | None) -> Iterator[None]:
+  """Has chat templates write this day, so that rows do not depend on the clock.
+
+  None: today, and the same to the end even if that is tomorrow.
+  """
+  token = _DAY.set(date or datetime.date.today())
+  try:
+    yield
+  finally:
+    _DAY.reset(token)
+
+
+def names_the_day(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+  """Whether rows of this template depend on the day they are written."""
+  return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
+
+
+def _dated(template: str) -> str:
+  """A chat template with `day` in the places of its calls of strftime_now.
+
+  transformers lets no caller give another clock.
+  """
+  return _NOW.sub(lambda found: repr(day().strftime(found[2])), template)
+
+
 def _write(
   tokenizer: PreTrainedTokenizerBase,
   messages: Sequence[Mapping[str, Any]],
@@ -259,10 +298,12 @@ def _write(
   prompt: bool = False,
 ) -> str:
   """Messages as the chat template has them; a UserError where it refuses them."""
+  tools = list(tools) if tools else None
   try:
     return tokenizer.apply_chat_template(
       list(messages),
-      tools=list(tools) if tools else None,
+      tools=tools,
+      chat_template=_dated(tokenizer.get_chat_template(tools=tools)),
       tokenize=False,
       add_generation_prompt=prompt,
     )

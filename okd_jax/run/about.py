@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from okd_jax.data import Example
+from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answerable
 from okd_jax.models import ModelConfig, parameter_shapes
 from okd_jax.run.build import Run
@@ -59,6 +60,23 @@ def _size(config: ModelConfig, params: PyTree) -> dict[str, Any]:
 def count(params: PyTree) -> int:
   """How many numbers a tree has."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def check_rows(run: Run, workdir: Workdir) -> None:
+  """Refuses rows that are not those which the run in the workdir began with.
+
+  Raises:
+    UserError: that names the side.
+  """
+  kept = read_json(workdir.about).get("data", {}) if workdir.about.exists() else {}
+  for side, now in _data(run).items():
+    before = kept.get(side, now)
+    if before["digest"] != now["digest"]:
+      raise UserError(
+        f"data.{side}: {now['rows']} rows that are not the {before['rows']} which the "
+        f"run in {workdir.path} began with; data, template or tokenizer have changed: "
+        "put them back, or name another workdir"
+      )
 
 
 def _data(run: Run) -> dict[str, Any]:

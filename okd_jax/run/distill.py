@@ -13,14 +13,19 @@ from okd_jax.config.stages import Stage, stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.models import Model
-from okd_jax.run import card, checkpoint
+from okd_jax.run import about, card, checkpoint
 from okd_jax.run.build import Run, build
 from okd_jax.run.export import (
   export_student,
   export_student_adapter,
   export_teachers,
 )
-from okd_jax.run.identity import check_models, growth, models_of, tell_growth
+from okd_jax.run.identity import (
+  check_models,
+  growth,
+  models_of,
+  tell_growth,
+)
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
@@ -130,6 +135,7 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
     return
   check_models(check(part.config).settings, workdir)
   own = build(part.config, workdir)
+  about.check_rows(own, workdir)
   if longer:
     tell_growth(own.settings, own.method)
   stop.check()
@@ -152,8 +158,8 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
     if chosen != step:
       state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)
     _log.info("exporting the student of step %d", chosen)
-    about = card.of_student(own.settings, workdir.path, chosen)
-    export_student(own, state.params, workdir.student, card=about)
+    said = card.of_student(own.settings, workdir.path, chosen)
+    export_student(own, state.params, workdir.student, card=said)
     if own.settings.student.adapter.kind:
       export_student_adapter(own, state.params, workdir.student_adapter)
     if adapter := own.cast.adapter:

@@ -1,18 +1,22 @@
 """Whether a workdir's run is the one that is asked for, and what of it may change."""
 
+import datetime
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from okd_jax import models
 from okd_jax.config import read
 from okd_jax.config.schema import Settings
+from okd_jax.data import format
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
-from okd_jax.runtime.files import read_json
+from okd_jax.runtime.files import local, read_json
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers.load import adapter_digest
 
@@ -99,6 +103,28 @@ def check_models(settings: Settings, workdir: Workdir) -> None:
       f"{changed[0]}: the model is another than when the run in {workdir.path} began; "
       "put that one back, or name another workdir"
     )
+
+
+def kept_day(cache: str, workdir: Workdir) -> datetime.date | None:
+  """The day that chat templates write in this run, None where it has not begun.
+
+  cache: of a teacher, which spoke of rows as they were on its own day.
+  """
+  for folder in (workdir, *([Workdir(local(cache))] if cache else [])):
+    if folder.day.exists():
+      return datetime.date.fromisoformat(read_json(folder.day)["day"])
+  return None
+
+
+def keep_day(
+  tokenizer: PreTrainedTokenizerBase, template: str, workdir: Workdir
+) -> None:
+  """Keeps the day, if rows depend on it, and tells of it."""
+  if format.names_the_day(tokenizer, template):
+    day = format.day().isoformat()
+    if not workdir.day.exists():
+      workdir.write_json(workdir.day, {"day": day})
+    _log.info("the chat template writes the date: %s in all of this run", day)
 
 
 def tell_growth(settings: Settings, method: Method) -> None:

@@ -77,6 +77,11 @@ class Workdir:
     return self.path / "models.json"
 
   @property
+  def day(self) -> Path:
+    """The day that chat templates write, where they do."""
+    return self.path / "day.json"
+
+  @property
   def width(self) -> Path:
     """Which of the teacher's heads and MLP channels a narrower student starts from."""
     return self.path / "width.json"

@@ -1,5 +1,6 @@
 """Which runs a workdir takes for its own, and how one grows."""
 
+import datetime
 import json
 
 import jax
@@ -11,10 +12,11 @@ from small import config
 from okd_jax import export, models
 from okd_jax.config import read
 from okd_jax.config.stages import stages
-from okd_jax.data import make_tokenizer
+from okd_jax.data import format, make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.run import distill
-from okd_jax.run.identity import growth, tell_growth
+from okd_jax.run.build import build
+from okd_jax.run.identity import growth, kept_day, tell_growth
 from okd_jax.run.job import check
 from okd_jax.runtime.workdir import Workdir
 
@@ -191,3 +193,60 @@ def test_a_glance_sees_other_weights(where, tmp_path):
   data[max(where - 2**18, 0) : where + 2**18] += 1
   file.write_bytes(data.tobytes())
   assert models.glance(tmp_path) != before
+
+
+DATED = (
+  "{{ 'Today is ' + strftime_now('%Y-%m-%d') + '. ' }}{% for m in messages %}"
+  "{{ m['role'] + ': ' + m['content'] + '<|endoftext|>' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def dated_run(tmp_path):
+  """A run whose template writes the date."""
+  tokenizer = make_tokenizer("bytes", [])
+  tokenizer.chat_template = DATED
+  tokenizer.save_pretrained(tmp_path / "tokenizer")
+  changes = {"data.template": "chat", "data.tokenizer": str(tmp_path / "tokenizer")}
+  return config(**changes, **{"train.steps": 2, "checkpoint.every": 1})
+
+
+def test_rows_do_not_depend_on_the_clock(tmp_path, monkeypatch, caplog):
+  """Guards resuming tomorrow: the day is kept in the workdir, and told."""
+  caplog.set_level("INFO", logger="okd_jax")
+  own, workdir = dated_run(tmp_path), Workdir(tmp_path / "run")
+  with format.written_on(datetime.date(2020, 2, 29)):
+    run = build(own, workdir)
+  # The run's own day counts, which here was none yet: today.
+  today = datetime.date.today().isoformat()
+  assert json.loads(workdir.day.read_text()) == {"day": today}
+  workdir.write_json(workdir.day, {"day": "2020-02-29"})
+  again = build(own, workdir)
+  text = again.data.tokenizer.decode(again.data.train[0].tokens)
+  assert text.startswith("Today is 2020-02-29. ")
+  assert "the chat template writes the date: 2020-02-29" in caplog.text
+  assert not run.data.tokenizer.decode(run.data.train[0].tokens).startswith(text[:20])
+  cached = config(**{"teacher.cache": str(workdir.path)})
+  assert kept_day(cached.teacher.cache, Workdir(tmp_path / "new")).year == 2020
+
+
+def test_a_template_without_a_date_keeps_none(tmp_path):
+  build(config(), Workdir(tmp_path))
+  assert not Workdir(tmp_path).day.exists()
+
+
+def test_other_rows_are_refused(tmp_path):
+  """A file that was replaced between two starts of the same command."""
+  data = tmp_path / "data.jsonl"
+  rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  own = config(**{"data.train": str(data), "train.steps": 2})
+  workdir = tmp_path / "run"
+  distill.run(own, workdir)
+  (workdir / "report.html").unlink()
+  distill.run(own, workdir)
+  (workdir / "report.html").unlink()
+  rows[3]["completion"] = " 5"
+  data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with pytest.raises(UserError, match=r"data.(train|eval): \d+ rows that are not the"):
+    distill.run(own, workdir)
