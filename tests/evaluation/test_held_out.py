@@ -62,9 +62,11 @@ def test_rouge_of_answers_known_beforehand(tmp_path):
 
 def test_letters_that_rouge_does_not_see_are_told(tmp_path, caplog):
   save(tmp_path / "model")
-  rows = [{"instruction": "w", "output": x} for x in ("北京", "xyz", "Ærø", "– €")]
+  rows = [
+    {"instruction": "w", "output": x} for x in ("北京", "xyz", "Ærø", "– €", "Åse")
+  ]
   run(tmp_path, f"--data={write(tmp_path / 'data.jsonl', *rows)}")
-  assert "2 of 4 rows have references with letters outside ASCII" in caplog.text
+  assert "2 of 5 rows have references with letters outside ASCII" in caplog.text
 
 
 def test_the_protocol(drawing):

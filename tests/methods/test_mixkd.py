@@ -144,6 +144,7 @@ def test_lambda_follows_the_key_and_its_distribution():
   assert total(gradients(setup, mixed(make_batch(), 0.3))["student"]) > 0
 
 
+@pytest.mark.slow
 def test_micro_batches_share_lambda_and_partners():
   """Guards B4: however a batch is cut, the step is the same."""
   batch = mixkd.paired(make_batch(), jnp.array([3, 0, 1, 2, 7, 4, 5, 6]), 0.3)

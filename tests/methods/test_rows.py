@@ -153,6 +153,7 @@ def packed(seed, empty):
 @given(st.integers(0, 10_000), st.sets(st.integers(0, 15), max_size=14))
 @example(0, {0, 2, 4, 6, 8, 10, 12, 14})  # no row that would teach is trained on
 @example(1, {0, 1, 2, 3, 4, 5, 6, 7})
+@pytest.mark.slow
 def test_packed_rows_give_one_loss_however_they_are_cut(ways, seed, empty):
   """Guards B5, C1, C2."""
   batch = packed(seed, empty)

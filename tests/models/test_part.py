@@ -16,7 +16,8 @@ from okd_jax.models import Decoder, logits
 from okd_jax.models.adapters import Part
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 7))
-NAMES = [*traverse_util.flatten_dict(models.init(TEACHER, jax.random.key(0)), sep="/")]
+BASE = jax.tree.map(np.asarray, models.init(TEACHER, jax.random.key(1)))
+NAMES = [*traverse_util.flatten_dict(BASE, sep="/")]
 # What stays: tables, whole layers, some weights of all layers, some of some.
 FROZEN = ["embed", "layers/[01]/", "mlp|head", "layers/1/attention|norm", "layers"]
 
@@ -54,7 +55,7 @@ def test_each_number_is_in_one_of_the_parts(names, layers):
   """Whatever the expression; a stack of layers is divided by rows."""
   some = [name.split("/", 1)[-1] for name in names]
   part = Part("|".join([*(f"{x}$" for x in some), *(f"layers/{i}/" for i in layers)]))
-  base = jax.tree.map(np.asarray, models.init(TEACHER, jax.random.key(1)))
+  base = BASE
   tree, held = part.start(base), part.held(base)
   sizes = [sum(x.size for x in jax.tree.leaves(t)) for t in (tree, held, base)]
   assert sizes[0] + sizes[1] == sizes[2]
@@ -84,18 +85,16 @@ def test_no_gradient_of_what_stays_is_computed(params):
 def test_a_cached_pass_and_one_that_stops_halfway(params):
   part = Part("layers/1/")
   variables = part.variables(part.start(params), part.held(params))
-  decoder, plain = Decoder(TEACHER, part), Decoder(TEACHER)
-  want, _ = plain.apply({"params": params}, TOKENS)
-  below, _ = decoder.apply(variables, TOKENS, stop=1)
-  got, _ = decoder.apply(variables, TOKENS, hidden=below, start=1)
+  apply = jax.jit(Decoder(TEACHER, part).apply, static_argnames=("start", "stop"))
+  want, _ = jax.jit(Decoder(TEACHER).apply)({"params": params}, TOKENS)
+  below, _ = apply(variables, TOKENS, stop=1)
+  got, _ = apply(variables, TOKENS, hidden=below, start=1)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   cache = models.init_cache(TEACHER, 2, 7, jnp.float32)
   ones = np.ones((2, 7), np.int32)
   places = jnp.arange(7)[None].repeat(2, 0)
-  first, cache = decoder.apply(
-    variables, TOKENS[:, :4], ones[:, :4], places[:, :4], cache
-  )
-  rest, _ = decoder.apply(variables, TOKENS[:, 4:], ones[:, 4:], places[:, 4:], cache)
+  first, cache = apply(variables, TOKENS[:, :4], ones[:, :4], places[:, :4], cache)
+  rest, _ = apply(variables, TOKENS[:, 4:], ones[:, 4:], places[:, 4:], cache)
   np.testing.assert_allclose(jnp.concatenate([first, rest], 1), want, rtol=2e-5)
 
 

@@ -14,9 +14,15 @@ from okd_jax.config import read
 from okd_jax.config.stages import stages
 from okd_jax.data import format, make_tokenizer
 from okd_jax.errors import UserError
-from okd_jax.run import distill
+from okd_jax.run import about, distill
 from okd_jax.run.build import build
-from okd_jax.run.identity import growth, kept_day, tell_growth
+from okd_jax.run.identity import (
+  check_models,
+  growth,
+  kept_day,
+  models_of,
+  tell_growth,
+)
 from okd_jax.run.job import check
 from okd_jax.runtime.workdir import Workdir
 
@@ -167,18 +173,19 @@ def test_a_model_that_has_changed_is_refused_and_named(tmp_path):
   base = tmp_path / "base"
   models.save(base, models.init(shape, jax.random.key(0)), shape, tokenizer)
   changes = {"student.path": str(base), "student.model.hidden_size": 0}
-  changes |= {"student.adapter.kind": "lora", "train.steps": 2}
-  workdir = tmp_path / "run"
-  distill.run(config(**changes), workdir)
+  changes |= {"student.adapter.kind": "lora"}
+  workdir = left(tmp_path / "run", **changes)
+  workdir.write_json(workdir.models, models_of(check(config(**changes)).settings))
+  workdir.remove(workdir.report)
+  workdir.checkpoints.mkdir()
   models.save(base, models.init(shape, jax.random.key(1)), shape, tokenizer)
   words = r"student.path: the model is another than when the run in .*run began"
   with pytest.raises(UserError, match=words):
-    distill.run(config(**changes | {"train.steps": 3}), workdir)
+    distill.run(config(**changes), workdir.path)
   with pytest.raises(UserError, match=words):
-    export.main([f"--workdir={workdir}", f"--output={tmp_path / 'out'}"])
-  assert not (tmp_path / "out").exists()
+    export.main([f"--workdir={workdir.path}", f"--output={tmp_path / 'out'}"])
   models.save(base, models.init(shape, jax.random.key(0)), shape, tokenizer)
-  export.main([f"--workdir={workdir}", f"--output={tmp_path / 'out'}"])
+  check_models(check(config(**changes)).settings, workdir)
 
 
 @pytest.mark.parametrize("where", [0, 5 * 2**20, 10 * 2**20 - 1])
@@ -240,13 +247,10 @@ def test_other_rows_are_refused(tmp_path):
   data = tmp_path / "data.jsonl"
   rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
   data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  own = config(**{"data.train": str(data), "train.steps": 2})
-  workdir = tmp_path / "run"
-  distill.run(own, workdir)
-  (workdir / "report.html").unlink()
-  distill.run(own, workdir)
-  (workdir / "report.html").unlink()
+  own, workdir = config(**{"data.train": str(data)}), Workdir(tmp_path / "run")
+  about.write(build(own, workdir), workdir, 0)
+  about.check_rows(build(own, workdir), workdir)
   rows[3]["completion"] = " 5"
   data.write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(UserError, match=r"data.(train|eval): \d+ rows that are not the"):
-    distill.run(own, workdir)
+    about.check_rows(build(own, workdir), workdir)

@@ -71,7 +71,9 @@ def test_a_step_moves_what_is_trained_as_in_a_whole_student(whole, tmp_path):
   assert 2 * sizes[0] <= sizes[1] <= 2 * sizes[0] + 10  # and a few counters
 
 
-@pytest.mark.parametrize("dtype", ["", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+  "dtype", ["", pytest.param("bfloat16", marks=pytest.mark.slow), "int8"]
+)
 def test_lora_begins_as_the_whole_student_and_is_merged(dtype, whole, tmp_path):
   """Guards the export: the merged weights say what was trained."""
   run = built(config(**LORA, **{"student.dtype": dtype}), tmp_path)
@@ -136,6 +138,7 @@ def finished(tmp_path_factory):
   return workdir, train(workdir, *WITH)
 
 
+@pytest.mark.slow
 def test_resumed_to_the_last_bit_and_exported_again(finished, tmp_path):
   workdir, done = finished
   assert "student_adapter" in done.stdout
@@ -152,6 +155,7 @@ def test_resumed_to_the_last_bit_and_exported_again(finished, tmp_path):
   assert "are trained" in page
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_opened_by_transformers_and_peft(finished):
   """The merged folder and PEFT's pair say the same; the teacher's pair opens, too."""

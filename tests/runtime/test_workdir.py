@@ -181,6 +181,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
   assert (tmp_path / "folder" / "a").exists()
 
 
+@pytest.mark.slow
 def test_commands_write_where_a_tilde_says(tmp_path, monkeypatch):
   """A finished run, by a command that is told of it and of outputs by a tilde."""
   monkeypatch.setenv("HOME", str(tmp_path))

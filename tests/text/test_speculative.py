@@ -77,6 +77,7 @@ def test_greedy_text_is_the_large_models(name):
   assert other[2] <= 40
 
 
+@pytest.mark.slow
 def test_prompts_of_any_length_and_texts_that_end():
   config = families.CONFIGS["llama_gqa"]
   model = side(config)

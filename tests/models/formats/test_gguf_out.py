@@ -176,7 +176,8 @@ TEXTS = ("Once upon a time, there was a", "Hello, world! It's 12345 naïve\n\n c
 
 def in_llama_cpp(path, tokenizer):
   """Asserts equal ids and greedy tokens; returns the largest difference of logits."""
-  llama_cpp = pytest.importorskip("llama_cpp")
+  import llama_cpp
+
   theirs = llama_cpp.Llama(str(path), n_ctx=128, verbose=False, logits_all=True)
   model, differences = models.load(path), []
   source, variables = decoder_source(Decoder(model.config)), {"params": model.params}
@@ -206,6 +207,7 @@ def in_llama_cpp(path, tokenizer):
 @pytest.mark.parametrize("kind, close", [("f32", 0.02), ("f16", 0.04), ("q8_0", 0.4)])
 def test_a_real_model_in_llama_cpp(kind, close, shared, tmp_path):
   """Its cache holds float16; beside 8-bit weights activations are rounded, too."""
+  pytest.importorskip("llama_cpp")
   model = models.load(shared / "models" / "stories260K")
   path = tmp_path / f"stories.{kind}.gguf"
   models.save_gguf(path, model.params, model.config, model.tokenizer)
@@ -214,6 +216,7 @@ def test_a_real_model_in_llama_cpp(kind, close, shared, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_architecture_in_llama_cpp(name, shared, tmp_path):
+  pytest.importorskip("llama_cpp")
   folder = shared / "tokenizers" / "gpt2"
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
   shape = {k: v for k, v in vars(CONFIGS[name]).items() if k != "vocab_size"}
