@@ -8,13 +8,10 @@ the prompt, and prompt and response as one text, because a tokenizer may merge w
 stands left and right of the seam (see `encode.py`).
 """
 
-import contextlib
-import contextvars
-import datetime
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,6 +21,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from okd_jax.data.day import dated
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
@@ -46,7 +44,6 @@ NAMED = {  # name: (without input, with input)
 _FIELDS = ("instruction", "input")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARK = "answer 6d61726b"  # stands for any answer that a template leaves alone
-_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _JINJA = jinja2.sandbox.SandboxedEnvironment(
   keep_trailing_newline=True, undefined=jinja2.StrictUndefined
@@ -96,6 +93,15 @@ def make_render(template: str, tokenizer: PreTrainedTokenizerBase | None) -> Ren
   return lambda record: _render(record, fill)
 
 
+def template_text(template: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
+  """What `data.template` means: a name, a template, or a file's or tokenizer's one."""
+  if template == "chat":
+    return str(tokenizer.chat_template)
+  if "{" not in template and os.path.isfile(template):
+    return _read_template(template)
+  return template
+
+
 def _render(record: Record, fill: Fill) -> Rendered:
   """A record outside chat; text and completions know no template."""
   match record.kind:
@@ -136,8 +142,7 @@ def _make_fill(template: str) -> Fill:
     return lambda instruction, extra: _substitute(
       long if extra else short, {"instruction": instruction, "input": extra}
     )
-  if "{" not in template and os.path.isfile(template):
-    template = _read_template(template)
+  template = template_text(template, None)
   if "{%" in template or "{{" in template:
     return _jinja_fill(template)
   return _plain_fill(template)
@@ -255,41 +260,6 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
 Write = Callable[..., str]
 
 
-_DAY: contextvars.ContextVar[datetime.date | None]
-_DAY = contextvars.ContextVar("day", default=None)
-
-
-def day() -> datetime.date:
-  """The day that chat templates write: today, unless `written_on` says another."""
-  return _DAY.get() or datetime.date.today()
-
-
-@contextlib.contextmanager
-def written_on(date: datetime.date | None) -> Iterator[None]:
-  """Has chat templates write this day, so that rows do not depend on the clock.
-
-  None: today, and the same to the end even if that is tomorrow.
-  """
-  token = _DAY.set(date or datetime.date.today())
-  try:
-    yield
-  finally:
-    _DAY.reset(token)
-
-
-def names_the_day(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-  """Whether rows of this template depend on the day they are written."""
-  return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
-
-
-def _dated(template: str) -> str:
-  """A chat template with `day` in the places of its calls of strftime_now.
-
-  transformers lets no caller give another clock.
-  """
-  return _NOW.sub(lambda found: repr(day().strftime(found[2])), template)
-
-
 def _write(
   tokenizer: PreTrainedTokenizerBase,
   messages: Sequence[Mapping[str, Any]],
@@ -303,7 +273,7 @@ def _write(
     return tokenizer.apply_chat_template(
       list(messages),
       tools=tools,
-      chat_template=_dated(tokenizer.get_chat_template(tools=tools)),
+      chat_template=dated(tokenizer.get_chat_template(tools=tools)),
       tokenize=False,
       add_generation_prompt=prompt,
     )

@@ -5,14 +5,17 @@ what they say to a few held-out prompts.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+from transformers import PreTrainedTokenizerBase
 
 from okd_jax.data import Example
+from okd_jax.data.format import template_text
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answerable
 from okd_jax.models import ModelConfig, parameter_shapes
@@ -66,17 +69,19 @@ def check_rows(run: Run, workdir: Workdir) -> None:
   """Refuses rows that are not those which the run in the workdir began with.
 
   Raises:
-    UserError: that names the side.
+    UserError: that names what is another: tokenizer, template, or the rows alone.
   """
   kept = read_json(workdir.about).get("data", {}) if workdir.about.exists() else {}
-  for side, now in _data(run).items():
-    before = kept.get(side, now)
-    if before["digest"] != now["digest"]:
-      raise UserError(
-        f"data.{side}: {now['rows']} rows that are not the {before['rows']} which the "
-        f"run in {workdir.path} began with; data, template or tokenizer have changed: "
-        "put them back, or name another workdir"
-      )
+  changed = [
+    f"data.{part}"
+    for part, now in _data(run).items()
+    if kept.get(part, now)["digest"] != now["digest"]
+  ]
+  if changed:
+    raise UserError(
+      f"{', '.join(changed)}: not as when the run in {workdir.path} began; put back "
+      "what has changed, or name another workdir"
+    )
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -86,7 +91,27 @@ def _data(run: Run) -> dict[str, Any]:
   return {
     "train": {"rows": len(data.train), "digest": _digest(data.train)},
     "eval": {"rows": len(data.eval), "digest": _digest(data.eval), "prompts": judged},
+    "tokenizer": {"digest": _short(_words(data.tokenizer))},
+    "template": {
+      "digest": _short(template_text(settings.data.template, data.tokenizer))
+    },
   }
+
+
+def _words(tokenizer: PreTrainedTokenizerBase) -> str:
+  """All that a tokenizer is; of one written in Python its vocabulary."""
+  backend = getattr(tokenizer, "backend_tokenizer", None)
+  if backend is None:
+    return repr(sorted(tokenizer.get_vocab().items()))
+  raw = json.loads(backend.to_str())
+  # What a call has asked for last is no part of it.
+  return json.dumps(
+    {k: v for k, v in raw.items() if k not in ("truncation", "padding")}
+  )
+
+
+def _short(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _digest(examples: Sequence[Example]) -> str:

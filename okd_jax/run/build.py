@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
-from okd_jax.data import format, load_records
+from okd_jax.data import day, load_records
 from okd_jax.data.sources import source_list
 from okd_jax.methods import Method
 from okd_jax.run import checks, identity, student
@@ -72,7 +72,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sources = source_list(settings.data.train)
   records = functools.cache(lambda: load_records(sources))
   shape = outline(job, workdir, records)
-  with format.written_on(identity.kept_day(settings.teacher.cache, workdir)):
+  with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
     data = read_data(settings.data, settings.eval, shape, records())
     identity.keep_day(shape.tokenizer, settings.data.template, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)

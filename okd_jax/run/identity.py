@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from okd_jax import models
 from okd_jax.config import read
 from okd_jax.config.schema import Settings
-from okd_jax.data import format
+from okd_jax.data import day
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
@@ -120,11 +120,11 @@ def keep_day(
   tokenizer: PreTrainedTokenizerBase, template: str, workdir: Workdir
 ) -> None:
   """Keeps the day, if rows depend on it, and tells of it."""
-  if format.names_the_day(tokenizer, template):
-    day = format.day().isoformat()
+  if day.names_the_day(tokenizer, template):
+    today = day.day().isoformat()
     if not workdir.day.exists():
-      workdir.write_json(workdir.day, {"day": day})
-    _log.info("the chat template writes the date: %s in all of this run", day)
+      workdir.write_json(workdir.day, {"day": today})
+    _log.info("the chat template writes the date: %s in all of this run", today)
 
 
 def tell_growth(settings: Settings, method: Method) -> None:

@@ -12,7 +12,7 @@ from small import config
 from okd_jax import export, models
 from okd_jax.config import read
 from okd_jax.config.stages import stages
-from okd_jax.data import format, make_tokenizer
+from okd_jax.data import day, make_tokenizer
 from okd_jax.errors import UserError
 from okd_jax.run import about, distill
 from okd_jax.run.build import build
@@ -222,7 +222,7 @@ def test_rows_do_not_depend_on_the_clock(tmp_path, monkeypatch, caplog):
   """Guards resuming tomorrow: the day is kept in the workdir, and told."""
   caplog.set_level("INFO", logger="okd_jax")
   own, workdir = dated_run(tmp_path), Workdir(tmp_path / "run")
-  with format.written_on(datetime.date(2020, 2, 29)):
+  with day.written_on(datetime.date(2020, 2, 29)):
     run = build(own, workdir)
   # The run's own day counts, which here was none yet: today.
   today = datetime.date.today().isoformat()
@@ -252,5 +252,17 @@ def test_other_rows_are_refused(tmp_path):
   about.check_rows(build(own, workdir), workdir)
   rows[3]["completion"] = " 5"
   data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  with pytest.raises(UserError, match=r"data.(train|eval): \d+ rows that are not the"):
+  with pytest.raises(UserError, match=r"^data.(train|eval): not as when the run in"):
+    about.check_rows(build(own, workdir), workdir)
+
+
+def test_a_template_that_has_changed_is_named(tmp_path):
+  """Before the rows, which are others because of it."""
+  template = tmp_path / "template.txt"
+  template.write_text("{instruction}\n")
+  own, workdir = config(**{"data.template": str(template)}), Workdir(tmp_path / "run")
+  about.write(build(own, workdir), workdir, 0)
+  template.write_text("Do this: {instruction}\n")
+  names = r"^data.train, data.eval, data.template: not as when"
+  with pytest.raises(UserError, match=names):
     about.check_rows(build(own, workdir), workdir)

@@ -1,0 +1,44 @@
+"""The day that chat templates write, so that rows do not depend on the clock."""
+
+import contextlib
+import contextvars
+import datetime
+import re
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DAY: contextvars.ContextVar[datetime.date | None]
+_DAY = contextvars.ContextVar("day", default=None)
+
+
+def day() -> datetime.date:
+  """The day that chat templates write: today, unless `written_on` says another."""
+  return _DAY.get() or datetime.date.today()
+
+
+@contextlib.contextmanager
+def written_on(date: datetime.date | None) -> Iterator[None]:
+  """Has chat templates write this day, so that rows do not depend on the clock.
+
+  None: today, and the same to the end even if that is tomorrow.
+  """
+  token = _DAY.set(date or datetime.date.today())
+  try:
+    yield
+  finally:
+    _DAY.reset(token)
+
+
+def names_the_day(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+  """Whether rows of this template depend on the day they are written."""
+  return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
+
+
+def dated(template: str) -> str:
+  """A chat template with `day` in the places of its calls of strftime_now.
+
+  transformers lets no caller give another clock.
+  """
+  return _NOW.sub(lambda found: repr(day().strftime(found[2])), template)
