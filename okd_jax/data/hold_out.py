@@ -25,7 +25,8 @@ def hold_out(
 
   Returns:
     (rows to train on, in their order; rows held out, in any, so that the first ones are
-    of all sources; how many were left out since they are the same as one held out).
+    of all sources; how many of the others are the same as one held out). Those are left
+    out of the first, unless nothing else is there.
 
   >>> rows = [Example(np.arange(i, i + 3), 1, (), f"a:{i}") for i in range(6)]
   >>> train, held_out, same = hold_out(rows, 2, seed=0)
@@ -44,7 +45,7 @@ def hold_out(
   known = {_key(examples[i]) for i in out}
   rest = [i for i in range(len(examples)) if i not in held]
   train = [i for i in rest if _key(examples[i]) not in known]
-  return train, out, len(rest) - len(train)
+  return train or rest, out, len(rest) - len(train)
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:

@@ -157,13 +157,10 @@ def _held_out(
       f"{len(train)} rows of {data.train}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
-  if same:
+  if same and len(rest) == same:
+    _log.warning("all %d rows are the same as one held out: they are trained on", same)
+  elif same:
     _log.info("%d rows are left out: each is the same as one held out", same)
-  if not rest:
-    raise UserError(
-      f"data.holdout={data.holdout} leaves no row of {data.train} to train on; lower "
-      "it, or set data.eval"
-    )
   return rest, held_out
 
 

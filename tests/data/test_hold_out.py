@@ -57,6 +57,12 @@ def test_a_twin_of_a_held_out_row_is_not_trained_on():
   assert len(train) + len(held_out) + same == len(examples)
 
 
+def test_where_all_are_twins_they_stay():
+  examples = [row(f"a:{i}", 1, 2) for i in range(6)]
+  train, held_out, same = hold_out(examples, 2, seed=0)
+  assert len(train) == same == 4 and not {*train} & {*held_out}
+
+
 def test_windows_of_a_text_stay_together():
   texts = [row(f"a.jsonl:{t}", t, w) for t in range(10) for w in range(5)]
   train, held_out, _ = hold_out(texts, 10, seed=0)
