@@ -157,7 +157,7 @@ def _held_out(
       f"{len(train)} rows of {data.train}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
-  if same and len(rest) == same:
+  if same and same == len(train) - len(held_out):
     _log.warning("all %d rows are the same as one held out: they are trained on", same)
   elif same:
     _log.info("%d rows are left out: each is the same as one held out", same)
