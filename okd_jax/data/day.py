@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_DAY: contextvars.ContextVar[datetime.date | None]
-_DAY = contextvars.ContextVar("day", default=None)
+_DAY = contextvars.ContextVar[datetime.date | None]("day", default=None)
 
 
 def day() -> datetime.date:

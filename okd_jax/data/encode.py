@@ -178,8 +178,11 @@ def _split(
   ]
   astray = [i for i, response in enumerate(responses) if response is None]
   tally["straddled"] += len(astray)
-  for i in astray:
-    responses[i] = _behind(prompts[i], fulls[i], texts[i].response, tokenizer)
+  ways = _ways([texts[i].response for i in astray], tokenizer)
+  for i, some_ways in zip(astray, ways, strict=True):
+    whole = tokenizer.decode(fulls[i])
+    right = (ids for ids in some_ways if tokenizer.decode(prompts[i] + ids) == whole)
+    responses[i] = next(right, some_ways[0])
   for text, whole, prompt, response in zip(
     texts, ended, prompts, responses, strict=True
   ):
@@ -195,26 +198,18 @@ def _split(
       yield [], after(front, response)
 
 
-def _behind(
-  prompt: list[int],
-  full: list[int],
-  response: str,
-  tokenizer: PreTrainedTokenizerBase,
-) -> list[int]:
-  """The response's own tokens, such that prompt and response are the text again.
+def _ways(
+  responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[list[list[int]]]:
+  """Tokens of each response alone, and behind something that none reaches across.
 
-  Some tokenizers put a space before whatever they are given alone; behind something
-  that no token of theirs reaches across they do not.
+  Some tokenizers put a space before whatever they are given alone, but not there.
   """
-  [alone], [behind], [stop] = (
-    _tokens([text], tokenizer) for text in (response, f"{_STOP}{response}", _STOP)
-  )
-  wanted = tokenizer.decode(full)
-  ways = [alone]
-  if behind[: len(stop)] == stop:
-    ways.append(behind[len(stop) :])
-  right = (ids for ids in ways if tokenizer.decode(prompt + ids) == wanted)
-  return next(right, alone)
+  alone = _tokens(responses, tokenizer)
+  behind = _tokens([_STOP + response for response in responses], tokenizer)
+  [stop] = _tokens([_STOP], tokenizer)
+  cut = [[x[len(stop) :]] if x[: len(stop)] == stop else [] for x in behind]
+  return [[first, *others] for first, others in zip(alone, cut, strict=True)]
 
 
 def _ended(response: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -52,8 +52,10 @@ def check_name(name: str, public: bool) -> None:
   """Raises a UserError for a name that no model on the hub can have."""
   if public and not name:
     raise UserError("--public says who sees what --push_to_hub uploads; set that, too")
+  if not name:
+    return
   try:
-    huggingface_hub.utils.validate_repo_id(name or "none")
+    huggingface_hub.utils.validate_repo_id(name)
   except huggingface_hub.utils.HFValidationError as error:
     raise UserError(f"--push_to_hub={name!r} is no OWNER/NAME on the hub") from error
 
