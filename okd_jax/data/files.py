@@ -97,7 +97,8 @@ def _decode(content: bytes, where: str) -> str:
     ) from error
 
 
-def loads(content: bytes, where: str, what: str) -> Any:  # whatever JSON says
+def loads(content: bytes, where: str, what: str) -> Any:
+  """Whatever JSON says; a UserError that names where, and what is to be mended."""
   try:
     return json.loads(_decode(content, where))
   except UserError:

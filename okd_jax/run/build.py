@@ -71,6 +71,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   )
   sources = source_list(settings.data.train)
   records = functools.cache(lambda: load_records(sources))
+  identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
     data = read_data(settings.data, settings.eval, shape, records())

@@ -21,7 +21,6 @@ from okd_jax.run.export import (
   export_teachers,
 )
 from okd_jax.run.identity import (
-  check_models,
   growth,
   models_of,
   tell_growth,
@@ -133,7 +132,6 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   if not longer and workdir.report.exists():
     _log.info("%s is finished already; name another workdir to run anew", workdir.path)
     return
-  check_models(check(part.config).settings, workdir)
   own = build(part.config, workdir)
   about.check_rows(own, workdir)
   if longer:
