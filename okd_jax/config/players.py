@@ -166,7 +166,10 @@ class StudentSettings(Section):
   def _problems_in_part(self) -> Iterator[str]:
     yield from among("student.dtype", self.dtype or "float32", (*DTYPES, INT8))
     if self.frozen:
-      yield from adapters.Part.problems_of(self.frozen)
+      try:
+        adapters.Part(self.frozen)
+      except UserError as error:
+        yield str(error)
     if self.frozen and self.adapter.kind:
       yield (
         f"student.frozen={self.frozen!r}: with student.adapter.kind="

@@ -35,15 +35,10 @@ class Part(Adapter):
 
   def problems(self) -> Iterator[str]:
     """As in the base class."""
-    return self.problems_of(self.frozen)
-
-  @staticmethod
-  def problems_of(frozen: str) -> Iterator[str]:
-    """What is wrong with the expression, whatever the model."""
     try:
-      re.compile(frozen)
+      re.compile(self.frozen)
     except (re.error, OverflowError, RecursionError) as error:
-      yield f"student.frozen={frozen!r} is no regular expression ({error})"
+      yield f"student.frozen={self.frozen!r} is no regular expression ({error})"
 
   def check_names(self, params: Tree) -> None:
     """Raises a UserError if all of a model's parameters stay, or none of them.
