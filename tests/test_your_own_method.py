@@ -13,7 +13,7 @@ from commands import QUICK, environment, losses, rows
 from trial import LogitTrial, make_batch, make_logits
 
 from okd_jax import export, methods, models
-from okd_jax.config import read
+from okd_jax.config.describe import describe
 from okd_jax.methods import registry
 from okd_jax.methods.base.divergences import DIVERGENCES
 
@@ -68,7 +68,7 @@ def test_an_edited_file_is_read_again(own):
 
 
 def test_help_lists_its_knobs(own):
-  shown = read.describe(str(own / "my_method.py"))
+  shown = describe(str(own / "my_method.py"))
   assert "--config.method.two_sided=0.5\n      it is read by two_sided" in shown
 
 

@@ -16,6 +16,7 @@ from configs.studies import scarce
 from okd_jax import models
 from okd_jax.config import read
 from okd_jax.config import study as studies
+from okd_jax.config.describe import describe
 from okd_jax.config.stages import stages
 from okd_jax.data import load_records, make_tokenizer
 from okd_jax.errors import UserError
@@ -379,7 +380,7 @@ def test_somebody_elses_configs_do_no_harm(tmp_path, monkeypatch):
 
 
 def test_help_tells_every_key():
-  shown = read.describe()
+  shown = describe()
   for key in read.keys(default.get_config()):
     for section, name in (("method.end", "KNOB"), ("teacher.model", "KEY")):
       if key.startswith(f"{section}."):  # one entry for all
