@@ -1,12 +1,20 @@
 """Hugging Face datasets: saved in a folder, or on the hub."""
 
-import pathlib
+import functools
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
+from okd_jax.data.shard import (
+  Row,
+  Shard,
+  digest_of_files,
+  digest_of_text,
+  make_shard,
+)
+from okd_jax.data.values import cause
 from okd_jax.errors import UserError
-
-Row = tuple[object, str]  # what was read, and where
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -17,8 +25,8 @@ def split_of(source: str) -> tuple[str, str]:
   return base, rest[0] if rest else ""
 
 
-def read_saved(folder: pathlib.Path, split: str) -> Iterable[Row]:
-  """Rows of a folder that `Dataset.save_to_disk` or `DatasetDict` wrote."""
+def saved_shards(folder: Path, split: str) -> list[Shard]:
+  """What a folder holds that `Dataset.save_to_disk` or `DatasetDict` wrote."""
   import datasets  # here, since it takes a second that jsonl need not wait
 
   try:
@@ -29,17 +37,21 @@ def read_saved(folder: pathlib.Path, split: str) -> Iterable[Row]:
     split = split or "train"
     if split not in data:
       raise UserError(f"{folder}: has no split {split!r}; it has {', '.join(data)}")
-    return _dataset_rows(data[split], f"{folder}:{split}")
-  if split:
+    data, name = data[split], f"{folder}:{split}"
+  elif split:
     raise UserError(f"{folder}: is a single dataset without splits; leave :{split} out")
-  return _dataset_rows(data, str(folder))
+  else:
+    name = str(folder)
+  files = [Path(part["filename"]) for part in data.cache_files]
+  read = functools.partial(_rows, data, name)
+  return [make_shard(name, read, functools.partial(digest_of_files, files))]
 
 
-def read_hub(source: str) -> Iterable[Row]:
-  """Rows of a dataset on the hub, `id`, `id:split` or `id@config:split`."""
+def hub_shards(source: str) -> list[Shard]:
+  """A dataset on the hub, `id`, `id:split` or `id@config:split`."""
   base, split = split_of(source)
-  name, _, config = base.partition("@")
-  if not _HUB_ID.fullmatch(name):
+  id_, _, config = base.partition("@")
+  if not _HUB_ID.fullmatch(id_):
     raise UserError(f"{source}: no such file or folder")
   import datasets
   import huggingface_hub
@@ -48,17 +60,24 @@ def read_hub(source: str) -> Iterable[Row]:
     # Asked first, since load_dataset alone retries for half a minute, noisily,
     # before it reports a hub that is out of reach.
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
-      huggingface_hub.HfApi().dataset_info(name, timeout=20)
-    data = datasets.load_dataset(name, name=config or None, split=split or "train")
+      huggingface_hub.HfApi().dataset_info(id_, timeout=20)
+    data = datasets.load_dataset(id_, name=config or None, split=split or "train")
   except Exception as error:  # network, hub, splits, formats: no common class
     raise UserError(
       f"{source}: not a file or folder here, and not loaded from the Hugging Face "
       f"hub ({_hub_cause(error)})"
     ) from error
-  return _dataset_rows(data, f"{base}:{split or 'train'}")
+  name = f"{base}:{split or 'train'}"
+  digest = functools.partial(_digest, data, config)
+  return [make_shard(name, functools.partial(_rows, data, name), digest)]
 
 
-def _dataset_rows(data: Iterable[object], name: str) -> Iterator[Row]:
+def _digest(data: Any, config: str) -> str:
+  # What `datasets` keeps apart its own caches by.
+  return digest_of_text([data._fingerprint, config])
+
+
+def _rows(data: Iterable[object], name: str) -> Iterator[Row]:
   for number, row in enumerate(data, 1):
     yield row, f"{name} row {number}"
 
@@ -67,9 +86,3 @@ def _hub_cause(error: Exception) -> str:
   if type(error).__name__ == "RepositoryNotFoundError":
     return "no dataset of this name, or it is private and you are not logged in"
   return cause(error)
-
-
-def cause(error: BaseException) -> str:
-  """The first line of an error's text; its class when it has none."""
-  lines = str(error).strip().splitlines()
-  return lines[0].rstrip(".") if lines else type(error).__name__

@@ -6,14 +6,14 @@ row that cannot be used is an error that names it.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from okd_jax.data import hub
-from okd_jax.data.files import FORMS_HELP, loads, read_source
+from okd_jax.data.files import shards
+from okd_jax.data.shard import Row, Shard
+from okd_jax.data.values import FORMS_HELP, loads, quoted, short, text, type_name
 from okd_jax.errors import UserError
 
-Row = hub.Row
 Spec = str | Sequence[object]  # from a config: that all are names is checked here
 
 FORMS = {  # kind: the keys that a row of this form must have
@@ -22,7 +22,6 @@ FORMS = {  # kind: the keys that a row of this form must have
   "messages": ("messages",),
   "text": ("text",),
 }
-_SHOWN = 40  # characters of a value in a message
 _DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
 _PROMPTLESS, _CONVERSATIONS = ("text",), ("messages",)  # kinds that stand apart
 
@@ -74,16 +73,17 @@ class Record:
     'user: Hi'
     """
     turns = [f"{turn['role']}: {turn.get('content', '')}" for turn in self.messages]
-    return "\n\n".join(text for text in (self.prompt, self.input, *turns) if text)
+    return "\n\n".join(part for part in (self.prompt, self.input, *turns) if part)
 
 
 def load_records(spec: Spec) -> list[Record]:
   """Reads every record of one source or of several, in the order given.
 
   Args:
-    spec: a `.jsonl`, `.json` or `.txt` file (each also `.gz`), a folder of jsonl
-      files or one written by `save_to_disk`, a hub id, or `embedded`; or a list of
-      these. Folders and ids take `:split`, ids `@config` too (`id@config:split`).
+    spec: a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, each also `.gz` or `.zst`,
+      `.parquet`, `.arrow`), a folder of such files or one written by `save_to_disk`, a
+      pattern such as `data/*.jsonl`, a hub id, or `embedded`; or a list of these.
+      Folders and ids take `:split`, ids `@config` too (`id@config:split`).
 
   Returns:
     The records, each with the file and line that it came from.
@@ -102,7 +102,7 @@ def load_records(spec: Spec) -> list[Record]:
   >>> record.kind, record.prompt, record.references
   ('completion', '1 + 1 =', (' 2',))
   """
-  return [parse_record(row, where) for row, where in read_rows(spec)]
+  return list(iter_records(spec))
 
 
 def source_list(spec: str) -> list[str]:
@@ -127,18 +127,28 @@ def read_predictions(path: str) -> list[str]:
 
 def read_rows(spec: Spec) -> list[Row]:
   """Raw rows of one source or several, each with its place; none may be empty."""
+  return [row for shard in shards_of(spec) for row in shard.rows()]
+
+
+def iter_records(spec: Spec) -> Iterator[Record]:
+  """The records of `load_records`, read as they are asked for."""
+  for shard in shards_of(spec):
+    for row, where in shard.rows():
+      yield parse_record(row, where)
+
+
+def shards_of(spec: Spec) -> list[Shard]:
+  """The shards of one source or several, in their order.
+
+  Raises:
+    UserError: if nothing is named, or a source is not there.
+  """
   sources = [spec] if isinstance(spec, str) else list(spec)
   if not sources or not all(isinstance(s, str) and s.strip() for s in sources):
     raise UserError(
       f"{spec!r} names no data; give a path, a hub id, 'embedded', or a list of them"
     )
-  rows = []
-  for source in sources:
-    new = list(read_source(source))
-    if not new:
-      raise UserError(f"{source}: holds no records; {FORMS_HELP}")
-    rows += new
-  return rows
+  return [shard for source in sources for shard in shards(source)]
 
 
 def parse_record(row: object, where: str) -> Record:
@@ -146,7 +156,7 @@ def parse_record(row: object, where: str) -> Record:
   row = _known_names(row, where)
   kind, ended = _kind(row, where), _ended(row, where)
   if kind in _PROMPTLESS:
-    return Record(kind, where, text=_text(row, "text", where), ended=ended)
+    return Record(kind, where, text=text(row, "text", where), ended=ended)
   fields: dict[str, Any] = {"references": _references_of(row, where), "ended": ended}
   match kind:
     case "messages":
@@ -155,11 +165,11 @@ def parse_record(row: object, where: str) -> Record:
       fields |= {"messages": tuple(before), "final": extra}
       fields["tools"] = _tools(row, where)
     case "completion":
-      fields["prompt"] = _text(row, "prompt", where)
+      fields["prompt"] = text(row, "prompt", where)
     case "instruction":
-      fields["prompt"] = _text(row, "instruction", where)
+      fields["prompt"] = text(row, "instruction", where)
       if row.get("input") is not None:
-        fields["input"] = _text(row, "input", where, blank=True)
+        fields["input"] = text(row, "input", where, blank=True)
   return Record(kind, where, **fields)
 
 
@@ -172,7 +182,7 @@ def _known_names(row: object, where: str) -> Mapping[str, Any]:
   What is null is not there: data sets that were put together have all the others' keys.
   """
   if not isinstance(row, Mapping):
-    raise UserError(f"{where}: is {_type(row)}, not an object; {FORMS_HELP}")
+    raise UserError(f"{where}: is {type_name(row)}, not an object; {FORMS_HELP}")
   others = [keys for kind, keys in FORMS.items() if kind != "instruction"]
   if any(all(row.get(key) is not None for key in keys) for keys in others):
     return row
@@ -183,7 +193,7 @@ def _known_names(row: object, where: str) -> Mapping[str, Any]:
       continue
     if own not in (None, "", value):
       raise UserError(
-        f"{where}: {ours!r} is {_short(own)} and {theirs!r} is {_short(value)}, two "
+        f"{where}: {ours!r} is {short(own)} and {theirs!r} is {short(value)}, two "
         "names of one thing; remove one of them"
       )
     row[ours] = value
@@ -201,15 +211,14 @@ def _kind(row: Mapping[str, Any], where: str) -> str:
     if len(missing) < len(keys):
       state = "is null" if missing[0] in row else "is missing"
       raise UserError(f"{where}: key {missing[0]!r} {state}; {FORMS_HELP}")
-  found = ", ".join(map(repr, present)) or "none"
-  raise UserError(f"{where}: no usable keys (found: {found}); {FORMS_HELP}")
+  raise UserError(f"{where}: no usable keys (found: {quoted(present)}); {FORMS_HELP}")
 
 
 def _ended(row: Mapping[str, Any], where: str) -> bool:
   """The key 'ended', which says whether the response is whole; by default it is."""
   ended = row.get("ended")
   if not isinstance(ended, bool | None):
-    raise UserError(f"{where}: 'ended' is {_type(ended)}, not true or false")
+    raise UserError(f"{where}: 'ended' is {type_name(ended)}, not true or false")
   return ended is not False
 
 
@@ -221,9 +230,8 @@ def _references_of(row: object, where: str) -> tuple[str, ...]:
       return _strings(row, key, where)
   if row.get("messages") is not None:
     return (_messages(row, where)[-1].get("content", ""),)
-  found = ", ".join(map(repr, row)) or "none"
   raise UserError(
-    f"{where}: no reference to compare with (found keys: {found}); add 'output', "
+    f"{where}: no reference to compare with (found keys: {quoted(row)}); add 'output', "
     "'completion' or 'messages'"
   )
 
@@ -231,11 +239,11 @@ def _references_of(row: object, where: str) -> tuple[str, ...]:
 def _strings(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
   """A string, or a non-empty list of them."""
   if not isinstance(row[key], (list, tuple)):
-    return (_text(row, key, where),)
+    return (text(row, key, where),)
   if not row[key]:
     raise UserError(f"{where}: {key!r} is an empty list; give at least one response")
   items = {f"{key}[{i}]": value for i, value in enumerate(row[key])}
-  return tuple(_text(items, item, where) for item in items)
+  return tuple(text(items, item, where) for item in items)
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...] | None:
@@ -246,7 +254,7 @@ def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...] | None:
   if not tools:
     return None
   if not isinstance(tools, (list, tuple)):
-    raise UserError(f"{where}: 'tools' is {_type(tools)}, not a list")
+    raise UserError(f"{where}: 'tools' is {type_name(tools)}, not a list")
   return tuple(tools)
 
 
@@ -264,17 +272,17 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
   for i, message in enumerate(messages):
     place = f"{where}: message {i + 1}"
     if not isinstance(message, Mapping):
-      raise UserError(f"{place} is {_type(message)}, not an object")
+      raise UserError(f"{place} is {type_name(message)}, not an object")
     message = {key: value for key, value in message.items() if value is not None}
     calls = bool(message.get("tool_calls"))
     for key in ("role",) if calls else ("role", "content"):
       if key not in message:
         raise UserError(f"{place}: key {key!r} is missing or null")
-    _text(message, "role", place)
+    text(message, "role", place)
     # Only the last is trained on: an empty system message is odd, but harmless.
     last = i == len(messages) - 1
     if "content" in message:
-      _text(message, "content", place, blank=calls or not last)
+      text(message, "content", place, blank=calls or not last)
     checked.append(message)
   if checked[-1]["role"] != "assistant":
     raise UserError(
@@ -282,35 +290,3 @@ def _messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
       "'assistant', since it is what is trained on"
     )
   return checked
-
-
-def _text(row: Mapping[str, Any], key: str, where: str, blank: bool = False) -> str:
-  """A string that can be encoded; not blank, unless it may be."""
-  value = row[key]
-  if not isinstance(value, str):
-    raise UserError(f"{where}: {key!r} is {_type(value)}, not a string")
-  if not blank and not value.strip():
-    raise UserError(f"{where}: {key!r} is empty; fill it in or remove the record")
-  try:
-    value.encode("utf-8")
-  except UnicodeEncodeError as error:  # JSON may escape half a surrogate pair
-    raise UserError(
-      f"{where}: {key!r} holds half a surrogate pair at character {error.start + 1}; "
-      "repair the text"
-    ) from error
-  return value
-
-
-def _short(value: object) -> str:
-  """A value for a message."""
-  text = repr(value)
-  return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _type(value: object) -> str:
-  """A value's type as JSON calls it."""
-  if value is None:
-    return "null"
-  names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
-  names |= {list: "a list", tuple: "a list", dict: "an object"}
-  return names.get(type(value), f"a {type(value).__name__}")

@@ -195,7 +195,7 @@ def test_folder_of_jsonl(tmp_path):
 
   assert outputs(str(tmp_path)) == ["train-0", "train-1"]
   assert outputs(f"{tmp_path}:test") == ["test"]
-  fails(f"{tmp_path}:dev", "no jsonl file of split 'dev'", "test.jsonl")
+  fails(f"{tmp_path}:dev", "no data file of split 'dev'", "test.jsonl")
   (tmp_path / "train-0.jsonl").unlink()
   (tmp_path / "train-1.jsonl").unlink()
   assert outputs(str(tmp_path)) == ["test", "trainer"]  # no split at all: everything
@@ -210,7 +210,7 @@ def test_choosing_among_a_folders_files_is_said(tmp_path, caplog):
 
 
 def test_folder_without_data(tmp_path):
-  fails(str(tmp_path), "holds no .jsonl file")
+  fails(str(tmp_path), "holds no data file", ".jsonl")
 
 
 def test_saved_datasets(tmp_path):
@@ -358,8 +358,8 @@ def test_an_empty_file(tmp_path, name, content):
 
 
 def test_other_unreadable_files(tmp_path):
-  (tmp_path / "a.csv").write_text("a,b\n")
-  fails(str(tmp_path / "a.csv"), "not a known kind of data file", ".jsonl")
+  (tmp_path / "a.docx").write_text("a,b\n")
+  fails(str(tmp_path / "a.docx"), "not a known kind of data file", ".jsonl")
   (tmp_path / "b.jsonl.gz").write_bytes(b"not gzip")
   fails(str(tmp_path / "b.jsonl.gz"), "b.jsonl.gz: cannot be read")
   (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}')[:-9])
