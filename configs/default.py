@@ -171,7 +171,8 @@ def get_config() -> ConfigDict:
   config.adapter.tokens = ""
 
   config.data = ConfigDict()
-  config.data.train = "embedded"  # jsonl(.gz), .txt or dataset id; several by commas
+  # A file, folder, pattern or dataset id, several by commas, or in Python as a list.
+  config.data.train = "embedded"
   config.data.eval = ""  # likewise; '' holds out rows of data.train
   config.data.holdout = 64  # so many of them, of each source its share
   config.data.holdout_seed = 0  # of their draw; its own, so that seeds share the rows
@@ -243,6 +244,10 @@ def get_config() -> ConfigDict:
   config.mesh.data = -1  # copies of the model; -1: all devices the others leave
   config.mesh.fsdp = 1  # ways that weights and optimiser state are split
   config.mesh.tensor = 1  # ways that each matmul is split
+  for key in ("train", "eval"):  # whose type would not let a list in
+    text = config.data[key]
+    del config.data[key]
+    config.data[key] = config_dict.FieldReference(text, field_type=object)
   config.lock()
   config.stages.unlock()  # recipes add theirs
   config.teachers.unlock()

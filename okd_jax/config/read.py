@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import logging
+import os
 import re
 import runpy
 import sys
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
 _TEACHERS = "teachers."
+_SOURCES = ("data.train", "data.eval")  # text, or a list of it
 _WORD = r"\d*[a-zA-Z_][\w-]*"  # and no number
 _SEVERAL = re.compile(rf"[\[(]? *({_WORD} *, *)+{_WORD} *[\])]?")
 _PACKAGE = "configs"  # what recipes import their neighbours from
@@ -217,9 +219,13 @@ def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> Con
     changes["method.file"] = str(local(file).resolve())
     add_method_file(config, changes["method.file"])
   named = {k: changes.pop(k) for k in list(changes) if k.startswith(_TEACHERS)}
+  sources = {k: _fspath(changes.pop(k, _value(config, k))) for k in _SOURCES}
   for name in changes:
     _check_key(name, config)
   config = apply(config, changes)
+  # Not as flags, which would take a folder called 2024 for a number.
+  with config.ignore_type():
+    config.update_from_flattened_dict(sources)
   # New names, which no flag can have.
   with config.unlocked():
     config.teachers.update(
@@ -228,6 +234,13 @@ def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> Con
   if any(key.startswith(("method.", "adapter.")) for key in changes):
     _leave_behind(config, changes)
   return config
+
+
+def _fspath(value: Any) -> Any:
+  """Paths as text, in a list or alone; whatever else is left for the checks."""
+  if isinstance(value, list | tuple):
+    return [_fspath(one) for one in value]
+  return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def add_method_file(config: ConfigDict, file: str) -> None:

@@ -15,6 +15,7 @@ from okd_jax.config.players import (
   TeacherSettings,
 )
 from okd_jax.config.section import DTYPES, Section, among, least
+from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
 from okd_jax.models import kernels
 
@@ -42,8 +43,8 @@ class MethodSettings(Section):
 class DataSettings(Section):
   """Sources and rows."""
 
-  train: str = "embedded"
-  eval: str = ""
+  train: Any = "embedded"  # text, or a list of it; likewise eval
+  eval: Any = ""
   holdout: int = 64
   holdout_seed: int = 0
   tokenizer: str = ""
@@ -60,11 +61,22 @@ class DataSettings(Section):
     yield from least(self, "data", holdout_seed=0)
     yield from among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from among("data.overlong_row", self.overlong_row, POLICIES)
+    for name in ("train", "eval"):
+      given = getattr(self, name)
+      parts = [given] if isinstance(given, str) else given
+      if not (isinstance(parts, list | tuple) and all(map(_is_text, parts))):
+        yield f"data.{name}={given!r} must be text, or a list of paths and dataset ids"
 
   @property
-  def eval_source(self) -> str:
-    """What the held-out rows are read from; '' holds out rows of `train`."""
-    return self.eval or ("embedded:eval" if self.train == "embedded" else "")
+  def sources(self) -> list[str]:
+    """What is trained on."""
+    return source_list(self.train)
+
+  @property
+  def eval_sources(self) -> list[str]:
+    """What the held-out rows are read from; none holds out rows of `sources`."""
+    embedded = self.sources == ["embedded"]
+    return source_list(self.eval) or (["embedded:eval"] if embedded else [])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,6 +247,10 @@ def settings(config: ConfigDict) -> Settings:
   method = MethodSettings(name=name, file=file, knobs=knobs)
   teachers = {name: config.teachers[name] for name in sorted(config.teachers)}
   return Settings(method=method, teachers=teachers, **found)
+
+
+def _is_text(value: object) -> bool:
+  return isinstance(value, str)
 
 
 def _sections(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:

@@ -69,9 +69,9 @@ class Study:
     Options(**self.protocol)
 
   @property
-  def held_out(self) -> str:
+  def held_out(self) -> list[str]:
     """Where the rows come from that every run is judged on."""
-    return DataSettings(**self.config.data).eval_source
+    return DataSettings(**self.config.data).eval_sources
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ FORMS = {  # kind: the keys that a row of this form must have
   "text": ("text",),
 }
 _DOLLY_NAMES = {"context": "input", "response": "output"}  # databricks-dolly-15k's
+_NAMED = 3  # sources in a message
 _PROMPTLESS, _CONVERSATIONS = ("text",), ("messages",)  # kinds that stand apart
 
 
@@ -105,9 +106,25 @@ def load_records(spec: Spec) -> list[Record]:
   return list(iter_records(spec))
 
 
-def source_list(spec: str) -> list[str]:
-  """The sources in a comma-separated list."""
-  return [part.strip() for part in spec.split(",") if part.strip()]
+def source_list(spec: str | Sequence[str]) -> list[str]:
+  """The sources in a comma-separated text, or in a list, whose names may have commas.
+
+  >>> source_list("a.jsonl, b/*.parquet"), source_list(["a,b.csv"])
+  (['a.jsonl', 'b/*.parquet'], ['a,b.csv'])
+  """
+  if isinstance(spec, str):
+    return [part.strip() for part in spec.split(",") if part.strip()]
+  return list(spec)
+
+
+def called(sources: Sequence[str]) -> str:
+  """Sources for people to read.
+
+  >>> called(["a", "b"]), called(["a", "b", "c", "d", "e"])
+  ('a, b', 'a, b, c and 2 more')
+  """
+  more = f" and {len(sources) - _NAMED} more" if len(sources) > _NAMED + 1 else ""
+  return ", ".join(sources[:_NAMED] if more else sources) + more
 
 
 def read_references(spec: Spec) -> list[tuple[str, ...]]:

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
 from okd_jax.data import day, load_records
-from okd_jax.data.sources import source_list
 from okd_jax.methods import Method
 from okd_jax.run import checks, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
@@ -69,8 +68,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  sources = source_list(settings.data.train)
-  records = functools.cache(lambda: load_records(sources))
+  records = functools.cache(lambda: load_records(settings.data.sources))
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
@@ -106,7 +104,7 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  sources = source_list(job.settings.data.train)
+  sources = job.settings.data.sources
   shape = outline(job, workdir, lambda: load_records(sources))
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))

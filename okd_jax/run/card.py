@@ -7,7 +7,7 @@ import huggingface_hub
 
 from okd_jax import models
 from okd_jax.config.schema import Settings
-from okd_jax.data.sources import source_list
+from okd_jax.data.sources import called
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.models import Card
@@ -36,7 +36,7 @@ def of_student(settings: Settings, workdir: Path, step: int) -> Card:
     [
       path for path in dict.fromkeys((start, *paths)) if path and models.is_hub_id(path)
     ],
-    [name for name in map(_dataset, source_list(settings.data.train)) if name],
+    [name for name in map(_dataset, settings.data.sources) if name],
     licence or _licence(start or from_teacher),
   )
 
@@ -44,7 +44,7 @@ def of_student(settings: Settings, workdir: Path, step: int) -> Card:
 def made_by(settings: Settings) -> Card:
   """Who taught, by what method, on what data."""
   teachers = ", ".join(teacher_paths(settings).values())
-  method, data = settings.method.name, settings.data.train
+  method, data = settings.method.name, called(settings.data.sources)
   return Card({"Teacher": teachers or "–", "Method": method, "Data": data})
 
 

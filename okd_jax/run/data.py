@@ -23,7 +23,7 @@ from okd_jax.data import (
   show_example,
 )
 from okd_jax.data.hold_out import hold_out
-from okd_jax.data.sources import source_list
+from okd_jax.data.sources import called
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
 
@@ -81,7 +81,7 @@ def read_data(
   rows = [_training_rows(data, *reader, records) for reader in readers]
   if len(rows) > 1:
     rows = pair(*rows)
-  chosen = None if data.eval_source else _held_out(data, rows[0])
+  chosen = None if data.eval_sources else _held_out(data, rows[0])
   own, *other = [
     _with_held_out(data, evaluation, *reader, train, chosen)
     for reader, train in zip(readers, rows, strict=True)
@@ -141,7 +141,7 @@ def _training_rows(
     tokenizer,
     overlong_prompt=data.overlong_prompt,
     overlong_row=data.overlong_row,
-    name=data.train + note,
+    name=called(data.sources) + note,
     **_options(data),
   )
   return rows
@@ -154,7 +154,7 @@ def _held_out(
   if not 0 < data.holdout < len(train):
     raise UserError(
       f"data.holdout={data.holdout} must be at least 1 and less than the "
-      f"{len(train)} rows of {data.train}; or set data.eval"
+      f"{len(train)} rows of {called(data.sources)}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
   if same and same == len(train) - len(held_out):
@@ -174,13 +174,12 @@ def _with_held_out(
 ) -> Reading:
   """Evaluation rows beside those to train on, or the rows `chosen` for the two."""
   if chosen is None:
-    source = data.eval_source
     held_out, _ = prepare(
-      load_records(source_list(source))[: evaluation.limit or None],
+      load_records(data.eval_sources)[: evaluation.limit or None],
       tokenizer,
       overlong_prompt="truncate",
       overlong_row="truncate",
-      name=source + note,
+      name=called(data.eval_sources) + note,
       **_options(data),
     )
   else:

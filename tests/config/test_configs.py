@@ -87,7 +87,7 @@ def test_configuration_names_only_known_keys(spec, tmp_path):
 def test_every_run_of_a_study_has_a_method_that_reads_its_knobs(spec, tmp_path):
   study = studies.load(spec, [])
   for job in studies.jobs(study, tmp_path):
-    assert check(job.config).settings.data.eval_source == study.held_out
+    assert check(job.config).settings.data.eval_sources == study.held_out
 
 
 def test_every_key_has_a_comment():
