@@ -186,6 +186,13 @@ def get_config() -> ConfigDict:
   # epoch is then fewer and fuller steps. Not for methods that answer prompts or look
   # at rows as wholes: mixkd, an ensemble weighted by rows, cross_tokenizer.
   config.data.pack = False
+  config.data.turns = "all"  # of a conversation, train on all answers, or the 'last'
+  config.data.chat_template = ""  # a jinja file, in place of the tokenizer's own
+  # The teacher's own template, '' for the same; {output} in it is the row's answer.
+  # Rows may also hold what it is to read: teacher_prompt, teacher_messages.
+  config.data.teacher_template = ""
+  config.data.max_teacher_length = 0  # of a row that the teacher reads; 0: max_length
+  config.data.num_proc = 0  # processes that tokenise many rows; 0: as many as CPUs
 
   config.train = ConfigDict()
   config.train.steps = 0  # 0: use train.epochs

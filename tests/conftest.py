@@ -1,6 +1,9 @@
 """Eight simulated devices, rank promotion as an error, and the shared folder."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -11,6 +14,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_backend_optimization_level=0",
   ]
 )
+
+# Tokenised rows of tests are nobody else's.
+os.environ["OKD_JAX_ROWS"] = tempfile.mkdtemp(prefix="okd_jax_rows_")
+atexit.register(shutil.rmtree, os.environ["OKD_JAX_ROWS"], ignore_errors=True)
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -174,7 +174,7 @@ def continued(
   batch_size: int,
 ) -> list[Example]:
   """The prompts, each with an answer that the writer draws at temperature 1."""
-  heads = [example.tokens[: example.prompt_length] for example in prompts]
+  heads = [example.prompt for example in prompts]
   completions = generate(
     decoder_source(writer.decoder),
     writer.variables,

@@ -102,7 +102,7 @@ def _prompts(model: Model, flags: argparse.Namespace) -> list[np.ndarray]:
     overlong_prompt="truncate",
     overlong_row="truncate",
   )
-  found = [e.tokens[: e.prompt_length] for e in examples if e.prompt_length]
+  found = [e.prompt for e in examples if e.prompt_length]
   if not found:
     raise UserError(f"--data={flags.data} has no prompt to answer")
   return found

@@ -15,6 +15,7 @@ from okd_jax.config.players import (
   TeacherSettings,
 )
 from okd_jax.config.section import DTYPES, Section, among, least
+from okd_jax.data.limits import POLICIES, TURNS, Form
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
 from okd_jax.models import kernels
@@ -22,7 +23,6 @@ from okd_jax.models import kernels
 # Of optimiser moments; float16 has no room for small gradients.
 MOMENT_DTYPES = ("float32", "bfloat16")
 SCHEDULES = ("constant", "cosine", "linear")
-POLICIES = ("drop", "truncate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,17 @@ class DataSettings(Section):
   overlong_prompt: str = "drop"
   overlong_row: str = "truncate"
   pack: bool = False
+  turns: str = "all"
+  teacher_template: str = ""
+  max_teacher_length: int = 0
+  chat_template: str = ""
+  num_proc: int = 0
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
     yield from least(self, "data", max_length=2, max_prompt_length=1, holdout=0)
-    yield from least(self, "data", holdout_seed=0)
+    yield from least(self, "data", holdout_seed=0, max_teacher_length=0, num_proc=0)
+    yield from among("data.turns", self.turns, TURNS)
     yield from among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from among("data.overlong_row", self.overlong_row, POLICIES)
     for name in ("train", "eval"):
@@ -66,6 +72,12 @@ class DataSettings(Section):
       parts = [given] if isinstance(given, str) else given
       if not (isinstance(parts, list | tuple) and all(map(_is_text, parts))):
         yield f"data.{name}={given!r} must be text, or a list of paths and dataset ids"
+
+  @property
+  def form(self) -> Form:
+    """How records become rows to train on."""
+    names = [field.name for field in dataclasses.fields(Form)]
+    return Form(**{name: getattr(self, name) for name in names})
 
   @property
   def sources(self) -> list[str]:

@@ -1,10 +1,12 @@
 """From files to batches: sources, templates, tokens, rows, loaders, tokenizers."""
 
-from okd_jax.data.encode import Example, encode, prepare, show_example, stop_ids
-from okd_jax.data.limits import Counts, Limits
+from okd_jax.data.encode import encode, prepare, stop_ids
+from okd_jax.data.example import Example, show_example
+from okd_jax.data.limits import Counts, Form
 from okd_jax.data.loader import each_alone, eval_batches, train_loader
-from okd_jax.data.pack import PAD_ID, pack, pack_row, pad_row, positions
-from okd_jax.data.pairing import pair, shared_text
+from okd_jax.data.pack import PAD_ID, Packs, pack, pack_row, pad_row, positions
+from okd_jax.data.pairing import pair
+from okd_jax.data.rows import Rows
 from okd_jax.data.sources import (
   Record,
   load_records,
@@ -21,8 +23,10 @@ __all__ = [
   "PAD_ID",
   "Counts",
   "Example",
-  "Limits",
+  "Form",
+  "Packs",
   "Record",
+  "Rows",
   "check_vocabulary",
   "compare_tokenizers",
   "each_alone",
@@ -31,14 +35,13 @@ __all__ = [
   "load_records",
   "make_tokenizer",
   "pack",
+  "pair",
   "pack_row",
   "pad_row",
-  "pair",
   "positions",
   "prepare",
   "read_predictions",
   "read_references",
-  "shared_text",
   "show_example",
   "stop_ids",
   "train_loader",

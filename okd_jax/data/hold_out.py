@@ -1,19 +1,14 @@
 """Which rows are held out for evaluation, where nobody has given others."""
 
-import collections
-import re
-from collections.abc import Hashable, Sequence
-
 import numpy as np
+from jaxtyping import Bool, Int, Shaped
 
-from okd_jax.data.encode import Example
+from okd_jax.data.rows import Rows
 
-_PLACE = re.compile(r"(:| row |: record )\d+$")  # of a row in its source
+Numbers = Int[np.ndarray, " _"]
 
 
-def hold_out(
-  examples: Sequence[Example], count: int, seed: int
-) -> tuple[list[int], list[int], int]:
+def hold_out(rows: Rows, count: int, seed: int) -> tuple[Numbers, Numbers, int]:
   """Draws rows of all sources, of each as many as its share of the whole.
 
   A text's windows stay together, but for a source that is one long text: of that it is
@@ -28,27 +23,39 @@ def hold_out(
     of all sources; how many of the others are the same as one held out). Those are left
     out of the first, unless nothing else is there.
 
-  >>> rows = [Example(np.arange(i, i + 3), 1, (), f"a:{i}") for i in range(6)]
-  >>> train, held_out, same = hold_out(rows, 2, seed=0)
-  >>> len(train), len(held_out), same, sorted(train + held_out)
+  >>> from okd_jax.data import Example, rows
+  >>> texts = [Example(np.arange(i, i + 3), 1, (), "a", number=i) for i in range(6)]
+  >>> train, held_out, same = hold_out(rows.of(texts), 2, seed=0)
+  >>> len(train), len(held_out), same, sorted([*train.tolist(), *held_out.tolist()])
   (4, 2, 0, [0, 1, 2, 3, 4, 5])
   """
-  sources: dict[str, dict[str, list[int]]] = collections.defaultdict(dict)
-  for i, example in enumerate(examples):
-    texts = sources[_PLACE.sub("", example.where)]
-    texts.setdefault(example.where, []).append(i)
-  sizes = [sum(map(len, texts.values())) for texts in sources.values()]
-  rng, held = np.random.default_rng(seed), set()
-  for texts, share in zip(sources.values(), _shares(sizes, count), strict=True):
-    held |= _drawn(list(texts.values()), share, rng)
-  out = rng.permutation(sorted(held)).tolist()
-  known = {_key(examples[i]) for i in out}
-  rest = [i for i in range(len(examples)) if i not in held]
-  train = [i for i in rest if _key(examples[i]) not in known]
-  return train or rest, out, len(rest) - len(train)
+  source, keys = rows.column("source"), rows.column("key")
+  names, first = np.unique(source, return_index=True)
+  names = names[np.argsort(first)]  # in the order in which they come
+  sizes = [int((source == name).sum()) for name in names]
+  rng, held = np.random.default_rng(seed), np.zeros(len(rows), bool)
+  for name, share in zip(names, _shares(sizes, count), strict=True):
+    own = np.flatnonzero(source == name)
+    held[_drawn(own, rows.column("number")[own], share, rng)] = True
+  out, rest = rng.permutation(np.flatnonzero(held)), np.flatnonzero(~held)
+  same = _among(keys[rest], keys[out])
+  train = rest if same.all() else rest[~same]
+  return train, out, int(same.sum())
 
 
-def _shares(sizes: Sequence[int], count: int) -> list[int]:
+def _among(
+  keys: Shaped[np.ndarray, " N"], known: Shaped[np.ndarray, " M"]
+) -> Bool[np.ndarray, " N"]:
+  """Which of the 16-byte keys are known, bool [N]."""
+  # By half a key first: numpy can sort numbers, but no bytes.
+  found = np.isin(*(x.view("<u8")[::2] for x in (keys, known)))
+  exact = set(known.tolist())
+  for i in np.flatnonzero(found):
+    found[i] = bytes(keys[i]) in exact
+  return found
+
+
+def _shares(sizes: list[int], count: int) -> list[int]:
   """How many rows of each source: in proportion, the largest remainders rounded up."""
   exact = np.array(sizes) * count / sum(sizes)
   shares = np.floor(exact).astype(int)
@@ -57,17 +64,15 @@ def _shares(sizes: Sequence[int], count: int) -> list[int]:
   return shares.tolist()
 
 
-def _drawn(texts: list[list[int]], count: int, rng: np.random.Generator) -> set[int]:
-  """At least so many rows of whole texts."""
-  if len(texts) == 1:
-    return set(texts[0][len(texts[0]) - count :])
-  found: set[int] = set()
-  for i in rng.permutation(len(texts)):
-    if len(found) >= count:
-      break
-    found |= set(texts[i])
-  return found
-
-
-def _key(example: Example) -> Hashable:
-  return example.prompt_length, example.tokens.tobytes()
+def _drawn(
+  rows: Numbers, texts: Numbers, count: int, rng: np.random.Generator
+) -> Numbers:
+  """At least so many of the rows, of whole texts; texts: the number of each one's."""
+  starts = np.flatnonzero(np.diff(texts, prepend=-1))
+  if len(starts) == 1:
+    return rows[len(rows) - count :]
+  order, sizes = rng.permutation(len(starts)), np.diff([*starts, len(rows)])
+  taken = order[: np.searchsorted(np.cumsum(sizes[order]), count) + 1] if count else []
+  mine = np.zeros(len(starts), bool)
+  mine[taken] = True
+  return rows[np.repeat(mine, sizes)]

@@ -6,8 +6,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from okd_jax.data.encode import Example
-from okd_jax.data.pack import pack_row
+from okd_jax.data.example import Example
+from okd_jax.data.pack import Packs, pack_row
 
 Batch = dict[str, np.ndarray]
 
@@ -80,9 +80,9 @@ def eval_batches(
     yield _filled(batch, batch_size, pad_id)
 
 
-def each_alone(examples: Sequence[Example]) -> list[tuple[int, ...]]:
+def each_alone(examples: Sequence[Example]) -> Packs:
   """The packs of rows with one text each."""
-  return [(index,) for index in range(len(examples))]
+  return Packs.alone(len(examples))
 
 
 def _checked(

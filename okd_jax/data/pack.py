@@ -1,14 +1,51 @@
 """Rows of one fixed length, shifted for training; one text each, or packed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from okd_jax.data.encode import Example
+from okd_jax.data.example import Example
 
 # Fills rows up. Any legal id would do: what counts follows from lengths alone.
 PAD_ID = 0
+
+
+class Packs(Sequence[tuple[int, ...]]):
+  """Which texts share a row, a few bytes a text.
+
+  texts: their numbers, row after row.
+  ends: where each row ends among them.
+  """
+
+  def __init__(self, texts: Int[np.ndarray, " N"], ends: Int[np.ndarray, " R"]):
+    self._texts, self._ends = texts, ends
+
+  @classmethod
+  def of(cls, rows: Sequence[tuple[int, ...]]) -> "Packs":
+    """The same rows.
+
+    >>> Packs.of([(0, 2), (1,)])[0]
+    (0, 2)
+    """
+    texts = np.fromiter((text for row in rows for text in row), np.int64)
+    return cls(texts, np.cumsum([len(row) for row in rows]))
+
+  @classmethod
+  def alone(cls, count: int) -> "Packs":
+    """So many texts, each in a row of its own."""
+    return cls(np.arange(count), np.arange(1, count + 1))
+
+  def __len__(self) -> int:
+    return len(self._ends)
+
+  def __getitem__(self, at: Any) -> Any:  # a row; of a slice, several
+    if isinstance(at, slice):
+      return [self[i] for i in range(len(self))[at]]
+    at = range(len(self))[at]
+    start = int(self._ends[at - 1]) if at else 0
+    return tuple(self._texts[start : int(self._ends[at])].tolist())
 
 
 def pad_row(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]:
@@ -26,11 +63,11 @@ def pack_row(
 
   Returns:
     `tokens` and `labels` int32 [L], padded on the right with `pad_id`; `mask` bool
-    [L], true from the position that predicts a text's first response token (the last
-    of its prompt) to the one that predicts the last; `segment_ids` int32 [L], 1 for
-    the first text, 2 for the second and so on, 0 where there is padding. Mask and
-    segments come from the lengths alone: the padding id may well be EOS, or a token of
-    the text.
+    [L], true where a token is predicted that is trained on (`Example.spans`): from the
+    last position of a prompt to the last but one of its text; `segment_ids` int32 [L],
+    1 for the first text, 2 for the second and so on, 0 where there is padding. Mask and
+    segments come from places alone: the padding id may well be EOS, or a token of the
+    text.
 
   Raises:
     ValueError: if a text has no prediction, or all together do not fit.
@@ -51,7 +88,8 @@ def pack_row(
       )
     row["tokens"][start:stop] = example.tokens[:-1]
     row["labels"][start:stop] = example.tokens[1:]
-    row["mask"][start + max(example.prompt_length - 1, 0) : stop] = True
+    for first, last in example.spans:
+      row["mask"][start + max(first - 1, 0) : start + last - 1] = True
     row["segment_ids"][start:stop] = segment
     start = stop
   return row

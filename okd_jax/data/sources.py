@@ -41,6 +41,9 @@ class Record:
     where: file and line, for messages.
     references: acceptable responses; the first is trained on. None for `text`.
     ended: False where the response was cut off, so that no end is trained after it.
+    teacher_prompt: what the teacher reads in place of `prompt`; '' for the same.
+    teacher_messages: what the teacher reads in place of the whole conversation before
+      the answer; () for the same.
   """
 
   kind: str
@@ -53,6 +56,8 @@ class Record:
   text: str = ""
   references: tuple[str, ...] = ()
   ended: bool = True
+  teacher_prompt: str = ""
+  teacher_messages: tuple[Mapping[str, Any], ...] = ()
 
   @property
   def is_text(self) -> bool:

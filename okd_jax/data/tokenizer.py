@@ -7,13 +7,13 @@ run's own data. Both are what transformers loads from a folder.
 import itertools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from okd_jax.data.encode import Example
+from okd_jax.data.example import Example
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
@@ -26,7 +26,7 @@ _REMEDY = (
 )
 
 
-def make_tokenizer(spec: str, records: Sequence[Record]) -> PreTrainedTokenizerFast:
+def make_tokenizer(spec: str, records: Iterable[Record]) -> PreTrainedTokenizerFast:
   """A new tokenizer: `bytes`, or `bpe:N` trained on the text of `records`.
 
   Any text survives encoding and decoding. The ids of `bytes` are the bytes, then
@@ -93,7 +93,11 @@ def check_vocabulary(sizes: Mapping[str, int], examples: Iterable[Example]) -> N
 
   sizes: of the models' vocabularies, by what a message calls the model.
   """
-  largest = max(int(example.tokens.max()) for example in examples)
+  check_largest(sizes, max(int(example.tokens.max()) for example in examples))
+
+
+def check_largest(sizes: Mapping[str, int], largest: int) -> None:
+  """As `check_vocabulary`, of the largest id that the rows hold."""
   for name, size in sizes.items():
     if largest >= size:
       raise UserError(
@@ -132,7 +136,7 @@ def _byte_chars() -> list[str]:
   return [chr(byte if byte in visible else next(spare)) for byte in range(0x100)]
 
 
-def _bpe_tokenizer(size: int, records: Sequence[Record]) -> tokenizers.Tokenizer:
+def _bpe_tokenizer(size: int, records: Iterable[Record]) -> tokenizers.Tokenizer:
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -151,7 +155,7 @@ def _bpe_tokenizer(size: int, records: Sequence[Record]) -> tokenizers.Tokenizer
   return tokenizer
 
 
-def _texts(records: Sequence[Record]) -> Iterator[str]:
+def _texts(records: Iterable[Record]) -> Iterator[str]:
   for record in records:
     yield from (record.prompt, record.input, record.text, *record.references)
     yield from (message.get("content", "") for message in record.messages)

@@ -45,7 +45,7 @@ def answer(
 
 
 def prompts_of(examples: Sequence[Example]) -> list[Int[np.ndarray, " _"]]:
-  return [example.tokens[: example.prompt_length] for example in examples]
+  return [example.prompt for example in examples]
 
 
 def ends(decoder: Decoder, tokenizer, template: str) -> list[int]:

@@ -5,17 +5,15 @@ what they say to a few held-out prompts.
 """
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import PyTree
-from transformers import PreTrainedTokenizerBase
 
-from okd_jax.data import Example
+from okd_jax.data import rows
 from okd_jax.data.format import template_text
+from okd_jax.data.tokens import words
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answerable
 from okd_jax.models import ModelConfig, parameter_shapes
@@ -89,38 +87,21 @@ def _data(run: Run) -> dict[str, Any]:
   prompts = answerable(data.eval)[: settings.eval.generate_limit or None]
   judged = len(prompts) if settings.eval.generate else 0
   return {
-    "train": {"rows": len(data.train), "digest": _digest(data.train)},
-    "eval": {"rows": len(data.eval), "digest": _digest(data.eval), "prompts": judged},
-    "tokenizer": {"digest": _short(_words(data.tokenizer))},
+    "train": {"rows": len(data.train), "digest": rows.digest(data.train)[:16]},
+    "eval": {
+      "rows": len(data.eval),
+      "digest": rows.digest(data.eval)[:16],
+      "prompts": judged,
+    },
+    "tokenizer": {"digest": _short(words(data.tokenizer))},
     "template": {
       "digest": _short(template_text(settings.data.template, data.tokenizer))
     },
   }
 
 
-def _words(tokenizer: PreTrainedTokenizerBase) -> str:
-  """All that a tokenizer is; of one written in Python its vocabulary."""
-  backend = getattr(tokenizer, "backend_tokenizer", None)
-  if backend is None:
-    return repr(sorted(tokenizer.get_vocab().items()))
-  raw = json.loads(backend.to_str())
-  # What a call has asked for last is no part of it.
-  return json.dumps(
-    {k: v for k, v in raw.items() if k not in ("truncation", "padding")}
-  )
-
-
 def _short(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _digest(examples: Sequence[Example]) -> str:
-  """Sixteen digits of a hash of all tokens, and of which of them are the prompt."""
-  found = hashlib.sha256()
-  for example in examples:
-    head = np.array([len(example.tokens), example.prompt_length], "<i8")
-    found.update(head.tobytes() + example.tokens.astype("<i4").tobytes())
-  return found.hexdigest()[:16]
 
 
 class Samples:
@@ -135,13 +116,13 @@ class Samples:
     limit = run.settings.eval.generate_limit or _SAMPLES
     examples = answerable(run.data.eval)[: min(limit, _SAMPLES)]
     self._where = [example.where for example in examples]
-    rows = [
-      {"prompt": example.record.asked, "references": list(example.references)}
+    asked = [
+      {"prompt": example.asked, "references": list(example.references)}
       for example in examples
     ]
     kept = read_json(self._path) if self._path.exists() else {}
-    if kept.get("rows") != rows:
-      kept = {"rows": rows, "teachers": {}, "student": {}}
+    if kept.get("rows") != asked:
+      kept = {"rows": asked, "teachers": {}, "student": {}}
     self._kept = kept
 
   def teacher(self, name: str, answers: Mapping[str, str]) -> None:

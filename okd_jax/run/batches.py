@@ -6,7 +6,6 @@ the seed and the step alone, and every process makes all of them, so that the ro
 not depend on how many there are.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -195,7 +194,7 @@ class Batches:
     completions = generate(
       source,
       variables,
-      [prompt_of(example) for example in examples],
+      [example.prompt for example in examples],
       self._key(step),
       max_new_tokens=room(run),
       sampling=sampling,
@@ -205,7 +204,7 @@ class Batches:
       sharding=sharding.batch_sharding(run.mesh),
     )
     answers = [
-      answered(example, completion.tokens)
+      example.answered(completion.tokens)
       for example, completion in zip(examples, completions, strict=True)
     ]
     return answers, [completion.ended for completion in completions]
@@ -298,17 +297,6 @@ def room(run: Run) -> int:
   data = run.settings.data
   fits = data.max_length - data.max_prompt_length
   return run.method.sequences.max_new_tokens or fits
-
-
-def prompt_of(example: Example) -> np.ndarray:
-  """The tokens [P] that are given."""
-  return example.tokens[: example.prompt_length]
-
-
-def answered(example: Example, tokens: np.ndarray) -> Example:
-  """The example with another answer: the path every row takes to the model."""
-  whole = np.concatenate([prompt_of(example), tokens])
-  return dataclasses.replace(example, tokens=whole)
 
 
 def end_ids(run: Run) -> list[int]:

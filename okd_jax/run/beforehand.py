@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 
 from okd_jax.data import Example
 from okd_jax.models import Decoder
-from okd_jax.run.batches import answered, end_ids, prompt_of, room, text_source
+from okd_jax.run.batches import end_ids, room, text_source
 from okd_jax.run.build import Run
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
@@ -33,7 +33,7 @@ def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
   Raises:
     UserError: if the file holds answers to other prompts, or is damaged.
   """
-  settings, prompts = run.settings, [prompt_of(e) for e in run.data.train]
+  settings, prompts = run.settings, [e.prompt for e in run.data.train]
   decoder, variables, model = _author(run, name)
   found = answer_prompts(
     text_source(run, decoder),
@@ -49,7 +49,7 @@ def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
     about={"model": model, "seed": settings.train.seed},
   )
   return [
-    answered(example, tokens)
+    example.answered(tokens)
     for example, tokens in zip(run.data.train, found, strict=True)
   ]
 

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
-from okd_jax.data import day, load_records
+from okd_jax.data import day
+from okd_jax.data.sources import iter_records
 from okd_jax.methods import Method
 from okd_jax.run import checks, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
@@ -68,11 +69,11 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  records = functools.cache(lambda: load_records(settings.data.sources))
+  records = functools.partial(iter_records, settings.data.sources)
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
-    data = read_data(settings.data, settings.eval, shape, records())
+    data = read_data(settings.data, settings.eval, shape)
     identity.keep_day(shape.tokenizer, settings.data.template, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
@@ -104,8 +105,8 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  sources = job.settings.data.sources
-  shape = outline(job, workdir, lambda: load_records(sources))
+  records = functools.partial(iter_records, job.settings.data.sources)
+  shape = outline(job, workdir, records)
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))
   if job.settings.student.in_part:

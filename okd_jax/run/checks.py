@@ -4,8 +4,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from okd_jax.config.schema import Settings
-from okd_jax.data import Example
+from okd_jax.data import Example, rows
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.evaluation.answers import answerable
@@ -222,12 +224,12 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
 
 
 def _check_prompts(settings: Settings, train: Sequence[Example]) -> None:
-  for example in train:
-    if not example.prompt_length:
-      raise UserError(
-        f"{example.where}: {settings.method.name} trains on answers to prompts, but "
-        "this row is text without one"
-      )
+  without = np.flatnonzero(rows.column(train, "prompt_length") == 0)
+  if len(without):
+    raise UserError(
+      f"{train[int(without[0])].where}: {settings.method.name} trains on answers to "
+      "prompts, but this row is text without one"
+    )
 
 
 def _check_best(

@@ -1,6 +1,7 @@
 """Phase 3, data: training and held-out rows in the tokens of one tokenizer or two."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,19 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from okd_jax.config.schema import DataSettings, EvalSettings
 from okd_jax.data import (
   Example,
-  Record,
-  check_vocabulary,
+  Rows,
   each_alone,
-  load_records,
+  kept,
   pack,
   pair,
-  positions,
-  prepare,
-  shared_text,
+  rows,
   show_example,
 )
 from okd_jax.data.hold_out import hold_out
-from okd_jax.data.sources import called
+from okd_jax.data.limits import Form
+from okd_jax.data.pack import Packs
+from okd_jax.data.sources import called, parse_record, shards_of
+from okd_jax.data.tokenizer import check_largest
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
 
@@ -48,10 +49,12 @@ class Data(Reading):
   packs: the texts of `train` that are one row: one or several.
   other: the same records in the teacher's own tokens, `train` row by row beside this
     one's; None where all models share one tokenizer.
+  privileged: whether the teacher reads other prompts than the student.
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
+  privileged: bool = False
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
@@ -63,12 +66,7 @@ class Data(Reading):
     return ", ".join(named) + (", …" if len(rows) > 8 else "")
 
 
-def read_data(
-  data: DataSettings,
-  evaluation: EvalSettings,
-  outline: Outline,
-  records: Sequence[Record],
-) -> Data:
+def read_data(data: DataSettings, evaluation: EvalSettings, outline: Outline) -> Data:
   """Training and evaluation rows; without data.eval, some are held out.
 
   Raises:
@@ -77,28 +75,43 @@ def read_data(
   readers = [(outline.tokenizer, "")]
   if outline.teacher_tokenizer is not None:
     readers.append((outline.teacher_tokenizer, ", in the teacher's tokens"))
-    records = shared_text(records, [own for own, _ in readers])
-  rows = [_training_rows(data, *reader, records) for reader in readers]
-  if len(rows) > 1:
-    rows = pair(*rows)
-  chosen = None if data.eval_sources else _held_out(data, rows[0])
-  own, *other = [
-    _with_held_out(data, evaluation, *reader, train, chosen)
-    for reader, train in zip(readers, rows, strict=True)
-  ]
+  apart = len(readers) > 1  # then a record is one row, that its pair may be found
+  form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
+  read = functools.partial(_rows, data, outline)
+  train = [read(data.sources, form, *reader) for reader in readers]
+  if apart:
+    train = pair(*train)
+  if data.eval_sources:
+    form = dataclasses.replace(
+      form, overlong_prompt="truncate", overlong_row="truncate"
+    )
+    held_out = [read(data.eval_sources, form, *reader) for reader in readers]
+  else:
+    rest, out = _held_out(data, train[0])
+    train, held_out = zip(*((x.take(rest), x.take(out)) for x in train), strict=True)
+  own, *other = (
+    Reading(tokenizer, own, out[: evaluation.limit or None])
+    for (tokenizer, _), own, out in zip(readers, train, held_out, strict=True)
+  )
   _log.info(
     "first row, trained part marked:\n%s", show_example(own.train[0], own.tokenizer)
   )
-  other = other[0] if other else None
-  _check_tokens(outline, own, other)
   packs = make_packs(data, own.train)
-  return Data(own.tokenizer, own.train, own.eval, packs, other)
+  privileged = any(rows.privileged(x) for x in (own.train, own.eval))
+  return Data(
+    own.tokenizer, own.train, own.eval, packs, other[0] if other else None, privileged
+  )
 
 
-def make_packs(data: DataSettings, train: Sequence[Example]) -> list[Pack]:
+def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
   """Which texts share a row: with `data.pack` as many as fit, else each has its own."""
-  lengths, length = np.array([positions(e) for e in train]), data.max_length
-  packs = pack(lengths, length) if data.pack else each_alone(train)
+  lengths, length = rows.column(train, "length") - 1, data.max_length
+  if data.pack:
+    # A row of the teacher's holds the same texts as that of the student.
+    of_teacher = rows.column(train, "teacher_length") - 1
+    packs = Packs.of(pack(np.maximum(lengths, of_teacher), length))
+  else:
+    packs = each_alone(train)
   _log.info(
     "%d texts in %d rows of %d tokens, %.1f %% of them padding",
     len(train),
@@ -109,13 +122,34 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> list[Pack]:
   return packs
 
 
-def _check_tokens(outline: Outline, own: Reading, other: Reading | None) -> None:
-  sizes = {name: config.vocab_size for name, config in outline.teachers.items()}
-  if other:
-    check_vocabulary(_called(sizes), [*other.train, *other.eval])
-    sizes = {}
-  sizes = {"student": outline.student.vocab_size} | _called(sizes)
-  check_vocabulary(sizes, [*own.train, *own.eval])
+def _rows(
+  data: DataSettings,
+  outline: Outline,
+  sources: Sequence[str],
+  form: Form,
+  tokenizer: PreTrainedTokenizerBase,
+  note: str,
+) -> Rows:
+  """The rows of some sources in the tokens of one of the models."""
+  others = ()
+  if outline.teacher_tokenizer is not None:
+    both = (outline.tokenizer, outline.teacher_tokenizer)
+    others = tuple(other for other in both if other is not tokenizer)
+  making = kept.Making(tokenizer, form, functools.partial(parse_record), others)
+  found, facts = kept.keep(
+    shards_of(sources), making, called(sources) + note, data.num_proc
+  )
+  check_largest(_sizes(outline, tokenizer), facts["largest"])
+  return found
+
+
+def _sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+  """The vocabularies that must hold this tokenizer's ids, by what a message calls."""
+  sizes = _called({n: shape.vocab_size for n, shape in outline.teachers.items()})
+  if outline.teacher_tokenizer is None:
+    return {"student": outline.student.vocab_size} | sizes
+  ours = tokenizer is outline.tokenizer
+  return {"student": outline.student.vocab_size} if ours else sizes
 
 
 def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,31 +159,7 @@ def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:
   return {f"teacher {name}": value for name, value in teachers.items()}
 
 
-def _options(data: DataSettings) -> dict[str, Any]:
-  keys = ("template", "max_length", "max_prompt_length")
-  return {key: getattr(data, key) for key in keys}
-
-
-def _training_rows(
-  data: DataSettings,
-  tokenizer: PreTrainedTokenizerBase,
-  note: str,
-  records: Sequence[Record],
-) -> list[Example]:
-  rows, _ = prepare(
-    records,
-    tokenizer,
-    overlong_prompt=data.overlong_prompt,
-    overlong_row=data.overlong_row,
-    name=called(data.sources) + note,
-    **_options(data),
-  )
-  return rows
-
-
-def _held_out(
-  data: DataSettings, train: Sequence[Example]
-) -> tuple[list[int], list[int]]:
+def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray]:
   """(rows to train on, rows held out)."""
   if not 0 < data.holdout < len(train):
     raise UserError(
@@ -162,26 +172,3 @@ def _held_out(
   elif same:
     _log.info("%d rows are left out: each is the same as one held out", same)
   return rest, held_out
-
-
-def _with_held_out(
-  data: DataSettings,
-  evaluation: EvalSettings,
-  tokenizer: PreTrainedTokenizerBase,
-  note: str,
-  train: Sequence[Example],
-  chosen: tuple[Sequence[int], Sequence[int]] | None,
-) -> Reading:
-  """Evaluation rows beside those to train on, or the rows `chosen` for the two."""
-  if chosen is None:
-    held_out, _ = prepare(
-      load_records(data.eval_sources)[: evaluation.limit or None],
-      tokenizer,
-      overlong_prompt="truncate",
-      overlong_row="truncate",
-      name=called(data.eval_sources) + note,
-      **_options(data),
-    )
-  else:
-    train, held_out = ([train[i] for i in rows] for rows in chosen)
-  return Reading(tokenizer, train, held_out[: evaluation.limit or None])

@@ -224,7 +224,7 @@ def _template(run: Run | Shapes) -> str:
   template = run.job.settings.data.template
   if isinstance(run, Shapes):
     return template
-  kinds = {e.record.kind for e in run.data.train if e.record is not None}
+  kinds = {e.kind for e in run.data.train}
   return template if kinds & set(_TEMPLATED) else ""
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +11,7 @@ from okd_jax import models
 from okd_jax.config.players import RandomModel
 from okd_jax.config.schema import Settings
 from okd_jax.data import Record, compare_tokenizers, make_tokenizer
+from okd_jax.data.format import read_template
 from okd_jax.errors import UserError
 from okd_jax.models import Model, ModelConfig
 from okd_jax.run.job import Job
@@ -37,7 +38,7 @@ class Outline:
 
 
 def outline(
-  job: Job, workdir: Workdir, records: Callable[[], Sequence[Record]]
+  job: Job, workdir: Workdir, records: Callable[[], Iterable[Record]]
 ) -> Outline:
   """Reads configurations and tokenizers of the models that the settings name.
 
@@ -57,6 +58,8 @@ def outline(
   }
   own = {} if apart else {f"teacher {name}": m for name, m in teachers.items()}
   tokenizer = _tokenizer(settings, workdir, own | {"student": start}, records)
+  if file := settings.data.chat_template:
+    tokenizer.chat_template = read_template(file)
   shapes = {name: teacher.config for name, teacher in teachers.items()}
   random = settings.teacher.model
   if random.wanted and not (settings.teacher.cache or settings.teachers):
@@ -84,7 +87,7 @@ def _tokenizer(
   settings: Settings,
   workdir: Workdir,
   loaded: Mapping[str, Model | None],
-  records: Callable[[], Sequence[Record]],
+  records: Callable[[], Iterable[Record]],
 ) -> PreTrainedTokenizerBase:
   """The one tokenizer of the run, on which all models must agree."""
   spec = settings.data.tokenizer

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 
 from okd_jax.errors import UserError
+from okd_jax.runtime.files import cache_folder
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -189,6 +190,5 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(folder / "okd_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -17,6 +17,11 @@ def local(path: str | os.PathLike) -> Path:
   return Path(path).expanduser()
 
 
+def cache_folder() -> Path:
+  """Where this project keeps what can be made again."""
+  return local(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "okd_jax"
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes beside `path`, then takes its place; makes the folder if it must."""
   path = local(path)

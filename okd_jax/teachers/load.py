@@ -14,12 +14,12 @@ from jaxtyping import PyTree
 from okd_jax import models
 from okd_jax.config.players import INT8, TeacherSettings
 from okd_jax.config.schema import Settings
-from okd_jax.data import Example
+from okd_jax.data import Example, rows
 from okd_jax.errors import UserError
 from okd_jax.models import ModelConfig, int8
 from okd_jax.runtime import sharding
 from okd_jax.runtime.files import local
-from okd_jax.teachers.store import Store, digest, rows_digest
+from okd_jax.teachers.store import Store, digest
 
 ONLY = "teacher"  # the name of the only one
 
@@ -148,7 +148,7 @@ def stored_key(settings: Settings, examples: Sequence[Example]) -> dict[str, Any
 
 def teacher_key(settings: Settings, examples: Sequence[Example]) -> dict[str, Any]:
   """What a teacher's states depend on; the teacher itself only where it is named."""
-  key, teacher = {"data": rows_digest(examples)}, settings.teacher
+  key, teacher = {"data": rows.digest(examples)}, settings.teacher
   if teacher.path:
     key["teacher"] = models.fingerprint(teacher.path)
     key["adapter"] = adapter_digest(teacher)

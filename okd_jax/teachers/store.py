@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from safetensors.numpy import save_file
 
-from okd_jax.data import Example
 from okd_jax.errors import UserError
 from okd_jax.models.formats.tensors import open_safetensors
 from okd_jax.runtime.workdir import check_made_from, claim, made_from
@@ -187,18 +186,6 @@ def digest(parts: Iterable[bytes]) -> str:
     total.update(len(part).to_bytes(8, "little"))
     total.update(part)
   return total.hexdigest()
-
-
-def rows_digest(examples: Iterable[Example]) -> str:
-  """Of the rows' tokens and prompt lengths: data, template and tokenizer in one."""
-  return digest(
-    part
-    for example in examples
-    for part in (
-      np.asarray(example.tokens, np.int32).tobytes(),
-      str(example.prompt_length).encode(),
-    )
-  )
 
 
 def _checksum(tensors: Mapping[str, np.ndarray]) -> str:

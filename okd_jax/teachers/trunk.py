@@ -20,6 +20,7 @@ from jaxtyping import Array, PyTree
 from okd_jax.config.schema import Settings
 from okd_jax.data import Example
 from okd_jax.data.batch import Batch
+from okd_jax.data.rows import digest
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.models import Decoder, output
@@ -99,8 +100,8 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
   if _needs_all(method, cast):
     return Kept(train, None)
   # Runs that share the training rows may hold out different ones.
-  digest = store.rows_digest(data.eval)[:8]
-  return Kept(train, begun(data.eval, f"eval-{digest}"))
+  name = f"eval-{digest(data.eval)[:8]}"
+  return Kept(train, begun(data.eval, name))
 
 
 def complete(

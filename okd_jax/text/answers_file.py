@@ -205,4 +205,4 @@ def _prompts(
     name="prompts",
   )
   check_vocabulary({"the model": decoder.config.vocab_size}, examples)
-  return [example.tokens[: example.prompt_length] for example in examples]
+  return [example.prompt for example in examples]

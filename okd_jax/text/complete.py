@@ -139,7 +139,7 @@ def _prompt_tokens(model: Model, prompt: str, template: str) -> list[int]:
 
 def _plain_tokens(model: Model, prompt: str) -> list[int]:
   """The prompt as it is, after what the tokenizer puts before a text by default."""
-  from okd_jax.data.encode import after, front_ids
+  from okd_jax.data.tokens import after, front_ids
 
   ids = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
   return after(front_ids(model.tokenizer, prompt), ids)

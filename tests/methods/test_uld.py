@@ -20,10 +20,11 @@ from okd_jax.data import (
   pad_row,
   pair,
   prepare,
-  shared_text,
   train_loader,
 )
 from okd_jax.data.batch import Batch
+from okd_jax.data.pairing import cleaned
+from okd_jax.data.rows import of
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 from okd_jax.losses import align, sorted_distance
@@ -238,11 +239,10 @@ PIECES = make_tokenizer("bpe:300", RECORDS)
 
 def test_rows_of_one_record_are_paired():
   """Whatever either tokenizer drops: 'ü' has two bytes but one piece."""
-  records = shared_text(RECORDS, [BYTES, PIECES])
   limits = dict(max_length=90, max_prompt_length=60, overlong_row="drop")
-  one, two = (prepare(records, t, **limits)[0] for t in (BYTES, PIECES))
+  one, two = (prepare(RECORDS, t, **limits)[0] for t in (BYTES, PIECES))
   assert [e.where for e in one] != [e.where for e in two]
-  ours, theirs = pair(one, two)
+  ours, theirs = pair(of(one), of(two))
   assert [e.where for e in ours] == [e.where for e in theirs]
   assert [e.where for e in ours] == ["a:0", "a:2", "a:4"]
   for a, b in zip(ours, theirs, strict=True):
@@ -257,8 +257,7 @@ def test_records_of_one_place_are_not_mixed_up():
   """Paired by record: neither a place in the list nor a name need be unique."""
   records = [dataclasses.replace(r, where="same") for r in RECORDS]
   limits = dict(max_length=90, max_prompt_length=60, overlong_row="drop")
-  records = shared_text(records, [BYTES, PIECES])
-  ours, theirs = pair(*(prepare(records, t, **limits)[0] for t in (BYTES, PIECES)))
+  ours, theirs = pair(*(of(prepare(records, t, **limits)[0]) for t in (BYTES, PIECES)))
   assert all(a.references == b.references for a, b in zip(ours, theirs, strict=True))
   assert len(ours) == 3
 
@@ -267,17 +266,18 @@ def test_nobodys_end_token_is_text():
   other = make_tokenizer("bytes", RECORDS)
   other.add_special_tokens({"eos_token": "</s>"})
   record = dataclasses.replace(RECORDS[0], references=("It is 0.</s><|endoftext|>",))
-  [clean] = shared_text([record], [BYTES, other])
+  clean = cleaned(record, [BYTES, other])
   assert clean.references == ("It is 0.",)
-  ours, theirs = (prepare([clean], t)[0] for t in (BYTES, other))
-  assert pair(ours, theirs)[0]
+  ours, theirs = (of(prepare([clean], t)[0]) for t in (BYTES, other))
+  assert len(pair(ours, theirs)[0]) == 1
 
 
 def test_what_cannot_be_paired():
   with pytest.raises(UserError, match="a:9: .* text without a prompt"):
-    shared_text([Record("text", "a:9", text="words")], [BYTES])
+    cleaned(Record("text", "a:9", text="words"), [BYTES])
+  ours, theirs = (of(prepare(RECORDS[:2], t)[0]) for t in (BYTES, PIECES))
   with pytest.raises(UserError, match="no record fits"):
-    pair(prepare(RECORDS[:1], BYTES)[0], prepare(RECORDS[1:], PIECES)[0])
+    pair(ours[:1], theirs[1:])
 
 
 # Settings
@@ -393,7 +393,7 @@ def test_each_model_is_judged_in_its_own_tokens(run):
   assert set(student) == {"loss", "perplexity", "rougeL", "exact_match"}
   decoder, total, count = run.cast.teachers["teacher"], 0.0, 0
   variables = {"params": run.cast.frozen["teacher"]}
-  for example in prepare([e.record for e in run.data.eval], BYTES)[0]:
+  for example in run.data.other.eval:
     row = pad_row(example, 96, 0)
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], Batch.of(row))
     logits = output(decoder, variables, batch).logits()[0]

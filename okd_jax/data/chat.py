@@ -1,0 +1,207 @@
+"""Conversations as text, by the chat template of a tokenizer."""
+
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from okd_jax.data.day import dated
+from okd_jax.data.sources import Record
+from okd_jax.errors import UserError
+
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_MARK = "answer 6d61726b"  # stands for any answer that a template leaves alone
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what a model says
+
+Message = Mapping[str, Any]
+Write = Callable[..., str]
+
+
+class Rendered(NamedTuple):
+  """A record as text.
+
+  Attributes:
+    prompt: what comes before the response; empty for a `text` record.
+    full: prompt and response; the prompt alone where there is no response.
+    response: the response alone.
+    chat: whether a chat template wrote it, so that special tokens are in the text.
+    astray: whether the template writes the response in another way than behind its
+      own prompt.
+  """
+
+  prompt: str
+  full: str
+  response: str
+  chat: bool = False
+  astray: bool = False
+
+
+Render = Callable[[Record], Rendered]
+
+
+def chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
+  """The function that writes records out under the tokenizer's chat template.
+
+  Raises:
+    UserError: if it has none.
+  """
+  if not tokenizer.chat_template:
+    raise UserError(
+      "data.template=chat, but the tokenizer has no chat template; use default or "
+      "alpaca, name one with data.chat_template=FILE, or take a tokenizer that has one"
+    )
+  said = functools.partial(write, tokenizer)
+  proved: set[tuple[str, str]] = set()  # keys that the template has a place for
+
+  def render(record: Record) -> Rendered:
+    if record.is_text:
+      return Rendered("", record.text, record.text)
+    messages, tools = as_messages(record), record.tools
+    prompt = said(messages, record, tools, prompt=True)
+    if not record.references:
+      return Rendered(prompt, prompt, "", chat=True)
+    text = record.references[0]
+    if not record.ended:  # the template would write the end of the turn
+      return Rendered(prompt, prompt + text, text, chat=True)
+    whole = [*messages, {"role": "assistant", **record.final, "content": text}]
+    full = said(whole, record, tools)
+    for key, role in beyond_text(record):
+      if (key, role) not in proved and _without(said, whole, record, key) == full:
+        raise UserError(
+          f"{record.where}: the tokenizer's chat template has no place for {key!r}"
+        )
+      proved.add((key, role))
+    if full.startswith(prompt):
+      return Rendered(prompt, full, full[len(prompt) :], chat=True)
+    # Some templates rewrite earlier turns once there is an answer. What will be
+    # asked at generation time is the prompt, so that is what must be trained on.
+    response = _behind(said, record, prompt)
+    return Rendered(prompt, prompt + response, response, chat=True, astray=True)
+
+  return render
+
+
+def write(
+  tokenizer: PreTrainedTokenizerBase,
+  messages: Sequence[Message],
+  record: Record,
+  tools: Sequence[Any] | None,
+  prompt: bool = False,
+) -> str:
+  """Messages as the chat template has them; a UserError where it refuses them.
+
+  prompt: whether the opening of an answer follows.
+  """
+  template = _template(tokenizer, tools)
+  return _applied(tokenizer, messages, record, tools, template, prompt=prompt)
+
+
+def marked(
+  tokenizer: PreTrainedTokenizerBase, record: Record
+) -> tuple[list[int], list[int]] | None:
+  """(ids, 1 where the model speaks) of a whole conversation, as its template marks it.
+
+  None for a template without {% generation %}, or a tokenizer that cannot tell where
+  in the text its tokens lie.
+  """
+  template = _template(tokenizer, record.tools)
+  if not (_GENERATION.search(template) and tokenizer.is_fast):
+    return None
+  answer = {"role": "assistant", **record.final, "content": record.references[0]}
+  found = _applied(
+    tokenizer,
+    [*as_messages(record), answer],
+    record,
+    record.tools,
+    template,
+    masked=True,
+  )
+  return found["input_ids"], found["assistant_masks"]
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str:
+  return dated(tokenizer.get_chat_template(tools=list(tools) if tools else None))
+
+
+def _applied(
+  tokenizer: PreTrainedTokenizerBase,
+  messages: Sequence[Message],
+  record: Record,
+  tools: Sequence[Any] | None,
+  template: str,
+  prompt: bool = False,
+  masked: bool = False,
+) -> Any:
+  try:
+    return tokenizer.apply_chat_template(
+      list(messages),
+      tools=list(tools) if tools else None,
+      chat_template=template,
+      tokenize=masked,
+      return_dict=masked,
+      return_assistant_tokens_mask=masked,
+      add_generation_prompt=prompt,
+    )
+  except (jinja2.TemplateError, TypeError, ValueError) as error:
+    raise UserError(
+      f"{record.where}: the tokenizer's chat template refuses the messages ({error})"
+    ) from error
+
+
+def beyond_text(record: Record) -> list[tuple[str, str]]:
+  """(key, role) of what a conversation says beside its text, which must not be lost.
+
+  Reasoning of earlier turns is not among it: templates leave that out on purpose.
+  """
+  found = [("tools", "")] if record.tools else []
+  found += [("tool_calls", m["role"]) for m in record.messages if m.get("tool_calls")]
+  found += [
+    (k, "assistant") for k in ("tool_calls", *_REASONING) if record.final.get(k)
+  ]
+  return found
+
+
+def _without(said: Write, messages: Sequence[Message], record: Record, key: str) -> str:
+  """The conversation without a key."""
+  if key == "tools":
+    return said(messages, record, None)
+  stripped = [{k: v for k, v in m.items() if k != key} for m in messages]
+  return said(
+    [m | {"content": m.get("content", "")} for m in stripped], record, record.tools
+  )
+
+
+def _behind(said: Write, record: Record, prompt: str) -> str:
+  """The answer and its end, as the template would write them behind its prompt.
+
+  What the prompt has opened already, such as <think>, is not said again. The end is
+  what the template writes after an answer that it leaves alone.
+  """
+  messages, text = as_messages(record), record.references[0]
+  plain = said(
+    [*messages, {"role": "assistant", "content": _MARK}], record, record.tools
+  )
+  before, found, end = plain.rpartition(_MARK)
+  if not found:
+    return text
+  opened = prompt.removeprefix(before) if prompt.startswith(before) else ""
+  for start in (opened, opened.strip()):
+    if start and text.startswith(start):
+      text = text.removeprefix(start)
+      break
+  return text + end
+
+
+def as_messages(record: Record) -> list[Message]:
+  """The conversation before the answer; an instruction is its only turn."""
+  if record.is_chat:
+    return list(record.messages)
+  return [{"role": "user", "content": joined(record.prompt, record.input)}]
+
+
+def joined(instruction: str, extra: str) -> str:
+  """An instruction and what it applies to, a blank line between them."""
+  return f"{instruction}\n\n{extra}" if extra.strip() else instruction
