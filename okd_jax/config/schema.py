@@ -15,6 +15,7 @@ from okd_jax.config.players import (
   TeacherSettings,
 )
 from okd_jax.config.section import DTYPES, Section, among, least
+from okd_jax.data import columns
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
 from okd_jax.models import kernels
@@ -45,6 +46,7 @@ class DataSettings(Section):
 
   train: Any = "embedded"  # text, or a list of it; likewise eval
   eval: Any = ""
+  columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   holdout: int = 64
   holdout_seed: int = 0
   tokenizer: str = ""
@@ -61,11 +63,17 @@ class DataSettings(Section):
     yield from least(self, "data", holdout_seed=0)
     yield from among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from among("data.overlong_row", self.overlong_row, POLICIES)
+    yield from columns.problems(self.columns)
     for name in ("train", "eval"):
       given = getattr(self, name)
       parts = [given] if isinstance(given, str) else given
       if not (isinstance(parts, list | tuple) and all(map(_is_text, parts))):
         yield f"data.{name}={given!r} must be text, or a list of paths and dataset ids"
+
+  @property
+  def renames(self) -> dict[str, str]:
+    """The columns that go by other names, as `load_records` takes them."""
+    return {ours: theirs for ours, theirs in self.columns.items() if theirs}
 
   @property
   def sources(self) -> list[str]:

@@ -68,7 +68,10 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  records = functools.cache(lambda: load_records(settings.data.sources))
+  source = settings.data
+  records = functools.cache(
+    lambda: load_records(source.sources, columns=source.renames)
+  )
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
@@ -104,8 +107,10 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  sources = job.settings.data.sources
-  shape = outline(job, workdir, lambda: load_records(sources))
+  data = job.settings.data
+  shape = outline(
+    job, workdir, lambda: load_records(data.sources, columns=data.renames)
+  )
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))
   if job.settings.student.in_part:

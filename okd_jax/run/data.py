@@ -175,7 +175,7 @@ def _with_held_out(
   """Evaluation rows beside those to train on, or the rows `chosen` for the two."""
   if chosen is None:
     held_out, _ = prepare(
-      load_records(data.eval_sources)[: evaluation.limit or None],
+      load_records(data.eval_sources, columns=data.renames)[: evaluation.limit or None],
       tokenizer,
       overlong_prompt="truncate",
       overlong_row="truncate",
