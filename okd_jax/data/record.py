@@ -116,6 +116,8 @@ def parse_record(
   _, answer = FORMS[form]
   if row.get(answer) is not None:
     fields["references"] = _strings(row, answer, where)
+  else:  # so it is not cut off either
+    fields["ended"] = True
   return Record(kind, where, **fields)
 
 
@@ -197,7 +199,7 @@ def _kind(row: Mapping[str, Any], form: str) -> str:
 def _conversation(said: list[dict[str, Any]]) -> dict[str, Any]:
   """The fields of a conversation, whose last message may be an answer."""
   if said[-1]["role"] != "assistant":
-    return {"messages": tuple(said)}
+    return {"messages": tuple(said), "ended": True}
   *before, final = said
   extra = {k: v for k, v in final.items() if k not in ("role", "content")}
   answer = (final.get("content", ""),)

@@ -191,8 +191,8 @@ def test_columns_of_a_table_may_have_empty_cells(tmp_path):
   ],
 )
 def test_prompts_alone(row, prompt):
-  record = parsed(row, prompts=True)
-  assert record.references == () and record.final == {}
+  record = parsed(row | {"ended": False}, prompts=True)
+  assert record.references == () and record.final == {} and record.ended
   assert prompt is None or record.asked == prompt
   with pytest.raises(
     UserError, match="prompts alone are for okd|at least two, the las"
