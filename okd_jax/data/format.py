@@ -113,7 +113,7 @@ def _render(record: Record, fill: Fill) -> Rendered:
       prompt = fill(_single_turn(record), "")
     case _:
       prompt = fill(record.prompt, record.input if record.input.strip() else "")
-  response = record.references[0]
+  response = record.references[0] if record.references else ""
   return Rendered(prompt, prompt + response, response)
 
 
@@ -234,12 +234,14 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
     if record.is_text:
       return Rendered("", record.text, record.text)
     messages, tools = _as_messages(record), record.tools
-    answer = {"role": "assistant", **record.final, "content": record.references[0]}
     prompt = write(messages, record, tools, prompt=True)
-    if not record.ended:  # the template would write the end of the turn
+    text, answer = "", []
+    if record.references:
       text = record.references[0]
-      return Rendered(prompt, prompt + text, text, chat=True)
-    whole = [*messages, answer]
+      answer = [{"role": "assistant", **record.final, "content": text}]
+      if not record.ended:  # the template would write the end of the turn
+        return Rendered(prompt, prompt + text, text, chat=True)
+    whole = [*messages, *answer]
     full = write(whole, record, tools)
     for key, role in _beyond_text(record):
       if (key, role) not in proved and _without(write, whole, record, key) == full:
@@ -247,6 +249,8 @@ def _chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
           f"{record.where}: the tokenizer's chat template has no place for {key!r}"
         )
       proved.add((key, role))
+    if not answer:
+      return Rendered(prompt, prompt, "", chat=True)
     if full.startswith(prompt):
       return Rendered(prompt, full, full[len(prompt) :], chat=True)
     # Some templates rewrite earlier turns once there is an answer. What will be
@@ -379,4 +383,8 @@ def answered_row(record: Record, response: str, ended: bool = True) -> dict[str,
     case _:
       extra = {"input": record.input} if record.input else {}
       row = {"instruction": record.prompt, **extra, "output": response}
+  if record.teacher_prompt:
+    row["teacher_prompt"] = record.teacher_prompt
+  if record.teacher_messages:
+    row["teacher_messages"] = list(record.teacher_messages)
   return row if ended else row | {"ended": False}
