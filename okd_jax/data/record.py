@@ -99,25 +99,14 @@ def parse_record(
   row = _known_names(renamed(_object(row, where), columns or {}, where), where)
   form = _form(row, where, prompts)
   kind, ended = _kind(row, form), _ended(row, where)
-  fields: dict[str, Any] = {"ended": ended} | _privileged(row, kind, where)
-  match kind:
-    case "text":
-      return Record(kind, where, text=text(row, "text", where), **fields)
-    case "messages":
-      said = chats.checked(chats.turns(row, form, where), where, prompts=prompts)
-      fields |= _conversation(said) | {"tools": chats.tools(row, where)}
-      return Record(kind, where, **fields)
-    case "completion":
-      fields["prompt"] = text(row, "prompt", where)
-    case "instruction":
-      fields["prompt"] = text(row, "instruction", where)
-      if row.get("input") is not None:
-        fields["input"] = text(row, "input", where, blank=True)
-  _, answer = FORMS[form]
-  if row.get(answer) is not None:
-    fields["references"] = _strings(row, answer, where)
-  else:  # so it is not cut off either
-    fields["ended"] = True
+  fields = {"ended": ended} | _privileged(row, kind, where)
+  if kind == "text":
+    fields["text"] = text(row, "text", where)
+  elif kind == "messages":
+    said = chats.checked(chats.turns(row, form, where), where, prompts=prompts)
+    fields |= _conversation(said) | {"tools": chats.tools(row, where)}
+  else:
+    fields |= _prompt_and_answer(row, form, where)
   return Record(kind, where, **fields)
 
 
@@ -194,6 +183,17 @@ def _kind(row: Mapping[str, Any], form: str) -> str:
   """A record's kind: whatever is a list of messages is a conversation."""
   listed = form == "completion" and isinstance(row.get("prompt"), list | tuple)
   return "messages" if listed or form == "conversations" else form
+
+
+def _prompt_and_answer(row: Mapping[str, Any], form: str, where: str) -> dict[str, Any]:
+  """The fields of an instruction or a completion, which may be a prompt alone."""
+  prompt, answer = FORMS[form]
+  fields: dict[str, Any] = {"prompt": text(row, prompt, where)}
+  if form == "instruction" and row.get("input") is not None:
+    fields["input"] = text(row, "input", where, blank=True)
+  if row.get(answer) is None:  # so it is not cut off either
+    return fields | {"ended": True}
+  return fields | {"references": _strings(row, answer, where)}
 
 
 def _conversation(said: list[dict[str, Any]]) -> dict[str, Any]:
