@@ -12,6 +12,7 @@ PROMPTS_HELP = (
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 _CALL = "function_call"
+_NULLABLE = ("arguments", "default", "const")
 
 
 def turns(row: Mapping[str, Any], form: str, where: str) -> Any:
@@ -76,7 +77,23 @@ def tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...] | None:
     return None
   if not isinstance(found, (list, tuple)):
     raise UserError(f"{where}: 'tools' is {type_name(found)}, not a list")
-  return tuple(found)
+  return tuple(_present(found))
+
+
+def _present(value: Any) -> Any:
+  """Without the keys that are null, which structs have from one another in Parquet.
+
+  What a call passes is left as it is, and so is what a schema may say is null.
+  """
+  if isinstance(value, list | tuple):
+    return [_present(one) for one in value]
+  if not isinstance(value, Mapping):
+    return value
+  return {
+    key: inner if key in _NULLABLE else _present(inner)
+    for key, inner in value.items()
+    if inner is not None or key in _NULLABLE
+  }
 
 
 def _checked_message(message: Any, place: str, last: bool) -> dict[str, Any]:
@@ -84,6 +101,8 @@ def _checked_message(message: Any, place: str, last: bool) -> dict[str, Any]:
     raise UserError(f"{place} is {type_name(message)}, not an object")
   message = {key: value for key, value in message.items() if value is not None}
   calls = bool(message.get("tool_calls"))
+  if calls:
+    message["tool_calls"] = _present(message["tool_calls"])
   for key in ("role",) if calls else ("role", "content"):
     if key not in message:
       raise UserError(f"{place}: key {key!r} is missing or null")

@@ -2,10 +2,12 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from okd_jax.data import Record, load_records, read_references
+from okd_jax.data.columns import KEYS
 from okd_jax.data.sources import parse_record
 from okd_jax.errors import UserError
 
@@ -243,6 +245,19 @@ def test_privileged_prompts():
     pair | {"teacher_messages": [{"role": "user"}]},
     "teacher_messages, message 1: key 'content' is missing",
   )
+
+
+# The page about it
+
+
+def test_every_row_of_the_page_is_a_record():
+  page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+  [block] = re.findall(r"```json\n(.*?)```", page, re.S)
+  records = [parsed(json.loads(line)) for line in block.splitlines()]
+  kinds = ["instruction"] * 2 + ["completion"] + ["messages"] * 3 + ["text"]
+  assert [record.kind for record in records] == kinds
+  for key in KEYS:
+    assert key in page
 
 
 # References alone
