@@ -174,6 +174,9 @@ def get_config() -> ConfigDict:
   # A file, folder, pattern or dataset id, several by commas, or in Python as a list.
   config.data.train = "embedded"
   config.data.eval = ""  # likewise; '' holds out rows of data.train
+  # What rows of both call our keys: --config.data.columns.prompt=question. A dot goes
+  # into objects: answers.text. '' takes back a name that a recipe has given.
+  config.data.columns = ConfigDict()
   config.data.holdout = 64  # so many of them, of each source its share
   config.data.holdout_seed = 0  # of their draw; its own, so that seeds share the rows
   config.data.tokenizer = ""  # '' the teacher's, a model, 'bytes' or 'bpe:N' (trained)
@@ -258,6 +261,7 @@ def get_config() -> ConfigDict:
   config.lock()
   config.stages.unlock()  # recipes add theirs
   config.teachers.unlock()
+  config.data.columns.unlock()
   return config
 
 

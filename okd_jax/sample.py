@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
   model = load(args.model, dtype=args.dtype)
   if model.tokenizer is None:
     raise UserError(f"{args.model} has no tokenizer, so it cannot read a prompt")
-  records = load_records(source_list(args.data))[: args.limit or None]
+  records = load_records(source_list(args.data), prompts=True)[: args.limit or None]
   write_samples(
     Decoder(model.config, dtype=jnp.dtype(args.dtype)),
     {"params": model.params},
@@ -44,7 +44,7 @@ def _parser() -> cli.Parser:
   )
   add = parser.add_argument
   add("--model", required=True, help="HF folder, hub id, .gguf file or run's workdir")
-  add("--data", required=True, help="jsonl(.gz) file or dataset id; several by commas")
+  add("--data", required=True, help="as data.train; rows may be prompts alone")
   add("--output", required=True, help="the .jsonl file; a partial one is gone on with")
   add("--max_new_tokens", type=int, default=256, help="of a response")
   add("--batch_size", type=int, default=32, help="rows at once")

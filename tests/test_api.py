@@ -1,6 +1,8 @@
 """`okd_jax.distill`: what a notebook calls, on paths, loaded models and rows."""
 
+import datetime
 import json
+import os
 import re
 import signal
 import threading
@@ -16,8 +18,9 @@ import okd_jax
 from okd_jax import main, models
 from okd_jax.config import read
 from okd_jax.data import load_records, make_tokenizer
+from okd_jax.data.sources import read_rows
 from okd_jax.errors import UserError
-from okd_jax.run import api
+from okd_jax.run import api, given
 from okd_jax.run.job import check
 
 README = Path(__file__).parents[1] / "README.md"
@@ -150,6 +153,73 @@ def test_mistakes_are_user_errors(pair, tmp_path):
   bare = models.Model(teacher.config, None, teacher.tokenizer)
   with pytest.raises(UserError, match="loaded without its parameters"):
     okd_jax.distill(data=ROWS, **ask | {"teacher": bare})
+
+
+def test_rows_are_written_one_by_one(tmp_path):
+  import datasets
+
+  def rows(count):
+    for i in range(count):
+      yield {"text": f"{i} é\u2028", "n": np.int64(i), "v": np.arange(2), "x": np.nan}
+
+  def keep(data, name="train"):
+    return given.data_sources(data, tmp_path, "given", name)
+
+  path = Path(keep(rows(3)))
+  assert path == tmp_path / "given" / "train.jsonl" and os.listdir(path.parent) == [
+    "train.jsonl"
+  ]
+  assert [row for row, _ in read_rows(str(path))][2] == {
+    "text": "2 é\u2028",
+    "n": 2,
+    "v": [0, 1],
+    "x": None,
+  }
+  keep(rows(4))  # of a call that never became a run
+  (tmp_path / "config.json").write_text("{}")
+  assert keep(rows(4)) == str(path)
+  for other in (rows(3), rows(5), [{"text": "a"}] * 4):
+    with pytest.raises(UserError, match="a run with other train data"):
+      keep(other)
+  assert len(load_records(str(path))) == 4
+  streamed = datasets.IterableDataset.from_generator(lambda: iter(ROWS))
+  assert len(load_records(keep(streamed, "eval"))) == len(ROWS)
+  keep(datasets.Dataset.from_list(ROWS).with_format("numpy"), "eval")
+
+
+@pytest.mark.parametrize(
+  "row, words",
+  [
+    ("text", "row 2 of the train data has paths|is a string, not a dict"),
+    ({"text": b"a"}, "row 2 of the train data is no record: 'text' is bytes; decode"),
+    ({"a": [{"b": object()}]}, r"row 2 .*'a\[0\].b' is a object; turn it into text"),
+    ({3: "a"}, "row 2 of the train data is no record: its key 3 is no text"),
+    ({"a": {1, 2}}, "'a' is a set"),
+    ({"text": "a\ud800"}, "row 2 of the train data is no record"),
+  ],
+)
+def test_rows_that_are_no_json(row, words, tmp_path):
+  with pytest.raises(UserError, match=words):
+    given.data_sources([{"text": "a"}, row], tmp_path, "given", "train")
+  assert not (tmp_path / "given").exists() or not os.listdir(tmp_path / "given")
+
+
+def test_sources_from_python(tmp_path):
+  def sources(data):
+    return given.data_sources(data, tmp_path, "given", "train")
+
+  assert sources("a,b") == "a,b" and sources(Path("a")) == "a"
+  assert sources(["a", Path("b")]) == "a,b"  # as a command says it
+  assert sources(Path("a,b")) == ["a,b"] and sources(["a,b", "c"]) == ["a,b", "c"]
+  for wrong, words in [([], "no rows"), (["a", {}], "has paths and an object")]:
+    with pytest.raises(UserError, match=words):
+      sources(wrong)
+  with pytest.raises(UserError, match="the train data is a number"):
+    sources(3)
+  day = datetime.datetime(2024, 5, 6)
+  path = sources([{"text": "a", "day": day, "date": np.datetime64("2024-05-06")}])
+  [(row, _)] = read_rows(path)
+  assert (row["day"], row["date"]) == ("2024-05-06T00:00:00", "2024-05-06")
 
 
 class Frame(list):

@@ -11,7 +11,7 @@ _KEY = re.compile(r"  (config|model)\.([\w.]+) = (.*?)(?:  # (.*))?$")
 _COMMENT = re.compile(r"  # (.*)$")
 # Sections whose keys are names of the user's own, or those of other keys.
 _OPEN = {"teachers": "NAME", "stages": "NAME.KEY", "method.end": "KNOB"}
-_OPEN |= {"teacher.model": "KEY"}
+_OPEN |= {"teacher.model": "KEY", "data.columns": "KEY"}
 
 
 def describe(file: str = "") -> str:

@@ -25,8 +25,9 @@ from okd_jax.runtime.files import local, read_json
 _log = logging.getLogger(__name__)
 
 _WRONG = (flags.Error, AttributeError, KeyError, TypeError, ValueError)
-_TEACHERS = "teachers."
+_OPEN = ("teachers", "data.columns")  # sections whose keys are anybody's
 _SOURCES = ("data.train", "data.eval")  # text, or a list of it
+_PREFIXES = tuple(f"{section}." for section in _OPEN)
 _WORD = r"\d*[a-zA-Z_][\w-]*"  # and no number
 _SEVERAL = re.compile(rf"[\[(]? *({_WORD} *, *)+{_WORD} *[\])]?")
 _PACKAGE = "configs"  # what recipes import their neighbours from
@@ -213,12 +214,12 @@ def _take(package: str) -> dict[str, types.ModuleType]:
 
 def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> ConfigDict:
   """The recipe with the changes applied, its method's own knobs and new teachers."""
-  changes = dict(changes)
+  changes = _opened(changes)
   if file := changes.get("method.file", config.method.file):
     # Whole, so that the run can be resumed and exported from any folder.
     changes["method.file"] = str(local(file).resolve())
     add_method_file(config, changes["method.file"])
-  named = {k: changes.pop(k) for k in list(changes) if k.startswith(_TEACHERS)}
+  named = {k: changes.pop(k) for k in list(changes) if k.startswith(_PREFIXES)}
   sources = {k: _fspath(changes.pop(k, _value(config, k))) for k in _SOURCES}
   for name in changes:
     _check_key(name, config)
@@ -228,12 +229,23 @@ def _finished(config: ConfigDict, changes: Mapping[str, Any], apply: Any) -> Con
     config.update_from_flattened_dict(sources)
   # New names, which no flag can have.
   with config.unlocked():
-    config.teachers.update(
-      {k.removeprefix(_TEACHERS): str(v) for k, v in named.items()}
-    )
+    for key, value in named.items():
+      section = next(x for x in _OPEN if key.startswith(f"{x}."))
+      _value(config, section)[key.removeprefix(f"{section}.")] = str(value)
   if any(key.startswith(("method.", "adapter.")) for key in changes):
     _leave_behind(config, changes)
   return config
+
+
+def _opened(changes: Mapping[str, Any]) -> dict[str, Any]:
+  """The changes, an open section that is given whole as its keys one by one."""
+  found = {}
+  for key, value in changes.items():
+    if key in _OPEN and isinstance(value, Mapping):
+      found |= {f"{key}.{name}": one for name, one in value.items()}
+    else:
+      found[key] = value
+  return found
 
 
 def _fspath(value: Any) -> Any:

@@ -15,6 +15,7 @@ from okd_jax.config.players import (
   TeacherSettings,
 )
 from okd_jax.config.section import DTYPES, Section, among, least
+from okd_jax.data import columns
 from okd_jax.data.limits import POLICIES, TURNS, Form
 from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
@@ -45,6 +46,7 @@ class DataSettings(Section):
 
   train: Any = "embedded"  # text, or a list of it; likewise eval
   eval: Any = ""
+  columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   holdout: int = 64
   holdout_seed: int = 0
   tokenizer: str = ""
@@ -67,6 +69,7 @@ class DataSettings(Section):
     yield from among("data.turns", self.turns, TURNS)
     yield from among("data.overlong_prompt", self.overlong_prompt, POLICIES)
     yield from among("data.overlong_row", self.overlong_row, POLICIES)
+    yield from columns.problems(self.columns)
     for name in ("train", "eval"):
       given = getattr(self, name)
       parts = [given] if isinstance(given, str) else given
@@ -78,6 +81,11 @@ class DataSettings(Section):
     """How records become rows to train on."""
     names = [field.name for field in dataclasses.fields(Form)]
     return Form(**{name: getattr(self, name) for name in names})
+
+  @property
+  def renames(self) -> dict[str, str]:
+    """The columns that go by other names, as `load_records` takes them."""
+    return {ours: theirs for ours, theirs in self.columns.items() if theirs}
 
   @property
   def sources(self) -> list[str]:

@@ -55,6 +55,7 @@ def _stage(
   name: str, base: ConfigDict, changes: Mapping[str, Any], workdir: Path
 ) -> Stage:
   config = defaults()
+  config.data.columns.unlock()  # their names are the user's own
   for section in _SHARED:
     own = _OWN.get(section, ())
     shared = {k: v for k, v in base[section].to_dict().items() if k not in own}

@@ -71,7 +71,16 @@ class Study:
   @property
   def held_out(self) -> list[str]:
     """Where the rows come from that every run is judged on."""
-    return DataSettings(**self.config.data).eval_sources
+    return self._data.eval_sources
+
+  @property
+  def columns(self) -> dict[str, str]:
+    """What those rows call our keys."""
+    return self._data.renames
+
+  @property
+  def _data(self) -> DataSettings:
+    return DataSettings(**self.config.data.to_dict())
 
 
 @dataclasses.dataclass(frozen=True)

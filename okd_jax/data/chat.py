@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -61,19 +61,15 @@ def chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
       return Rendered("", record.text, record.text)
     messages, tools = as_messages(record), record.tools
     prompt = said(messages, record, tools, prompt=True)
-    if not record.references:
-      return Rendered(prompt, prompt, "", chat=True)
-    text = record.references[0]
+    text = next(iter(record.references), "")
     if not record.ended:  # the template would write the end of the turn
       return Rendered(prompt, prompt + text, text, chat=True)
-    whole = [*messages, {"role": "assistant", **record.final, "content": text}]
+    answer = {"role": "assistant", **record.final, "content": text}
+    whole = [*messages, answer] if record.references else messages
     full = said(whole, record, tools)
-    for key, role in beyond_text(record):
-      if (key, role) not in proved and _without(said, whole, record, key) == full:
-        raise UserError(
-          f"{record.where}: the tokenizer's chat template has no place for {key!r}"
-        )
-      proved.add((key, role))
+    proved.update(_proven(said, whole, record, full, proved))
+    if not record.references:
+      return Rendered(prompt, prompt, "", chat=True)
     if full.startswith(prompt):
       return Rendered(prompt, full, full[len(prompt) :], chat=True)
     # Some templates rewrite earlier turns once there is an answer. What will be
@@ -161,6 +157,23 @@ def beyond_text(record: Record) -> list[tuple[str, str]]:
   found += [
     (k, "assistant") for k in ("tool_calls", *_REASONING) if record.final.get(k)
   ]
+  return found
+
+
+def _proven(
+  said: Write,
+  messages: Sequence[Message],
+  record: Record,
+  full: str,
+  proved: Collection[tuple[str, str]],
+) -> list[tuple[str, str]]:
+  """What the conversation says beside its text; a UserError if that is lost."""
+  found = beyond_text(record)
+  for key, role in found:
+    if (key, role) not in proved and _without(said, messages, record, key) == full:
+      raise UserError(
+        f"{record.where}: the tokenizer's chat template has no place for {key!r}"
+      )
   return found
 
 

@@ -252,4 +252,8 @@ def answered_row(record: Record, response: str, ended: bool = True) -> dict[str,
     case _:
       extra = {"input": record.input} if record.input else {}
       row = {"instruction": record.prompt, **extra, "output": response}
+  if record.teacher_prompt:
+    row["teacher_prompt"] = record.teacher_prompt
+  if record.teacher_messages:
+    row["teacher_messages"] = list(record.teacher_messages)
   return row if ended else row | {"ended": False}

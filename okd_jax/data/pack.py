@@ -81,11 +81,7 @@ def pack_row(
   start = 0
   for segment, example in enumerate(examples, 1):
     stop = start + positions(example)
-    if not start < stop <= length:
-      raise ValueError(
-        f"{example.where}: {len(example.tokens)} tokens do not make a row of length "
-        f"{length - start}"
-      )
+    _check_fits(example, length - start)
     row["tokens"][start:stop] = example.tokens[:-1]
     row["labels"][start:stop] = example.tokens[1:]
     for first, last in example.spans:
@@ -93,6 +89,16 @@ def pack_row(
     row["segment_ids"][start:stop] = segment
     start = stop
   return row
+
+
+def _check_fits(example: Example, room: int) -> None:
+  """Raises a ValueError unless a text has predictions, and room for them."""
+  count = len(example.tokens)
+  least = 0 if count == example.prompt_length else 1  # 0: an answer will be sampled
+  if not least <= positions(example) <= room:
+    raise ValueError(
+      f"{example.where}: {count} tokens do not make a row of length {room}"
+    )
 
 
 def positions(example: Example) -> int:

@@ -8,7 +8,7 @@ from okd_jax.errors import UserError
 
 FORMS_HELP = (
   "a record has 'instruction' and 'output' (and 'input'), 'prompt' and 'completion', "
-  "'messages', or 'text'"
+  "'messages', 'conversations', or 'text'"
 )
 _SHOWN = 40  # characters of a value in a message
 

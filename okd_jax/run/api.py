@@ -5,7 +5,6 @@ ordinary one: `python -m okd_jax.main` could go on with it, `okd_jax.export` and
 `okd_jax.evaluate` read it.
 """
 
-import json
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +18,14 @@ from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.models import Model
 from okd_jax.run import distill as whole
+from okd_jax.run import given
 from okd_jax.run.distill import Result
 from okd_jax.runtime import files
 from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir, barrier, writes
 
 Named = str | os.PathLike | Model
-Rows = Iterable[Mapping[str, Any]]  # a list of dicts or a `datasets.Dataset`
+Rows = Iterable[Mapping[str, Any]]  # a list of dicts, a `datasets.Dataset`, …
 Data = str | os.PathLike | Sequence[str | os.PathLike] | Rows
 
 _GIVEN = "given"  # folder of a workdir: what came as objects, as the run reads it
@@ -51,7 +51,7 @@ def distill(
       'ensemble'; None where the method has none, or a teacher cache is read.
     student: where it starts: a path, a hub id or a `Model`; a number of the teacher's
       layers; the dimensions of a random one (student.model), or {} if **keys say it.
-    data: rows (dicts with the keys that data files have), or paths or dataset ids.
+    data: rows (any iterable of dicts with the keys of data files), or paths or ids.
     workdir: the folder of the run.
     method: a key of `okd_jax.METHODS`; None is the recipe's, of 'default' okd.
     eval_data: held-out rows; by default some of `data` are held out.
@@ -67,9 +67,9 @@ def distill(
   place = local(workdir)
   changes: dict[str, Any] = {"method.name": method} if method else {}
   changes |= _teachers(teacher, place) | _student(student, place)
-  changes["data.train"] = _data(data, place, "train")
+  changes["data.train"] = given.data_sources(data, place, _GIVEN, "train")
   if eval_data is not None:
-    changes["data.eval"] = _data(eval_data, place, "eval")
+    changes["data.eval"] = given.data_sources(eval_data, place, _GIVEN, "eval")
   return whole.run(read.from_keys(changes | keys, recipe), place)[-1]
 
 
@@ -130,34 +130,3 @@ def _keep_model(model: Model, folder: Path, place: Path) -> None:
     else:  # of a call that never became a run
       files.remove_folder(folder)
       fresh.rename(folder)
-
-
-def _data(data: Any, place: Path, name: str) -> str:
-  """Sources by commas; of rows, the file that they are written to."""
-  if isinstance(data, str | os.PathLike):
-    return str(data)
-  if isinstance(data, Mapping) or hasattr(data, "columns"):
-    raise UserError(
-      f"the {name} data is a table or several parts; give its rows, such as "
-      "frame.to_dict('records') or parts['train']"
-    )
-  rows = list(data)
-  if rows and all(isinstance(row, str | os.PathLike) for row in rows):
-    return ",".join(map(str, rows))
-  path, lines = place / _GIVEN / f"{name}.jsonl", []
-  for i, row in enumerate(rows, 1):
-    try:
-      lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
-    except (TypeError, ValueError) as error:
-      raise UserError(f"row {i} of the {name} data is no record ({error})") from error
-  text = "".join(lines)
-  begun = Workdir(place).config.exists()
-  if begun and path.exists() and path.read_text(encoding="utf8") != text:
-    raise UserError(
-      f"{place} holds a run with other {name} data than what is given here; name "
-      "another workdir"
-    )
-  barrier(f"{name} data read")  # before it is written
-  Workdir(place).write_text(path, text)
-  barrier(f"{name} data given")
-  return str(path)

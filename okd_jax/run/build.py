@@ -69,11 +69,16 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  records = functools.partial(iter_records, settings.data.sources)
+  source = settings.data
+  records = functools.partial(
+    iter_records, source.sources, prompts=True, columns=source.renames
+  )
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
-    data = read_data(settings.data, settings.eval, shape)
+    data = read_data(
+      settings.data, settings.eval, shape, job.method.sequences.answers_all
+    )
     identity.keep_day(shape.tokenizer, settings.data.template, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
@@ -105,7 +110,10 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  records = functools.partial(iter_records, job.settings.data.sources)
+  source = job.settings.data
+  records = functools.partial(
+    iter_records, source.sources, prompts=True, columns=source.renames
+  )
   shape = outline(job, workdir, records)
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))

@@ -66,8 +66,15 @@ class Data(Reading):
     return ", ".join(named) + (", …" if len(rows) > 8 else "")
 
 
-def read_data(data: DataSettings, evaluation: EvalSettings, outline: Outline) -> Data:
+def read_data(
+  data: DataSettings,
+  evaluation: EvalSettings,
+  outline: Outline,
+  prompts: bool = False,
+) -> Data:
   """Training and evaluation rows; without data.eval, some are held out.
+
+  prompts: whether rows to train on may be prompts alone.
 
   Raises:
     UserError: for rows that cannot be used, or tokens that a model does not have.
@@ -75,20 +82,7 @@ def read_data(data: DataSettings, evaluation: EvalSettings, outline: Outline) ->
   readers = [(outline.tokenizer, "")]
   if outline.teacher_tokenizer is not None:
     readers.append((outline.teacher_tokenizer, ", in the teacher's tokens"))
-  apart = len(readers) > 1  # then a record is one row, that its pair may be found
-  form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
-  read = functools.partial(_rows, data, outline)
-  train = [read(data.sources, form, *reader) for reader in readers]
-  if apart:
-    train = pair(*train)
-  if data.eval_sources:
-    form = dataclasses.replace(
-      form, overlong_prompt="truncate", overlong_row="truncate"
-    )
-    held_out = [read(data.eval_sources, form, *reader) for reader in readers]
-  else:
-    rest, out = _held_out(data, train[0])
-    train, held_out = zip(*((x.take(rest), x.take(out)) for x in train), strict=True)
+  train, held_out = _both(data, outline, readers, prompts)
   own, *other = (
     Reading(tokenizer, own, out[: evaluation.limit or None])
     for (tokenizer, _), own, out in zip(readers, train, held_out, strict=True)
@@ -101,6 +95,28 @@ def read_data(data: DataSettings, evaluation: EvalSettings, outline: Outline) ->
   return Data(
     own.tokenizer, own.train, own.eval, packs, other[0] if other else None, privileged
   )
+
+
+def _both(
+  data: DataSettings,
+  outline: Outline,
+  readers: Sequence[tuple[PreTrainedTokenizerBase, str]],
+  prompts: bool,
+) -> tuple[Sequence[Rows], Sequence[Rows]]:
+  """(rows to train on, rows held out), of each reader."""
+  apart = len(readers) > 1  # then a record is one row, that its pair may be found
+  form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
+  read = functools.partial(_rows, data, outline)
+  train = [read(data.sources, form, prompts, *reader) for reader in readers]
+  if apart:
+    train = pair(*train)
+  if data.eval_sources:
+    form = dataclasses.replace(
+      form, overlong_prompt="truncate", overlong_row="truncate"
+    )
+    return train, [read(data.eval_sources, form, False, *reader) for reader in readers]
+  rest, out = _held_out(data, train[0])
+  return tuple(zip(*((x.take(rest), x.take(out)) for x in train), strict=True))
 
 
 def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
@@ -127,6 +143,7 @@ def _rows(
   outline: Outline,
   sources: Sequence[str],
   form: Form,
+  prompts: bool,
   tokenizer: PreTrainedTokenizerBase,
   note: str,
 ) -> Rows:
@@ -135,7 +152,8 @@ def _rows(
   if outline.teacher_tokenizer is not None:
     both = (outline.tokenizer, outline.teacher_tokenizer)
     others = tuple(other for other in both if other is not tokenizer)
-  making = kept.Making(tokenizer, form, functools.partial(parse_record), others)
+  parse = functools.partial(parse_record, prompts=prompts, columns=data.renames)
+  making = kept.Making(tokenizer, form, parse, others)
   found, facts = kept.keep(
     shards_of(sources), making, called(sources) + note, data.num_proc
   )
@@ -167,6 +185,13 @@ def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray]:
       f"{len(train)} rows of {called(data.sources)}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
+  answers = train.column("length") - train.column("prompt_length")
+  if not answers[held_out].all():
+    bare = train[int(held_out[answers[held_out] == 0][0])].where
+    raise UserError(
+      f"{bare}: a row that is held out for evaluation has no answer to compare with; "
+      "set data.eval to rows that have one"
+    )
   if same and same == len(train) - len(held_out):
     _log.warning("all %d rows are the same as one held out: they are trained on", same)
   elif same:

@@ -205,7 +205,7 @@ def _beside_teacher(study: Study, job: Job) -> dict[str, Any]:
     result.student,
     models.load(path),
     result.adapter,
-    load_records(study.held_out),
+    load_records(study.held_out, columns=study.columns),
     options,
     models.load(job.judge) if job.judge else None,
   )

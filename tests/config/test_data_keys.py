@@ -45,6 +45,38 @@ def test_held_out_rows_of_the_embedded_data():
   assert settings(config).data.eval_sources == []
 
 
+def test_columns_by_flag_dict_and_recipe(tmp_path):
+  def renames(config):
+    return settings(config).data.renames
+
+  flags = ["--config.data.columns.prompt=question"]
+  assert renames(read.read(["--config=debug", *flags])) == {"prompt": "question"}
+  names = {"prompt": "question", "completion": "answers.text"}
+  config = read.from_keys({"data.columns": names}, "quickstart")
+  assert renames(config) == names
+  assert all(renames(s.config) == names for s in stages(config, tmp_path))
+  recipe = tmp_path / "mine.py"
+  recipe.write_text(
+    "from configs import debug\ndef get_config():\n  config = debug.get_config()\n"
+    "  config.data.columns.text = 'story'\n  return config\n"
+  )
+  config = read.read([f"--config={recipe}", *flags])
+  assert renames(config) == {"text": "story", "prompt": "question"}
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(config.to_dict()))
+  assert renames(read.saved(path)) == renames(config)
+  back = [f"--config={recipe}", "--config.data.columns.text="]
+  assert renames(read.read(back)) == {}
+
+
+def test_columns_that_are_none_of_ours():
+  config = read.from_keys({"data.columns": {"promt": "q"}}, "debug")
+  with pytest.raises(UserError, match="data.columns.promt is no key .*prompt, compl"):
+    settings(config)
+  with pytest.raises(UserError, match="data.columns"):
+    read.read(["--config=debug", "--config.data.columns=question"])
+
+
 @pytest.mark.parametrize("value", [3, None, ["a", 3], {"a": "b"}])
 def test_sources_that_are_no_text(value):
   with pytest.raises(UserError, match="data.train=.* must be text, or a list"):

@@ -48,6 +48,18 @@ def test_earlier_calls_are_in_the_prompt(template):
   assert '"a": 1' in prompt and "2" in prompt.rpartition("tool")[2]
 
 
+@pytest.mark.parametrize("template", [LLAMA3, QWEN])
+def test_a_prompt_alone_is_written_as_one_before_an_answer(template):
+  tokenizer, alone = chat_tokenizer(template), CALLING | {}
+  alone["messages"] = CALLING["messages"][:-1]
+  prompt, _ = spans(CALLING, template)
+  record = parse_record(alone, "f:1", prompts=True)
+  [example] = encode(record, tokenizer, "chat", **ROOMY)
+  assert tokenizer.decode(example.tokens[: example.prompt_length]) == prompt
+  with pytest.raises(UserError, match="no place for 'tools'"):
+    encode(record, chat_tokenizer(GEMMA), "chat", **ROOMY)
+
+
 def test_thoughts_reach_the_template():
   said = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
   row = {"messages": [{"role": "user", "content": "?"}, said]}

@@ -228,6 +228,28 @@ def test_rows_whose_keys_differ_come_back_from_datasets_parquet(tmp_path):
   assert [r.final for r in own] == [r.final for r in theirs]
 
 
+def test_nulls_that_structs_add_to_tools_are_absent(tmp_path):
+  path = tmp_path / "a.parquet"
+
+  def row(call, **properties):
+    function = {"name": "f", "parameters": {"properties": properties, "default": None}}
+    talk = [{"role": "user", "content": "a"}]
+    talk += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    return {"messages": talk, "tools": [{"type": "function", "function": function}]}
+
+  x = {"id": "1", "function": {"name": "f", "arguments": {"x": 1}}}
+  y = {"type": "function", "function": {"arguments": {"y": None}, "name": "f"}}
+  parquet(path, [row(x, x={"type": "number"}), row(y, y={"enum": ["a"]})])
+  first, second = load_records(str(path))
+  assert first.tools == tuple(row(x, x={"type": "number"})["tools"])
+  assert second.tools == tuple(row(y, y={"enum": ["a"]})["tools"])
+  [call] = first.final["tool_calls"]
+  # A null that is passed may be meant.
+  passed = {"name": "f", "arguments": {"x": 1, "y": None}}
+  assert call == {"id": "1", "function": passed}
+  assert "id" not in second.final["tool_calls"][0]
+
+
 def test_nulls_that_structs_add_to_messages_are_absent(tmp_path):
   path = tmp_path / "a.parquet"
   call = {"function": {"name": "f", "arguments": {"x": 1}}}

@@ -56,7 +56,14 @@ def test_a_full_row_leaves_one_position():
 @pytest.mark.parametrize("count", [1, 6])
 def test_rows_that_do_not_fit(count):
   with pytest.raises(ValueError, match=f"here:1: {count} tokens do not make a row"):
-    pad_row(example(range(count), 1), 4, PAD)
+    pad_row(example(range(count), 0), 4, PAD)
+
+
+def test_a_prompt_alone_is_a_row_without_targets():
+  """Its answer is sampled; of one token there is nothing to predict at all."""
+  for count in (1, 3):
+    row = pad_row(example(range(count), count), 4, PAD)
+    assert not row["mask"].any() and row["segment_ids"].sum() == count - 1
 
 
 tokens = st.lists(st.integers(0, 9), min_size=1, max_size=12)

@@ -68,6 +68,23 @@ def test_the_response_takes_the_answers_place(tmp_path):
   assert [record.prompt for record in again] == [record.prompt for record in records]
 
 
+def test_prompts_alone_are_answered_beside_others(tmp_path):
+  given = tmp_path / "given.jsonl"
+  asked = [{"prompt": "Say v"}, {"prompt": "Say v", "completion": "old"}]
+  asked += [{"messages": [{"role": "user", "content": "x"}]}]
+  asked += [{"instruction": "y", "teacher_prompt": "y, z"}]
+  given.write_text("".join(json.dumps(row) + "\n" for row in asked))
+  records = load_records(str(given), prompts=True)
+  path = tmp_path / "o.jsonl"
+  options = {"sampling": GREEDY, "template": "{instruction}{input}"}
+  assert rows(write(path, records, alphabet(), **options)) == [
+    {"prompt": "Say v", "completion": "wxyz"},
+    {"prompt": "Say v", "completion": "wxyz"},
+    {"messages": [*asked[2]["messages"], {"role": "assistant", "content": "yz"}]},
+    {"instruction": "y", "output": "z", "teacher_prompt": "y, z"},
+  ]
+
+
 def test_what_met_the_limit_has_not_ended(tmp_path):
   """Guards B7: an end that the model never put would be learned from every such row."""
   path = tmp_path / "o.jsonl"

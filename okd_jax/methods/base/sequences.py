@@ -87,6 +87,12 @@ class Sequences:
     """Whether the text is not the data's own."""
     return self.source != "gold"
 
+  @property
+  def answers_all(self) -> bool:
+    """Whether no row's own answer is read, so that prompts alone will do."""
+    adapts = self.replay is not None and self.replay.adaptive
+    return self.sampled and not self.gold and self.share == 1.0 and not adapts
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextKnobs:
