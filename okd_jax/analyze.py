@@ -50,7 +50,7 @@ def _parser() -> cli.Parser:
   add("--teacher", required=True, help="likewise; frozen, without its module")
   module = "PEFT folder of its online module; by default that of the student's run"
   add("--adapter", default="", help=module)
-  add("--data", required=True, help="jsonl(.gz), .txt or dataset id; several by commas")
+  add("--data", required=True, help="as data.train")
   add("--output", required=True, help="folder of the results")
   add("--template", help="as data.template; by default the run's own, or 'default'")
   add("--max_length", type=int, default=512, help="tokens of a row")

@@ -53,7 +53,7 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("--model", required=True, help="HF folder, hub id, .gguf file or run's workdir")
   data = parser.add_mutually_exclusive_group(required=True).add_argument
-  data("--data", help="jsonl(.gz), .txt or dataset id; several by commas")
+  data("--data", help="as data.train")
   several = "in the place of --data: named sets, each with its own scores"
   data("--sets", nargs="+", metavar="NAME=F", action="extend", help=several)
   add("--teacher", default="", help="a model to compare with token by token")
