@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 ROW = ("tokens", "labels", "mask", "segment_ids")
+# Of rows whose teacher reads another prompt, also these.
+OWN_PROMPT = ("teacher_tokens", "teacher_segments", "align")
 
 
 @flax.struct.dataclass
@@ -20,6 +22,9 @@ class Batch:
     labels: the token that follows each of them.
     mask: where a label is trained on.
     segment_ids: 0 for padding, else the number of the text within its row.
+    teacher_tokens, teacher_segments: what the teacher reads in place of these, where
+      that is another prompt with the same answer.
+    align: where the teacher predicts the label that it counts in `mask`; 0 elsewhere.
     weights: of each position in a token mean, 0 where masked; set by the step.
     module_weights: of each position in the mean over the rows that teach adapters,
       where that is not every row; set by the step.
@@ -37,6 +42,9 @@ class Batch:
   labels: Int[Array | np.ndarray, "B L"]
   mask: Bool[Array | np.ndarray, "B L"]
   segment_ids: Int[Array | np.ndarray, "B L"]
+  teacher_tokens: Int[Array | np.ndarray, "B T"] | None = None
+  teacher_segments: Int[Array | np.ndarray, "B T"] | None = None
+  align: Int[Array | np.ndarray, "B L"] | None = None
   weights: Float[Array, "B L"] | None = None
   module_weights: Float[Array, "B L"] | None = None
   gold: "Batch | None" = None
@@ -50,12 +58,14 @@ class Batch:
   @classmethod
   def of(cls, rows: Mapping[str, Any]) -> "Batch":
     """The batch of rows that a loader gives; their numbers are left out."""
-    return cls(**{name: rows[name] for name in ROW})
+    own = OWN_PROMPT if OWN_PROMPT[0] in rows else ()
+    return cls(**{name: rows[name] for name in (*ROW, *own)})
 
   @property
   def rows(self) -> dict[str, Any]:
-    """The four arrays of the rows themselves, by name."""
-    return {name: getattr(self, name) for name in ROW}
+    """The arrays of the rows themselves, by name."""
+    found = {name: getattr(self, name) for name in (*ROW, *OWN_PROMPT)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def first_rows(tree: PyTree, every: int) -> PyTree:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from okd_jax.data.example import Example
-from okd_jax.data.pack import Packs, pack_row
+from okd_jax.data.pack import Packs, whole_row
 
 Batch = dict[str, np.ndarray]
 
@@ -20,6 +20,7 @@ def train_loader(
   pad_id: int,
   seed: int,
   packs: Sequence[tuple[int, ...]] | None = None,
+  teacher_length: int = 0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -33,9 +34,10 @@ def train_loader(
     length, pad_id: of the rows, as in `pack_row`.
     seed: any integer from 0 to 2^32 - 1.
     packs: which of `examples` share a row (`pack`); None gives each a row of its own.
+    teacher_length: of the rows that the teacher reads, as in `whole_row`.
 
   Returns:
-    An iterator over what `pack_row` gives, stacked to [B / P, L], and `row` int32
+    An iterator over what `whole_row` gives, stacked to [B / P, L], and `row` int32
     [B / P], the index into `packs`, or into `examples`.
 
   Raises:
@@ -49,18 +51,24 @@ def train_loader(
   packs = _checked(examples, packs, batch_size, process_count)
   share = batch_size // process_count
   mine = slice(process_index * share, (process_index + 1) * share)
-  make = lambda rows: _batch(examples, packs, rows[mine], length, pad_id)  # noqa: E731
+  sizes = length, pad_id, teacher_length
+  make = lambda rows: _batch(examples, packs, rows[mine], *sizes)  # noqa: E731
   return _stream(len(packs), batch_size, seed, make)
 
 
 def eval_batches(
-  examples: Sequence[Example], *, batch_size: int, length: int, pad_id: int
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  length: int,
+  pad_id: int,
+  teacher_length: int = 0,
 ) -> Iterator[Batch]:
   """All examples once and in order, in batches of one size.
 
   Args:
     batch_size: rows of each batch.
-    length, pad_id: of the rows, as in `pack_row`.
+    length, pad_id, teacher_length: of the rows, as in `whole_row`.
 
   Returns:
     An iterator over batches as `train_loader` has them, [B, L]. The last one is filled
@@ -76,7 +84,7 @@ def eval_batches(
   packs = each_alone(examples)
   for start in range(0, len(examples), batch_size):
     rows = np.arange(start, min(start + batch_size, len(examples)))
-    batch = _batch(examples, packs, rows, length, pad_id)
+    batch = _batch(examples, packs, rows, length, pad_id, teacher_length)
     yield _filled(batch, batch_size, pad_id)
 
 
@@ -128,20 +136,20 @@ def _batch(
   rows: Int[np.ndarray, " B"],
   length: int,
   pad_id: int,
+  teacher_length: int,
 ) -> Batch:
   texts = [[examples[index] for index in packs[row]] for row in rows]
-  padded = [pack_row(row, length, pad_id) for row in texts]
+  padded = [whole_row(row, length, pad_id, teacher_length) for row in texts]
   batch = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
   return batch | {"row": np.asarray(rows, np.int32)}
 
 
 def _filled(batch: Batch, batch_size: int, pad_id: int) -> Batch:
   missing = batch_size - len(batch["row"])
-  filler = {"tokens": pad_id, "labels": pad_id, "mask": False, "segment_ids": 0}
-  filler["row"] = -1
+  filler = {"tokens": pad_id, "labels": pad_id, "teacher_tokens": pad_id, "row": -1}
   return {
     name: np.concatenate(
-      [value, np.full((missing, *value.shape[1:]), filler[name], value.dtype)]
+      [value, np.full((missing, *value.shape[1:]), filler.get(name, 0), value.dtype)]
     )
     for name, value in batch.items()
   }

@@ -48,9 +48,41 @@ class Packs(Sequence[tuple[int, ...]]):
     return tuple(self._texts[start : int(self._ends[at])].tolist())
 
 
-def pad_row(example: Example, length: int, pad_id: int) -> dict[str, np.ndarray]:
-  """`pack_row` of one text."""
-  return pack_row([example], length, pad_id)
+def pad_row(
+  example: Example, length: int, pad_id: int, teacher_length: int = 0
+) -> dict[str, np.ndarray]:
+  """`whole_row` of one text."""
+  return whole_row([example], length, pad_id, teacher_length)
+
+
+def whole_row(
+  examples: Sequence[Example], length: int, pad_id: int, teacher_length: int = 0
+) -> dict[str, np.ndarray]:
+  """`pack_row`, and beside it what the teacher reads, if it has prompts of its own.
+
+  Args:
+    teacher_length: positions of the teacher's row; 0: it reads the same one.
+
+  Returns:
+    The row; with a teacher's length also `teacher_tokens` and `teacher_segments` int32
+    [teacher_length] and `align` int32 [length]: for each position that counts the one
+    at which the teacher predicts the same token of the same answer.
+
+  Raises:
+    ValueError: as `pack_row`.
+  """
+  row = pack_row(examples, length, pad_id)
+  if not teacher_length:
+    return row
+  own = [example.for_teacher() for example in examples]
+  other = pack_row(own, teacher_length, pad_id)
+  align = np.zeros(length, np.int32)
+  align[row["mask"]] = np.flatnonzero(other["mask"])
+  return row | {
+    "teacher_tokens": other["tokens"],
+    "teacher_segments": other["segment_ids"],
+    "align": align,
+  }
 
 
 def pack_row(

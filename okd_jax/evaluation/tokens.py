@@ -135,6 +135,7 @@ def compile_token_step(
         decoder,
         variables[who],
         batch,
+        as_teacher=who[0] != STUDENT,
         **({"hidden": batch.trunk} if decoder.only_top else {}),
       )
       for who, decoder in decoders.items()

@@ -106,6 +106,7 @@ def build(knobs: Knobs) -> Method:
     loss,
     numbers | knobs.shape,
     sequences=Sequences(prepare=prepare),
+    takes_own_prompts=False,
     takes_packed=False,
   )
 

@@ -343,6 +343,7 @@ def output(
   variables: Mapping[str, Tree],
   batch: Batch,
   key: Array | None = None,
+  as_teacher: bool = False,
   **kwargs: Any,
 ) -> Output:
   """A decoder's hidden states on a batch, and the head that makes logits of them.
@@ -352,15 +353,23 @@ def output(
     variables: {'params': …} or, for an adapted teacher, also {'adapter': …}.
     batch: whose `tokens` and `segment_ids` [B, L] are read.
     key: of dropout, where the decoder has any.
+    as_teacher: whether it reads `teacher_tokens`, where the batch has them; its states
+      then come where the student predicts the same tokens of the answer.
     **kwargs: mix, hidden, start, stop, for the decoder. With `stop` the hidden states
       are those that enter that layer, on which the head makes no sense.
   """
+  tokens, segment_ids = batch.tokens, batch.segment_ids
+  own = as_teacher and batch.align is not None
+  if own:
+    tokens, segment_ids = batch.teacher_tokens, batch.teacher_segments
   hidden, _ = decoder.apply(
     variables,
-    batch.tokens,
-    batch.segment_ids,
+    tokens,
+    segment_ids,
     rngs={"dropout": key} if decoder.dropout else {},
     **kwargs,
   )
+  if own and "stop" not in kwargs:  # else its own layers go on from there
+    hidden = jnp.take_along_axis(hidden, batch.align[..., None], axis=1)
   config = decoder.config
   return Output(hidden, head_kernel(variables["params"], config), config.logit_cap)

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Key, PyTree
 
 from okd_jax.data import PAD_ID, Example, pad_row, stop_ids
-from okd_jax.data.batch import ROW, Batch
+from okd_jax.data.batch import OWN_PROMPT, ROW, Batch
 from okd_jax.methods.base import Linear, Sequences
 from okd_jax.methods.base.knobs import knobs_at, progress
 from okd_jax.models import Decoder
@@ -57,7 +57,7 @@ class Batches:
     self._length = run.settings.data.max_length
     self._seed = run.settings.train.seed
     replay = self.plan.replay
-    self._buffer = Buffer(replay.capacity, self._length) if replay else None
+    self._buffer = Buffer(replay.capacity, self._kinds()) if replay else None
     self._share = Share(replay) if replay and replay.adaptive else None
     self._prepare = None
     if self.plan.prepare:
@@ -234,8 +234,18 @@ class Batches:
     return self._rows([self._answers[name][row] for row in rows])
 
   def _rows(self, examples: Sequence[Example]) -> Batch:
-    padded = [pad_row(e, self._length, PAD_ID) for e in examples]
-    return Batch.of({name: np.stack([row[name] for row in padded]) for name in ROW})
+    own = self._run.data.teacher_length
+    padded = [pad_row(e, self._length, PAD_ID, own) for e in examples]
+    return Batch.of({n: np.stack([row[n] for row in padded]) for n in padded[0]})
+
+  def _kinds(self) -> dict[str, tuple[int, type]]:
+    """(length, type) of each array of a row, by name."""
+    kinds = {name: (self._length, np.int32) for name in ROW}
+    kinds["mask"] = (self._length, np.bool_)
+    if own := self._run.data.teacher_length:
+      kinds |= {name: (own, np.int32) for name in OWN_PROMPT}
+      kinds["align"] = (self._length, np.int32)
+    return kinds
 
   def _mine(self, rows: Batch, count: int) -> Batch:
     """This process's share of rows that all processes have."""
@@ -262,9 +272,11 @@ class Batches:
   def _nothing(self) -> Batch:
     """What stands for a held batch before there is one."""
     run = self._run
-    shape = (run.settings.train.batch_size, self._length)
-    kinds = dict(tokens=np.int32, labels=np.int32, mask=bool, segment_ids=np.int32)
-    rows = {k: jax.ShapeDtypeStruct(shape, kind) for k, kind in kinds.items()}
+    size = run.settings.train.batch_size
+    rows = {
+      name: jax.ShapeDtypeStruct((size, length), kind)
+      for name, (length, kind) in self._kinds().items()
+    }
     batch = Batch.of(rows)
     if self._prepare:
       params = run.plan.abstract.params

@@ -33,12 +33,13 @@ def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
   Raises:
     UserError: if the file holds answers to other prompts, or is damaged.
   """
-  settings, prompts = run.settings, [e.prompt for e in run.data.train]
+  settings, teacher = run.settings, name == "teacher"
+  read = [e.for_teacher() if teacher else e for e in run.data.train]
   decoder, variables, model = _author(run, name)
   found = answer_prompts(
     text_source(run, decoder),
     variables,
-    prompts,
+    [example.prompt for example in read],
     workdir.samples(name),
     key=jax.random.fold_in(jax.random.key(settings.train.seed), _BRANCH[name]),
     max_new_tokens=room(run),

@@ -242,11 +242,11 @@ def _choose_kept(
 def _batches(
   settings: Settings, examples: Sequence[Example], mesh: Mesh
 ) -> Iterator[Batch]:
-  """All of the rows, each in a row of its own."""
+  """All of the rows as the teacher reads them, each in a row of its own."""
   batches = eval_batches(
-    examples,
+    [example.for_teacher() for example in examples],
     batch_size=sharding.whole_rows(settings.eval.batch_size, mesh),
-    length=settings.data.max_length,
+    length=max(settings.data.max_length, settings.data.form.teacher_length),
     pad_id=PAD_ID,
   )
   return map(Batch.of, batches)

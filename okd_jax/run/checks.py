@@ -223,6 +223,27 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
     yield f"teacher.cache={settings.teacher.cache}: {problem}"
 
 
+def check_own_prompts(settings: Settings, method: Method) -> None:
+  """Raises a UserError where a teacher that reads other prompts is of no use."""
+  plan, name = method.sequences, settings.method.name
+  problem = ""
+  if not method.taught:
+    problem = f"{name} has no teacher"
+  elif plan.source in ("mixture", "interleaved"):
+    problem = f"{name} has both models write one text after one prompt"
+    if name == "minillm":
+      problem += "; set method.teacher_mix=0"
+  elif plan.own_tokens or not method.takes_own_prompts:
+    problem = f"{name} here compares whole rows"
+  elif settings.teacher.trunk:
+    problem = "teacher.trunk keeps what enters the student's rows"
+  if problem:
+    raise UserError(
+      f"rows hold a prompt for the teacher alone (teacher_prompt, teacher_messages or "
+      f"data.teacher_template), but {problem}"
+    )
+
+
 def _check_prompts(settings: Settings, train: Sequence[Example]) -> None:
   without = np.flatnonzero(rows.column(train, "prompt_length") == 0)
   if len(without):
@@ -259,6 +280,8 @@ def _check_lengths(settings: Settings, decoders: Mapping[str, Decoder]) -> None:
   if settings.eval.generate:
     longest = max(longest, data.max_prompt_length + new)
   for name, decoder in decoders.items():
+    if name != "student":
+      longest = max(longest, data.max_teacher_length)
     if decoder.config.max_length < longest:
       raise UserError(
         f"the {name} takes {decoder.config.max_length} tokens, but the run needs "

@@ -49,12 +49,13 @@ class Data(Reading):
   packs: the texts of `train` that are one row: one or several.
   other: the same records in the teacher's own tokens, `train` row by row beside this
     one's; None where all models share one tokenizer.
-  privileged: whether the teacher reads other prompts than the student.
+  teacher_length: of the rows that the teacher reads, where its prompts are others than
+    the student's; 0 where they are the same.
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
-  privileged: bool = False
+  teacher_length: int = 0
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
@@ -91,9 +92,14 @@ def read_data(
     "first row, trained part marked:\n%s", show_example(own.train[0], own.tokenizer)
   )
   packs = make_packs(data, own.train)
-  privileged = any(rows.privileged(x) for x in (own.train, own.eval))
+  apart = any(rows.privileged(part) for part in (own.train, own.eval))
   return Data(
-    own.tokenizer, own.train, own.eval, packs, other[0] if other else None, privileged
+    own.tokenizer,
+    own.train,
+    own.eval,
+    packs,
+    other[0] if other else None,
+    data.form.teacher_length if apart else 0,
   )
 
 
@@ -124,8 +130,13 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
   lengths, length = rows.column(train, "length") - 1, data.max_length
   if data.pack:
     # A row of the teacher's holds the same texts as that of the student.
-    of_teacher = rows.column(train, "teacher_length") - 1
-    packs = Packs.of(pack(np.maximum(lengths, of_teacher), length))
+    lengths = np.maximum(lengths, rows.column(train, "teacher_length") - 1)
+    if lengths.max() > length:
+      raise UserError(
+        f"data.pack: rows of {length} tokens cannot hold the teacher's of "
+        f"data.max_teacher_length={data.max_teacher_length}; set data.pack=False"
+      )
+    packs = Packs.of(pack(lengths, length))
   else:
     packs = each_alone(train)
   _log.info(

@@ -123,6 +123,7 @@ class Evaluator:
       batch_size=self._batch_size(),
       length=self._run.settings.data.max_length,
       pad_id=PAD_ID,
+      teacher_length=self._run.data.teacher_length,
     )
 
     def batch(rows: Mapping[str, np.ndarray]) -> Batch:
@@ -153,10 +154,11 @@ class Evaluator:
     if not settings.eval.generate or not prompts:
       return {}
     kind, name = who
+    student = kind == STUDENT
     texts = answer(
-      self._cast.student if kind == STUDENT else self._cast.teachers[name],
+      self._cast.student if student else self._cast.teachers[name],
       variables,
-      prompts,
+      prompts if student else [example.for_teacher() for example in prompts],
       reading.tokenizer,
       template=settings.data.template,
       max_new_tokens=settings.eval.max_new_tokens,

@@ -193,6 +193,7 @@ def _start(run: Run, checkpoints: Checkpoints, batches: Batches) -> Place:
     length=settings.data.max_length,
     pad_id=PAD_ID,
     packs=run.data.packs,
+    teacher_length=run.data.teacher_length,
     seed=settings.train.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),

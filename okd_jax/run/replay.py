@@ -13,14 +13,13 @@ class Buffer:
   """The newest `capacity` sampled rows, and the step at which each was written.
 
   Arrays of fixed shapes in host memory: cheap to save, and the same in every process.
+
+  kinds: (length, type) of each array of a row, by name.
   """
 
-  def __init__(self, capacity: int, length: int):
+  def __init__(self, capacity: int, kinds: Mapping[str, tuple[int, type]]):
     self._rows = {
-      "tokens": np.zeros((capacity, length), np.int32),
-      "labels": np.zeros((capacity, length), np.int32),
-      "mask": np.zeros((capacity, length), bool),
-      "segment_ids": np.zeros((capacity, length), np.int32),
+      name: np.zeros((capacity, length), kind) for name, (length, kind) in kinds.items()
     }
     self._written = np.zeros(capacity, np.int32)
     self._count = 0  # rows pushed so far

@@ -93,7 +93,8 @@ def _compute_rows(
   for first in range(rows.start, rows.stop, size):
     mine = range(first, first + size)[jax.process_index() * share :][:share]
     # The last batch is filled up with its last row, which is nobody's twice.
-    real = [examples[min(row, rows.stop - 1)] for row in mine]
+    # As the teacher reads them: the same answers, after its own prompts.
+    real = [examples[min(row, rows.stop - 1)].for_teacher() for row in mine]
     padded = [pad_row(example, length, PAD_ID) for example in real]
     arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
     values = compute(sharding.put_batch(Batch.of(arrays), mesh))

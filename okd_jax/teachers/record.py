@@ -46,7 +46,7 @@ def write(
   record = _recorder(teacher, settings, k, dtype, vocab_size)
   made_by = {"k": k, "dtype": dtype, "vocab_size": vocab_size} | load.dtypes(settings)
   sizes = {
-    "length": settings.data.max_length,
+    "length": settings.data.form.teacher_length,
     "batch_size": settings.eval.batch_size,
   }
   for part, examples in parts.items():

@@ -26,6 +26,7 @@ from okd_jax.runtime.workdir import Workdir, part
 from okd_jax.text import rollout
 
 LENGTH, ROWS = 96, 8
+KINDS = {name: (3, np.bool_ if name == "mask" else np.int32) for name in ROW}
 SHARED = ("gkd", "imitkd", "skd", "distillm")  # who samples in a share of the steps
 
 
@@ -248,7 +249,7 @@ def test_the_step_before_is_not_sampling(run, params, monkeypatch):
 @given(capacity=st.integers(1, 9), pushes=st.lists(st.integers(1, 4), max_size=8))
 def test_the_buffer_keeps_the_newest(capacity, pushes):
   """METHODS 4.5: first in first out, never more than its capacity."""
-  buffer, written = Buffer(capacity, 3), []
+  buffer, written = Buffer(capacity, KINDS), []
   for step, count in enumerate(pushes):
     count = min(count, capacity)
     ids = np.arange(len(written), len(written) + count)
@@ -260,7 +261,7 @@ def test_the_buffer_keeps_the_newest(capacity, pushes):
   assert len(buffer) == len(kept)
   assert buffer.full == (len(kept) == capacity)
   if kept:
-    copy = Buffer(capacity, 3)
+    copy = Buffer(capacity, KINDS)
     copy.restore(buffer.state())
     rows, steps = copy.draw(len(kept), np.random.default_rng(0))
     found = dict(zip(rows["tokens"][:, 0].tolist(), steps.tolist(), strict=True))

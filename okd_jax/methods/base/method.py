@@ -63,6 +63,8 @@ class Method:
   takes_stored: whether the loss reads what a teacher said before, `Batch.stored`,
     where there is no teacher (`cache_teacher`).
   takes_packed: whether a row may hold several texts, apart only by 'segment_ids'.
+  takes_own_prompts: whether the teacher may read other prompts than the student, the
+    answers being the same (`Batch.align`).
   takes_rows: whether its adapters may learn from some rows alone, or in some steps
     (`Models.one_row_in`, `Batch.module_weights`).
   """
@@ -84,6 +86,7 @@ class Method:
   weights: Callable[[Bool[Array, "B L"]], Float[Array, "B L"]] = token_weights
   takes_stored: bool = False
   takes_packed: bool = True
+  takes_own_prompts: bool = True
   takes_rows: bool = False
 
   @property

@@ -128,15 +128,17 @@ def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:
     decoder, variables = plain, {"params": frozen}
     if adapter is not None:
       decoder, variables = adapted, variables | {"adapter": adapter}
-    return output(decoder, variables, batch, mix=mix, **({} if mix else kept(batch)))
+    rest = {} if mix else kept(batch)
+    return output(decoder, variables, batch, as_teacher=True, mix=mix, **rest)
 
   def both(frozen: PyTree, adapter: PyTree, batch: Batch) -> tuple[Output, Output]:
     if not start:
       return apply(frozen, adapter, batch), apply(frozen, None, batch)
     variables, top = {"params": frozen}, kept(batch)
     if not top:
-      below = output(plain, variables, batch, stop=start).hidden
+      below = output(plain, variables, batch, as_teacher=True, stop=start).hidden
       top = {"hidden": below, "start": start}
+    top["as_teacher"] = True
     return (
       output(adapted, variables | {"adapter": adapter}, batch, **top),
       output(plain, variables, batch, **top),
