@@ -19,7 +19,9 @@ def get_config() -> ConfigDict:
   config.stages = ConfigDict(sort_keys=False)
 
   config.teacher = ConfigDict()
-  config.teacher.path = ""  # HF folder, hub id, .gguf file or a finished run's workdir
+  # HF folder, hub id, .gguf file or a finished run's workdir; or 'student': the student
+  # itself, with a module (okd) or a prompt of its own (teacher_prompt).
+  config.teacher.path = ""
   config.teacher.adapter = ""  # LoRA to add to it: a PEFT folder or a finished run
   # What `python -m okd_jax.cache_teacher` stored: read in place of the teacher.
   config.teacher.cache = ""

@@ -8,6 +8,7 @@ from okd_jax.errors import UserError
 from okd_jax.methods.base import TokenWeight
 from okd_jax.models import adapters, even_layers
 
+STUDENT = "student"  # teacher.path of a teacher that is the student itself
 INT8 = "int8"  # of a frozen teacher's kernels
 
 
@@ -47,6 +48,18 @@ class TeacherSettings(Section):
       yield "teacher.adapter adapts what teacher.path names; set it, too"
     if self.path and self.model.wanted:
       yield "set teacher.path or teacher.model.hidden_size, not both"
+    if self.itself:
+      for key in ("adapter", "cache", "trunk", "dtype"):
+        if getattr(self, key):
+          yield (
+            f"teacher.{key}={getattr(self, key)}: under teacher.path=student the "
+            "teacher is what the student is; leave it out"
+          )
+
+  @property
+  def itself(self) -> bool:
+    """Whether the teacher is the student itself, with a module or another prompt."""
+    return self.path == STUDENT
 
   @property
   def named(self) -> bool:

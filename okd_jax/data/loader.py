@@ -26,31 +26,30 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """An endless iterator over shuffled batches of this process's rows.
 
-  Global batch n is the same for any number P of processes. `get_state` and `set_state`
-  continue at exactly the next batch.
+  Global batch n is the same for any number P of processes; `get_state` and `set_state`
+  continue at the next.
 
   Args:
     batch_size: B of all processes; number i gets rows i * B / P to (i + 1) * B / P.
-    length, pad_id: of the rows, as in `pack_row`.
+    length, pad_id, teacher_length: of the rows, as in `whole_row`.
     seed: any integer from 0 to 2^32 - 1.
-    packs: which of `examples` share a row (`pack`); None gives each a row of its own.
-    teacher_length: of the rows that the teacher reads, as in `whole_row`.
+    packs: which of `examples` share a row (`pack`); None: each has its own.
 
   Returns:
-    An iterator over what `whole_row` gives, stacked to [B / P, L], and `row` int32
-    [B / P], the index into `packs`, or into `examples`.
+    An iterator over stacked `whole_row`s, [B / P, L], and `row` int32 [B / P], the
+    index into `packs`, or into `examples`.
 
   Raises:
-    ValueError: without examples, or if B does not divide by P.
+    ValueError: without examples, or if P does not divide B.
 
-  >>> texts = [Example(np.arange(3, dtype=np.int32), 1, (), "here")] * 4
-  >>> batches = train_loader(texts, batch_size=2, length=3, pad_id=0, seed=0)
-  >>> sorted(next(batches)["row"].tolist() + next(batches)["row"].tolist())
+  >>> texts = [Example(np.arange(3), 1, (), "here")] * 4
+  >>> batch = next(train_loader(texts, batch_size=4, length=3, pad_id=0, seed=0))
+  >>> sorted(batch["row"].tolist())
   [0, 1, 2, 3]
   """
   packs = _checked(examples, packs, batch_size, process_count)
   share = batch_size // process_count
-  mine = slice(process_index * share, (process_index + 1) * share)
+  mine = slice(share * process_index, share * (process_index + 1))
   sizes = length, pad_id, teacher_length
   make = lambda rows: _batch(examples, packs, rows[mine], *sizes)  # noqa: E731
   return _stream(len(packs), batch_size, seed, make)

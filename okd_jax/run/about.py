@@ -46,11 +46,17 @@ def _models(run: Run) -> dict[str, Any]:
   if student.adapter:
     found["student"]["trained"] = count(params["student"])
   found["teachers"] = {
-    name: _size(decoder.config, run.cast.frozen[name])
+    name: _size(decoder.config, _weights(run, name))
     | ({"module": count(params["adapter"][name])} if name in run.cast.adapted else {})
     for name, decoder in run.cast.teachers.items()
   }
   return found
+
+
+def _weights(run: Run, name: str) -> PyTree:
+  """A teacher's weights, or their shapes if it is the student itself."""
+  config = run.cast.teachers[name].config
+  return run.cast.frozen[name] if name in run.cast.frozen else parameter_shapes(config)
 
 
 def _size(config: ModelConfig, params: PyTree) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class Batches:
     if plan.source == "student":
       return student, own, draw, plan.student
     [(name, decoder)] = run.cast.teachers.items()
-    variables = {"params": run.cast.frozen[name]}
+    variables = {"params": run.cast.teacher_params(name, params)}
     if name in params.get("adapter", {}):
       decoder = run.cast.adapted[name]
       variables["adapter"] = params["adapter"][name]

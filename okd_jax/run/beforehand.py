@@ -64,4 +64,7 @@ def _author(run: Run, name: str) -> tuple[Decoder, Callable[[], PyTree], str]:
       run.settings.student.path,
     )
   [(only, decoder)] = run.cast.teachers.items()
+  if run.settings.teacher.itself:
+    own = lambda: run.cast.teacher_params(only, run.init().params)  # noqa: E731
+    return decoder, lambda: {"params": own()}, run.settings.student.path
   return decoder, lambda: {"params": run.cast.frozen[only]}, run.settings.teacher.path

@@ -83,6 +83,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
   compared = bool(cast.stored) or bool(cast.teachers and not data.other)
+  checks.check_itself(settings, job.method, data.teacher_length > 0)
   if data.teacher_length:
     checks.check_own_prompts(settings, job.method)
   checks.after(settings, job.method, data.train, data.eval, cast.decoders, compared)

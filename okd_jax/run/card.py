@@ -44,6 +44,7 @@ def of_student(settings: Settings, workdir: Path, step: int) -> Card:
 def made_by(settings: Settings) -> Card:
   """Who taught, by what method, on what data."""
   teachers = ", ".join(teacher_paths(settings).values())
+  teachers = "the student itself" if settings.teacher.itself else teachers
   method, data = settings.method.name, called(settings.data.sources)
   return Card({"Teacher": teachers or "–", "Method": method, "Data": data})
 

@@ -49,8 +49,9 @@ class Cast:
   student: its decoder, without dropout; with an adapter if it is trained in part.
   teachers: their decoders, by name.
   adapted: those of the teachers that carry an adapter.
-  frozen: the teachers' parameters, by name, and as 'student' what is not trained of
-    it, if anything (`run.student`); empty where only shapes are wanted.
+  frozen: the teachers' parameters, by name, but of one that is the student itself; and
+    as 'student' what is not trained of that, if anything (`run.student`). Empty where
+    only shapes are wanted.
   stored: what the teacher said about the rows, by part, 'train' and 'eval', in place
     of the teacher; empty where there is one.
   choice: which of the teacher's blocks learn, where these are the adapter.
@@ -76,6 +77,12 @@ class Cast:
     if adapter is None:
       return {"params": own}
     return adapter.variables(own, self.frozen[STUDENT])
+
+  def teacher_params(self, name: str, params: Mapping[str, PyTree]) -> PyTree:
+    """A teacher's own weights; of one that is the student itself those of now."""
+    if name in self.frozen:
+      return self.frozen[name]
+    return self.student_variables(params)["params"]
 
   @property
   def decoders(self) -> dict[str, Decoder]:

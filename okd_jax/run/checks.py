@@ -31,6 +31,7 @@ def before(settings: Settings, method: Method) -> None:
     *_length_problems(settings, method),
     *_share_problems(settings, method),
     *_int8_problems(settings, method),
+    *_itself_problems(settings, method),
   ]
   if settings.teacher.trunk:
     problems += _trunk_problems(settings, method)
@@ -67,6 +68,21 @@ def _teacher_problems(settings: Settings, method: Method) -> Iterator[str]:
     yield "student.layers, which_layers and width need a teacher, such as teacher.path"
   if method.taught:
     yield f"method {settings.method.name} needs teacher.path"
+
+
+def _itself_problems(settings: Settings, method: Method) -> Iterator[str]:
+  """What is wrong with a teacher that is the student itself."""
+  if not settings.teacher.itself:
+    return
+  where = "teacher.path=student"
+  if settings.student.from_teacher:
+    yield f"{where}: student.layers and width take from another model; set student.path"
+  if settings.student.frozen:
+    yield f"{where}: student.frozen cannot be told from the teacher; train LoRA or all"
+  if method.sequences.own_tokens:
+    yield f"{where}: under method.cross_tokenizer the teacher has tokens of its own"
+  if ((settings.adapter.kind or method.adapter) if method.adapts else "") == "blocks":
+    yield f"{where}: the teacher's blocks are the student's; set adapter.kind=lora"
 
 
 def _int8_problems(settings: Settings, method: Method) -> Iterator[str]:
@@ -221,6 +237,17 @@ def _stored_problems(settings: Settings, method: Method) -> Iterator[str]:
     )
   if problem:
     yield f"teacher.cache={settings.teacher.cache}: {problem}"
+
+
+def check_itself(settings: Settings, method: Method, own_prompts: bool) -> None:
+  """Raises a UserError where the student would be taught what it says."""
+  itself = settings.teacher.itself and not settings.student.in_part
+  if itself and method.taught and not (method.adapts or own_prompts):
+    raise UserError(
+      "teacher.path=student: the teacher says what the student says; give it another "
+      "prompt (teacher_prompt, teacher_messages, data.teacher_template) or a module, "
+      "such as method.name=okd"
+    )
 
 
 def check_own_prompts(settings: Settings, method: Method) -> None:

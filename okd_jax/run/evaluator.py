@@ -67,8 +67,13 @@ class Evaluator:
     own = variables[STUDENT, ""]
     return scores | self._text((STUDENT, ""), own, self._run.data)
 
-  def teachers(self) -> dict[str, dict[str, float]]:
-    """The frozen teachers' own figures, by name; they never change.
+  def teachers(
+    self, params: Mapping[str, PyTree] | None = None
+  ) -> dict[str, dict[str, float]]:
+    """The frozen teachers' own figures, by name, which never change.
+
+    params: of the first step, for a teacher that is the student itself; it is measured
+      as it was there.
 
     On tokens of its own a teacher's loss is another measure than the student's, and is
     called so: `own_token_loss`.
@@ -81,7 +86,7 @@ class Evaluator:
     other = self._run.data.other
     reading = other or self._run.data
     for name, decoder in self._cast.teachers.items():
-      variables = self._variables(TEACHER, name, {})
+      variables = self._variables(TEACHER, name, params or {})
       who, chunk = (STUDENT, ""), self._run.settings.train.loss_chunk
       step = compile_token_step({who: decoder}, chunk)
       tokens = self._tokens(step, {who: variables}, reading)
@@ -106,7 +111,7 @@ class Evaluator:
     """What the decoder of student, teacher or adapted teacher reads."""
     if kind == STUDENT:
       return self._cast.student_variables(params)
-    variables = {"params": self._cast.frozen[name]}
+    variables = {"params": self._cast.teacher_params(name, params)}
     if kind == ADAPTED:
       variables["adapter"] = params["adapter"][name]
     return variables

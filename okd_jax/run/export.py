@@ -97,12 +97,12 @@ def export_teachers(
     place = folder if alone else folder / name
     adapter, tree = decoder.adapter, params["adapter"][name]
     if adapter.folder == "adapter":
-      base = _base_of_teacher(run, name, place)
+      base = _base_of_teacher(run, params, name, place)
       tree = gathered(tree)
       if writes():
         models.save_adapter(place, tree, adapter, decoder.config, base)
       continue
-    frozen = run.cast.frozen.get(name) or _teacher(run, name)
+    frozen = run.cast.frozen.get(name) or _teacher(run, params, name)
     card = _card(run, Blocks=", ".join(map(str, adapter.blocks)))
     whole = adapter.merge(frozen, tree)
     _save(run, place, whole, decoder.config, run.outline.tokenizer, card)
@@ -122,7 +122,7 @@ def export_merged(
   alone = len(run.cast.teachers) == 1
   for name, decoder in run.cast.adapted.items():
     # In float32: rounded once, when the sum is written.
-    whole = _teacher(run, name, "float32")
+    whole = _teacher(run, params, name, "float32")
     tree = decoder.adapter.merge(whole, params["adapter"][name])
     card = _card(run, Merged=decoder.adapter.kind)
     place = folder if alone else folder / name
@@ -138,13 +138,19 @@ FOLDERS = {
 }
 
 
-def _base_of_teacher(run: Run | Shapes, name: str, place: Path) -> str:
+def _base_of_teacher(
+  run: Run | Shapes, params: Mapping[str, PyTree], name: str, place: Path
+) -> str:
   """What PEFT opens as the model under a teacher's adapter; written if it must be."""
   settings = run.job.settings
-  base = _base_model(teacher_paths(settings).get(name, ""))
+  path = teacher_paths(settings).get(name, "")
+  if settings.teacher.itself and settings.student.in_part:  # LoRA, which it lacks
+    path = settings.student.path
+  base = _base_model(path)
   if not base or settings.teacher.adapter:  # the sum of both is in no folder yet
     config, tokenizer = run.outline.teachers[name], _teachers_tokenizer(run)
-    return _save_beside(run, place, _teacher(run, name), config, tokenizer)
+    whole = _teacher(run, params, name)
+    return _save_beside(run, place, whole, config, tokenizer)
   if models.is_part(base):
     _log.warning(
       "%s: the adapter is of the text model of %s alone, and PEFT, which opens the "
@@ -187,8 +193,15 @@ def _save_beside(
   return str(folder)
 
 
-def _teacher(run: Run | Shapes, name: str, dtype: str = "") -> PyTree:
-  """A frozen teacher's parameters, read once more and never in int8."""
+def _teacher(
+  run: Run | Shapes, params: Mapping[str, PyTree], name: str, dtype: str = ""
+) -> PyTree:
+  """A frozen teacher's parameters, read once more and never in int8.
+
+  Of one that is the student itself those that it ended with.
+  """
+  if run.job.settings.teacher.itself:
+    return int8.dequantized(run.cast.teacher_params(name, params))
   shapes = {name: run.outline.teachers[name]}
   return load_whole(run.job.settings, shapes, run.mesh, dtype)[name]
 

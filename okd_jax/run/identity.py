@@ -78,7 +78,8 @@ def models_of(settings: Settings) -> dict[str, str]:
   """
   paths = {"student.path": settings.student.path}
   if not settings.teacher.cache:
-    paths |= {"teacher.path": settings.teacher.path}
+    teacher = "" if settings.teacher.itself else settings.teacher.path
+    paths |= {"teacher.path": teacher}
     paths |= {f"teachers.{name}": path for name, path in settings.teachers.items()}
   found = {key: models.glance(path) for key, path in paths.items() if path}
   if settings.teacher.adapter:

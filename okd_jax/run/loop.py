@@ -54,9 +54,9 @@ class Evaluations:
     self._samples = about.Samples(run, workdir)
     self.scores = {row["step"]: row for row in writer.kept if row["kind"] == "eval"}
 
-  def teachers(self) -> None:
-    """Scores the frozen teachers, which are whole."""
-    found = self._evaluator.teachers()
+  def teachers(self, params: Mapping[str, PyTree]) -> None:
+    """Scores the frozen teachers, which are whole, as they are at the first step."""
+    found = self._evaluator.teachers(params)
     for name, scores in found.items():
       self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
       self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
@@ -144,7 +144,7 @@ def _begin(
   """
   state, step, loader = place
   if step == 0:
-    evaluations.teachers()
+    evaluations.teachers(state.params)
   if kept and kept.replaces:
     run = run.only_top()
     _log.info("teacher.trunk: the teacher's lower layers leave the devices")

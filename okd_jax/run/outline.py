@@ -65,6 +65,8 @@ def outline(
   if random.wanted and not (settings.teacher.cache or settings.teachers):
     shapes = {ONLY: _random(random, _ids(tokenizer), tokenizer)}
   student = _student(settings, {} if apart else shapes, start, tokenizer)
+  if settings.teacher.itself:
+    shapes = {ONLY: student}
   return Outline(
     tokenizer,
     student,
@@ -149,7 +151,8 @@ def _random(
 
 
 def teacher_paths(settings: Settings) -> dict[str, str]:
-  """The paths of the teachers that are models, by name."""
+  """The paths of the teachers that are models of their own, by name."""
+  teacher = settings.teacher
   if settings.teachers:
     return dict(settings.teachers)
-  return {ONLY: settings.teacher.path} if settings.teacher.path else {}
+  return {ONLY: teacher.path} if teacher.path and not teacher.itself else {}

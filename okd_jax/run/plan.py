@@ -15,6 +15,7 @@ from okd_jax.run import optim
 from okd_jax.run.cast import Cast
 from okd_jax.run.job import Job
 from okd_jax.run.state import TrainState, random_state
+from okd_jax.teachers.load import ONLY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ def make_models(job: Job, cast: Cast) -> Models:
     stored.about["vocab_size"] if stored else None,
     job.one_row_in,
     settings.adapter.module_tokens,
+    ONLY if settings.teacher.itself else "",
   )
 
 

@@ -89,12 +89,12 @@ def first_state(
   where = sharding.shardings(abstract, mesh)
   state = jax.jit(random, out_shardings=where)()
   params = dict(state.params)
-  for name, decoder in cast.adapted.items():
-    start, frozen = decoder.adapter.start, cast.frozen[name]
-    if jax.eval_shape(start, frozen) is not None:
-      own = jax.jit(start, out_shardings=where.params["adapter"][name])(frozen)
-      params["adapter"] = params["adapter"] | {name: own}
   begun = student.first(settings, cast, mesh)
   if begun is not None:
     params["student"] = begun
+  for name, decoder in cast.adapted.items():
+    start, base = decoder.adapter.start, cast.teacher_params(name, params)
+    if jax.eval_shape(start, base) is not None:
+      own = jax.jit(start, out_shardings=where.params["adapter"][name])(base)
+      params["adapter"] = params["adapter"] | {name: own}
   return state.replace(params=params)

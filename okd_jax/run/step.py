@@ -65,7 +65,8 @@ def train_step(
         optimizers[name], grads[name], opt_state[name], params[name]
       )
       logged |= {f"{name}_{kind}_norm": norm for kind, norm in norms.items()}
-  logged |= _adapter_norms(models, frozen, params.get("adapter", {}))
+  _, base = models.seen(params, frozen)
+  logged |= _adapter_norms(models, base, params.get("adapter", {}))
   at = progress(state.step + 1, steps)
   carried = method.carry(state.carried, logged, at)
   new = TrainState(state.step + 1, params, opt_state, state.key, carried)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from okd_jax import models
 from okd_jax.analysis import pair
 from okd_jax.analysis.plots import History, read_history
+from okd_jax.config.players import STUDENT
 from okd_jax.config.study import Job, Study
 from okd_jax.data import load_records
 from okd_jax.data.sources import source_list
@@ -190,7 +191,7 @@ def seconds_a_step(history: History) -> float | None:
 def _beside_teacher(study: Study, job: Job) -> dict[str, Any]:
   """What `okd_jax.analyze` finds of the student, the frozen and the adapted teacher."""
   config, path = job.config, job.config.teacher.path
-  if not path:  # a teacher at random, or several
+  if path in ("", STUDENT):  # a teacher at random, several, or the student itself
     return {"analysis": None}
   options = pair.Options(
     template=config.data.template,

@@ -29,11 +29,15 @@ def load_teachers(
 ) -> dict[str, PyTree]:
   """The frozen parameters of the teachers, by name, placed by the sharding rules.
 
+  Of a teacher that is the student itself there are none.
+
   shapes: what the outline found; a teacher without a path is drawn at random.
 
   Raises:
     UserError: for a model or an adapter that cannot be read or does not fit.
   """
+  if settings.teacher.itself:
+    return {}
   if settings.teacher.model.wanted and not settings.teachers:
     return {name: _random(shape, settings, mesh) for name, shape in shapes.items()}
   adapter = settings.teacher.adapter

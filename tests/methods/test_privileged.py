@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from hints import HINTS, TEACHER, batches, data
 from hypothesis import given
 from hypothesis import strategies as st
 from small import built, config, step_of
@@ -22,30 +23,6 @@ from okd_jax.models import output
 from okd_jax.run.batches import Batches
 from okd_jax.run.evaluator import Evaluator
 
-LENGTH, TEACHER = 48, 64
-HINTS = {
-  "data.max_length": LENGTH,
-  "data.max_prompt_length": 24,
-  "data.max_teacher_length": TEACHER,
-  "data.overlong_prompt": "truncate",
-  "train.steps": 3,
-}
-
-
-def data(path, count=40, hint="The answer is {} and nothing else. "):
-  lines = [
-    {
-      "prompt": f"{i} + {i} = ",
-      "completion": str(2 * i),
-      "teacher_prompt": f"{hint.format(2 * i)}{i} + {i} = ",
-    }
-    for i in range(count)
-  ]
-  if not hint:
-    lines = [{k: v for k, v in line.items() if "teacher" not in k} for line in lines]
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  return str(path)
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
@@ -54,19 +31,6 @@ def source(tmp_path_factory):
 
 def hinted(source, **changes):
   return config(**HINTS | {"data.train": source} | changes)
-
-
-def batches(run, count=1):
-  loader = train_loader(
-    run.data.train,
-    batch_size=8,
-    length=LENGTH,
-    pad_id=0,
-    seed=0,
-    packs=run.data.packs,
-    teacher_length=run.data.teacher_length,
-  )
-  return [next(loader) for _ in range(count)]
 
 
 # Rows

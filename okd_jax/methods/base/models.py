@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Key, PyTree
 
 from okd_jax.data.batch import Batch
@@ -44,6 +45,8 @@ class Models:
     does, and the adapted teachers only teach.
   module_tokens: which of these rows' tokens teach the adapters; None: all of them.
   join: (trained, frozen) -> the student's variables, where it is trained in part.
+  itself: the name of a teacher that is the student itself: it has the student's weights
+    of the moment, without what is trained of one that carries LoRA; '' for none.
   """
 
   student: Callable[..., Output]
@@ -53,14 +56,18 @@ class Models:
   one_row_in: int = 1
   module_tokens: TokenWeight | None = None
   join: Callable[[PyTree, PyTree], PyTree] | None = None
+  itself: str = ""
 
   def seen(self, params: Params, frozen: Params) -> tuple[Params, Params]:
     """(params, frozen) as a method sees them: a whole student, and teachers alone."""
-    if self.join is None:
-      return params, frozen
-    whole = self.join(params[STUDENT], frozen[STUDENT])
-    teachers = {name: tree for name, tree in frozen.items() if name != STUDENT}
-    return {**params, STUDENT: whole}, teachers
+    if self.join is not None:
+      whole = self.join(params[STUDENT], frozen[STUDENT])
+      frozen = {name: tree for name, tree in frozen.items() if name != STUDENT}
+      params = {**params, STUDENT: whole}
+    if self.itself:
+      own = params[STUDENT] if self.join is None else params[STUDENT]["params"]
+      frozen = {**frozen, self.itself: jax.lax.stop_gradient(own)}
+    return params, frozen
 
   def teacher(
     self,
@@ -93,13 +100,14 @@ def apply_functions(
   vocab_size: int | None = None,
   one_row_in: int = 1,
   module_tokens: TokenWeight | None = None,
+  itself: str = "",
 ) -> Models:
   """What the decoders of a run give a method.
 
   Args:
     teachers: the plain ones by name; none if the method has no use for any.
     adapted: those of them that carry an adapter.
-    chunk, vocab_size, one_row_in, module_tokens: see `Models`.
+    chunk, vocab_size, one_row_in, module_tokens, itself: see `Models`.
   """
 
   def apply(
@@ -112,7 +120,8 @@ def apply_functions(
   part = student.adapter
   join = part.variables if part else None
   named = {name: _teacher(d, adapted.get(name)) for name, d in teachers.items()}
-  return Models(apply, named, chunk, vocab_size, one_row_in, module_tokens, join)
+  rest = chunk, vocab_size, one_row_in, module_tokens, join, itself
+  return Models(apply, named, *rest)
 
 
 def _teacher(plain: Decoder, adapted: Decoder | None) -> Teacher:
