@@ -133,7 +133,11 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   eos_id(tokenizer)
   render = make_render(form.template, tokenizer)
   of_teacher = teacher_render(form.template, form.teacher_template, tokenizer)
-  fitter = Fitter(tokenizer, form)
+  fitter, alone = Fitter(tokenizer, form), None
+  if (
+    form.turns == "all"
+  ):  # of a turn that is a row of its own, the earlier ones are not
+    alone = make_encoder(tokenizer, dataclasses.replace(form, turns="last"))
 
   def encoder(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
     tally, examples = Tally(), []
@@ -152,7 +156,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
         fate["straddled"] += rows[i][2]
         fate["rewritten"] += texts[i].astray
         for turn in lost:
-          own, more = encoder([turns.ending_at(record, turn)], number)
+          own, more = alone([turns.ending_at(record, turn)], number)
           found, fate = found + own, fate + more
           fate["apart"] += len(own)
       examples += [dataclasses.replace(e, number=number) for e in found]
