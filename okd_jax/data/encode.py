@@ -101,14 +101,17 @@ def stop_ids(
   """Ids that end a response: EOS, and the end of turn that a chat template writes."""
   ids = {eos_id(tokenizer)}
   if template == "chat":
-    messages = ({"role": "user", "content": "a"},)
-    record = Record("messages", "chat template", messages=messages, references=("b",))
-    room = 1 << 20
-    [example] = encode(
-      record, tokenizer, template, max_length=room, max_prompt_length=room
-    )
-    ids.add(int(example.tokens[-1]))
+    ids.add(int(short_chat(tokenizer).tokens[-1]))
   return tuple(sorted(ids))
+
+
+def short_chat(tokenizer: PreTrainedTokenizerBase, turns: str = "last") -> Example:
+  """The row of a question and its answer, each a letter, by the chat template."""
+  messages = ({"role": "user", "content": "a"},)
+  record = Record("messages", "chat template", messages=messages, references=("b",))
+  room = 1 << 20
+  form = {"max_length": room, "max_prompt_length": room, "turns": turns}
+  return encode(record, tokenizer, "chat", **form)[0]
 
 
 def clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
@@ -155,7 +158,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
         found, lost, fate = fitter.fit(record, *rows[i][:2], teacher[i])
         fate["straddled"] += rows[i][2]
         fate["rewritten"] += texts[i].astray
-        for turn in lost:
+        for turn in lost:  # each a row that trains nothing but it
           own, more = alone([turns.ending_at(record, turn)], number)
           found, fate = found + own, fate + more
           fate["apart"] += len(own)
