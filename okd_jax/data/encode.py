@@ -130,8 +130,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   """The function that makes rows of some records, the first of them of this number.
 
   Raises:
-    UserError: if the template cannot be used; the function, for a row that cannot be
-      encoded.
+    UserError: if the template cannot be used; the function, for a row that cannot.
   """
   eos_id(tokenizer)
   render = make_render(form.template, tokenizer)
@@ -145,10 +144,10 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   def encoder(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
     tally, examples = Tally(), []
     records = [clean(record, tokenizer) for record in records]
-    texts = [render(record) for record in records]
+    texts = list(map(render, records))
     ended = [r.ended and bool(r.is_text or r.references) for r in records]
     rows = _split(texts, ended, tokenizer)
-    teacher = _prompts([of_teacher(record) for record in records], tokenizer)
+    teacher = _prompts(list(map(of_teacher, records)), tokenizer)
     for i, record in enumerate(records):
       number = first + i
       if fitter.too_long(record, *rows[i][:2]) and (less := turns.shorter(record)):
