@@ -6,9 +6,9 @@
 Prints where rows come from and what was left out or cut, how long they are, padding
 with and without data.pack, tokens trained on, some rows with the trained part marked,
 the template, and special tokens of teacher and student. The rows are kept, so that the
-run itself starts at once. --output adds DIR/preview.json, all figures, and DIR/lengths.png.
-Where paths mean stages, --workdir is the run that has finished them; --stage previews
-one of them.
+run itself starts at once. --output adds all figures, DIR/preview.json, and a picture,
+DIR/lengths.png. Where paths mean stages, --workdir is the run that has finished them;
+--stage previews one of them.
 """
 
 import logging
@@ -36,10 +36,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(flag, default="")
   args, rest = parser.parse_known_args(arguments)
   cli.check_places(parser, {}, {"output": args.output}, ())
-  logging.getLogger("okd_jax").setLevel(logging.ERROR)  # it is all on the page
   with tempfile.TemporaryDirectory() as nowhere:
     workdir = local(args.workdir or nowhere)
     own = _stage(stages(read.read(rest), workdir), args.stage)
+    logging.getLogger("okd_jax").setLevel(logging.WARNING)  # the page says the rest
     seen = look.look(check(own.config), Workdir(own.workdir))
     found = look.figures(seen)
   print(look_text.text(seen, found), flush=True)

@@ -82,7 +82,8 @@ def lengths_of(train: Sequence[Example]) -> dict[str, Int[np.ndarray, " N"]]:
     "prompts": rows.column(train, "prompt_length"),
   }
   if rows.privileged(train):
-    found["rows as the teacher reads them"] = rows.column(train, "teacher_length")
+    of_teacher = rows.column(train, "teacher_length")
+    found["for the teacher"] = np.where(of_teacher, of_teacher, found["whole rows"])
   return found
 
 
