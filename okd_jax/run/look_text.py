@@ -127,7 +127,7 @@ def _epoch(seen: Look, found: Mapping[str, Any]) -> Iterator[str]:
   )
   yield ""
   run = found["run"]
-  yield f"The run takes {run['steps']:,} steps, {run['epochs']:.3g} epochs"
+  yield f"The run takes {run['steps']:,} steps, {run['epochs']:.2f} epochs"
   tokens = found["tokens"]
   few = tokens["estimated_from_rows"]
   guess = f" (estimated from {few:,} rows)" if few else ""
