@@ -1,6 +1,5 @@
 """How long rows are: a histogram for a terminal, percentiles, and a picture."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,10 +88,10 @@ def save_picture(lengths: Lengths, longest: int, path: Path) -> None:
     ):
       bounds = edges(longest, _FINE)
       axes.stairs(counts(values, bounds), bounds, fill=True, color=LIGHT[colour])
-      middle = float(np.median(values))
+      middle = percentiles(values)["50 %"]
       axes.axvline(middle, color=LIGHT["strong"], linewidth=1, linestyle=(0, (4, 2.5)))
       axes.set_title(
-        f"{name}: median {math.floor(middle):,}, longest {int(values.max()):,}",
+        f"{name}: median {middle:,}, longest {int(values.max()):,}",
         loc="left",
         fontsize=9,
         color=LIGHT["strong"],
