@@ -15,21 +15,18 @@ results stay as they are.
 import sys
 
 from okd_jax.config import read
-from okd_jax.config.describe import describe
+from okd_jax.config.describe import help_page
 from okd_jax.errors import UserError
 from okd_jax.run import distill
 from okd_jax.run.stop import Stopped, Terminated
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
 
-_FILE = "--config.method.file="
-
 
 def main(arguments: list[str]) -> None:
   """Runs the configuration that the arguments name; a UserError if it is wrong."""
-  if {"--help", "-h", "--helpfull"} & set(arguments):
-    file = next((a.removeprefix(_FILE) for a in arguments if a.startswith(_FILE)), "")
-    print(f"{__doc__}\nEvery key with its default:\n\n{describe(file)}", end="")
+  if page := help_page(__doc__, arguments):
+    print(page, end="")
     return
   parser = cli.Parser(prog="okd_jax.main", add_help=False)
   parser.add_argument("--workdir", default="")

@@ -48,7 +48,11 @@ QWEN = (
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 R1 = (  # opens the thought in its prompt, and leaves thoughts out of what was said
-  "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' + m.content }}"
+  "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+  "{% elif m.role == 'user' %}{{ '<|user|>' + m.content }}"
+  "{% elif m.role == 'tool' %}{{ '<|tool|>' + m.content }}"
+  "{% elif m.tool_calls %}{{ '<|bot|>' }}{% for c in m.tool_calls %}"
+  "{{ '<|call|>' + c.function|tojson }}{% endfor %}{{ '<|im_end|>' }}"
   "{% else %}{{ '<|bot|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}"
   "{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|bot|><think>\n' }}{% endif %}"
@@ -57,6 +61,19 @@ GEMMA = (  # calls the assistant model, and knows nothing but text
   "{% for m in messages %}{{ '<|im_start|>' + ('model' if m.role == 'assistant' else "
   "m.role) + '\n' + (m.content or '')|trim + '<|im_end|>\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+# As trl writes templates for training: what the model says is marked, its end with it
+# or not.
+MARKED = (
+  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+  "{% if m.role == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}"
+  "{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
+  "{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+END_UNMARKED = MARKED.replace(
+  " + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+  " }}{% endgeneration %}{{ '<|im_end|>\n' }}",
 )
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}

@@ -2,16 +2,26 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from okd_jax import methods
 from okd_jax.config.read import defaults, recipes
 
 _KEY = re.compile(r"  (config|model)\.([\w.]+) = (.*?)(?:  # (.*))?$")
+_FILE = "--config.method.file="
 _COMMENT = re.compile(r"  # (.*)$")
 # Sections whose keys are names of the user's own, or those of other keys.
 _OPEN = {"teachers": "NAME", "stages": "NAME.KEY", "method.end": "KNOB"}
 _OPEN |= {"teacher.model": "KEY", "data.columns": "KEY"}
+
+
+def help_page(doc: str, arguments: Sequence[str]) -> str:
+  """What --help prints: a command's own text, then every key; '' if nobody asks."""
+  if not {"--help", "-h", "--helpfull"} & set(arguments):
+    return ""
+  own = [a.removeprefix(_FILE) for a in arguments if a.startswith(_FILE)]
+  return f"{doc}\nEvery key with its default:\n\n{describe(*own[:1])}"
 
 
 def describe(file: str = "") -> str:

@@ -51,6 +51,19 @@ def stages(config: ConfigDict, workdir: Path) -> list[Stage]:
   ]
 
 
+def untrained(part: Stage) -> dict[str, str]:
+  """Of keys whose path is an earlier stage that has left no student yet, its name."""
+  root, config = part.workdir.parents[1] if part.name else part.workdir, part.config
+  paths = {f"{section}.{key}": config[section][key] for section, key in _PATHS}
+  paths |= {f"teachers.{name}": path for name, path in config.teachers.items()}
+  return {
+    key: Path(path).name
+    for key, path in paths.items()
+    if path and Path(path) == _folder(root, Path(path).name)
+    if not (Path(path) / "student").is_dir()
+  }
+
+
 def _stage(
   name: str, base: ConfigDict, changes: Mapping[str, Any], workdir: Path
 ) -> Stage:

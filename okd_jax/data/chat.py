@@ -74,7 +74,7 @@ def chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
       return Rendered(prompt, full, full[len(prompt) :], chat=True)
     # Some templates rewrite earlier turns once there is an answer. What will be
     # asked at generation time is the prompt, so that is what must be trained on.
-    response = _behind(said, record, prompt)
+    response = _behind(said, record, prompt, full)
     return Rendered(prompt, prompt + response, response, chat=True, astray=True)
 
   return render
@@ -187,17 +187,25 @@ def _without(said: Write, messages: Sequence[Message], record: Record, key: str)
   )
 
 
-def _behind(said: Write, record: Record, prompt: str) -> str:
+def _behind(said: Write, record: Record, prompt: str, full: str) -> str:
   """The answer and its end, as the template would write them behind its prompt.
 
   What the prompt has opened already, such as <think>, is not said again. The end is
-  what the template writes after an answer that it leaves alone.
+  what the template writes after an answer that it leaves alone; calls are as it writes
+  them in the whole conversation.
   """
   messages, text = as_messages(record), record.references[0]
   plain = said(
     [*messages, {"role": "assistant", "content": _MARK}], record, record.tools
   )
   before, found, end = plain.rpartition(_MARK)
+  if record.final.get("tool_calls"):
+    if not (found and full.startswith(before)):
+      raise UserError(
+        f"{record.where}: the tokenizer's chat template does not write 'tool_calls' "
+        "behind the prompt that it gives a model"
+      )
+    text, end = full.removeprefix(before), ""
   if not found:
     return text
   opened = prompt.removeprefix(before) if prompt.startswith(before) else ""

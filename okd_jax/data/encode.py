@@ -101,14 +101,17 @@ def stop_ids(
   """Ids that end a response: EOS, and the end of turn that a chat template writes."""
   ids = {eos_id(tokenizer)}
   if template == "chat":
-    messages = ({"role": "user", "content": "a"},)
-    record = Record("messages", "chat template", messages=messages, references=("b",))
-    room = 1 << 20
-    [example] = encode(
-      record, tokenizer, template, max_length=room, max_prompt_length=room
-    )
-    ids.add(int(example.tokens[-1]))
+    ids.add(int(short_chat(tokenizer).tokens[-1]))
   return tuple(sorted(ids))
+
+
+def short_chat(tokenizer: PreTrainedTokenizerBase, turns: str = "last") -> Example:
+  """The row of a question and its answer, each a letter, by the chat template."""
+  messages = ({"role": "user", "content": "a"},)
+  record = Record("messages", "chat template", messages=messages, references=("b",))
+  room = 1 << 20
+  form = {"max_length": room, "max_prompt_length": room, "turns": turns}
+  return encode(record, tokenizer, "chat", **form)[0]
 
 
 def clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
@@ -127,21 +130,22 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   """The function that makes rows of some records, the first of them of this number.
 
   Raises:
-    UserError: if the template cannot be used; the function, for a row that cannot be
-      encoded.
+    UserError: if the template cannot be used; the function, for a row that cannot.
   """
   eos_id(tokenizer)
   render = make_render(form.template, tokenizer)
   of_teacher = teacher_render(form.template, form.teacher_template, tokenizer)
-  fitter = Fitter(tokenizer, form)
+  fitter, last = Fitter(tokenizer, form), dataclasses.replace(form, turns="last")
+  # Of a turn that is a row of its own the earlier ones are trained elsewhere.
+  alone = None if form == last else make_encoder(tokenizer, last)
 
   def encoder(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
     tally, examples = Tally(), []
     records = [clean(record, tokenizer) for record in records]
-    texts = [render(record) for record in records]
+    texts = list(map(render, records))
     ended = [r.ended and bool(r.is_text or r.references) for r in records]
     rows = _split(texts, ended, tokenizer)
-    teacher = _prompts([of_teacher(record) for record in records], tokenizer)
+    teacher = _prompts(list(map(of_teacher, records)), tokenizer)
     for i, record in enumerate(records):
       number = first + i
       if fitter.too_long(record, *rows[i][:2]) and (less := turns.shorter(record)):
@@ -151,8 +155,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
         found, lost, fate = fitter.fit(record, *rows[i][:2], teacher[i])
         fate["straddled"] += rows[i][2]
         fate["rewritten"] += texts[i].astray
-        for turn in lost:
-          own, more = encoder([turns.ending_at(record, turn)], number)
+        for turn in lost:  # each a row that trains nothing but it
+          own, more = alone([turns.ending_at(record, turn)], number)
           found, fate = found + own, fate + more
           fate["apart"] += len(own)
       examples += [dataclasses.replace(e, number=number) for e in found]

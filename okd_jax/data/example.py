@@ -48,6 +48,15 @@ class Example:
     return self.trained
 
   @property
+  def predicted(self) -> int:
+    """How many tokens are trained on.
+
+    >>> Example(np.arange(5), 0, (), "f:1").predicted
+    4
+    """
+    return sum(stop - max(start, 1) for start, stop in self.spans)
+
+  @property
   def prompt(self) -> Int[np.ndarray, " P"]:
     """The tokens that are given."""
     return self.tokens[: self.prompt_length]
@@ -79,8 +88,7 @@ def show_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     text += f">>>{tokenizer.decode(example.tokens[start:stop])}<<<"
     at = stop
   text += tokenizer.decode(example.tokens[at:]) if at < len(example.tokens) else ""
-  trained = sum(stop - max(start, 1) for start, stop in example.spans)
   return (
-    f"{example.where}: {example.prompt_length} prompt tokens, then {trained} trained, "
-    f"between >>> and <<<\n{text}"
+    f"{example.where}: {example.prompt_length} prompt tokens, then {example.predicted} "
+    f"trained, between >>> and <<<\n{text}"
   )

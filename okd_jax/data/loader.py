@@ -26,8 +26,7 @@ def train_loader(
 ) -> grain.DatasetIterator:
   """An endless iterator over shuffled batches of this process's rows.
 
-  Global batch n is the same for any number P of processes; `get_state` and `set_state`
-  continue at the next.
+  Global batch n is the same for any number P of processes; the state is one number.
 
   Args:
     batch_size: B of all processes; number i gets rows i * B / P to (i + 1) * B / P.
@@ -36,8 +35,7 @@ def train_loader(
     packs: which of `examples` share a row (`pack`); None: each has its own.
 
   Returns:
-    An iterator over stacked `whole_row`s, [B / P, L], and `row` int32 [B / P], the
-    index into `packs`, or into `examples`.
+    Stacked `whole_row`s, [B / P, L], and `row` int32 [B / P], the index into `packs`.
 
   Raises:
     ValueError: without examples, or if P does not divide B.

@@ -11,7 +11,7 @@ from okd_jax.config.schema import Settings
 from okd_jax.data import day
 from okd_jax.data.sources import iter_records
 from okd_jax.methods import Method
-from okd_jax.run import checks, identity, student
+from okd_jax.run import checks, ends, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
 from okd_jax.run.data import Data, read_data
 from okd_jax.run.job import Job, check
@@ -75,6 +75,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   )
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, records)
+  ends.tell(shape, source)
   with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
     data = read_data(
       settings.data, settings.eval, shape, job.method.sequences.answers_all

@@ -34,6 +34,22 @@ Pack = tuple[int, ...]  # the texts of one row, by their indices
 
 
 @dataclasses.dataclass(frozen=True)
+class Facts:
+  """What became of the records, in the run's own tokens.
+
+  train, eval: of each, what `kept.keep` knows; eval is None where rows of the former
+    are held out.
+  held_out: rows, before eval.limit.
+  twins: rows that are not trained on, since each is the same as one held out.
+  """
+
+  train: Mapping[str, Any]
+  eval: Mapping[str, Any] | None
+  held_out: int
+  twins: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Reading:
   """The data in one tokenizer's tokens."""
 
@@ -51,11 +67,13 @@ class Data(Reading):
     one's; None where all models share one tokenizer.
   teacher_length: of the rows that the teacher reads, where its prompts are others than
     the student's; 0 where they are the same.
+  facts: what became of the records; None for rows that somebody put together.
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
   teacher_length: int = 0
+  facts: Facts | None = None
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
@@ -83,7 +101,7 @@ def read_data(
   readers = [(outline.tokenizer, "")]
   if outline.teacher_tokenizer is not None:
     readers.append((outline.teacher_tokenizer, ", in the teacher's tokens"))
-  train, held_out = _both(data, outline, readers, prompts)
+  train, held_out, facts = _both(data, outline, readers, prompts)
   own, *other = (
     Reading(tokenizer, own, out[: evaluation.limit or None])
     for (tokenizer, _), own, out in zip(readers, train, held_out, strict=True)
@@ -100,6 +118,7 @@ def read_data(
     packs,
     other[0] if other else None,
     data.form.teacher_length if apart else 0,
+    facts,
   )
 
 
@@ -108,21 +127,25 @@ def _both(
   outline: Outline,
   readers: Sequence[tuple[PreTrainedTokenizerBase, str]],
   prompts: bool,
-) -> tuple[Sequence[Rows], Sequence[Rows]]:
-  """(rows to train on, rows held out), of each reader."""
+) -> tuple[Sequence[Rows], Sequence[Rows], Facts]:
+  """(rows to train on, rows held out), of each reader, and what became of records."""
   apart = len(readers) > 1  # then a record is one row, that its pair may be found
   form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
   read = functools.partial(_rows, data, outline)
-  train = [read(data.sources, form, prompts, *reader) for reader in readers]
+  found = [read(data.sources, form, prompts, *reader) for reader in readers]
+  train, about = zip(*found, strict=True)
   if apart:
     train = pair(*train)
   if data.eval_sources:
     form = dataclasses.replace(
       form, overlong_prompt="truncate", overlong_row="truncate"
     )
-    return train, [read(data.eval_sources, form, False, *reader) for reader in readers]
-  rest, out = _held_out(data, train[0])
-  return tuple(zip(*((x.take(rest), x.take(out)) for x in train), strict=True))
+    found = [read(data.eval_sources, form, False, *reader) for reader in readers]
+    out, about_eval = zip(*found, strict=True)
+    return train, out, Facts(about[0], about_eval[0], len(out[0]))
+  rest, out, twins = _held_out(data, train[0])
+  both = zip(*((x.take(rest), x.take(out)) for x in train), strict=True)
+  return *both, Facts(about[0], None, len(out), twins)
 
 
 def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
@@ -157,8 +180,8 @@ def _rows(
   prompts: bool,
   tokenizer: PreTrainedTokenizerBase,
   note: str,
-) -> Rows:
-  """The rows of some sources in the tokens of one of the models."""
+) -> tuple[Rows, dict[str, Any]]:
+  """The rows of some sources in the tokens of one of the models, and `keep`'s facts."""
   others = ()
   if outline.teacher_tokenizer is not None:
     both = (outline.tokenizer, outline.teacher_tokenizer)
@@ -169,7 +192,7 @@ def _rows(
     shards_of(sources), making, called(sources) + note, data.num_proc
   )
   check_largest(_sizes(outline, tokenizer), facts["largest"])
-  return found
+  return found, facts
 
 
 def _sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -188,8 +211,8 @@ def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:
   return {f"teacher {name}": value for name, value in teachers.items()}
 
 
-def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray]:
-  """(rows to train on, rows held out)."""
+def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray, int]:
+  """(rows to train on, rows held out, how many others these leave out)."""
   if not 0 < data.holdout < len(train):
     raise UserError(
       f"data.holdout={data.holdout} must be at least 1 and less than the "
@@ -205,6 +228,7 @@ def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray]:
     )
   if same and same == len(train) - len(held_out):
     _log.warning("all %d rows are the same as one held out: they are trained on", same)
+    same = 0
   elif same:
     _log.info("%d rows are left out: each is the same as one held out", same)
-  return rest, held_out
+  return rest, held_out, same
