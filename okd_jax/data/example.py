@@ -57,6 +57,11 @@ class Example:
     return sum(stop - max(start, 1) for start, stop in self.spans)
 
   @property
+  def bare(self) -> bool:
+    """Whether it is a prompt alone, to be answered yet."""
+    return bool(self.prompt_length) and self.prompt_length == len(self.tokens)
+
+  @property
   def prompt(self) -> Int[np.ndarray, " P"]:
     """The tokens that are given."""
     return self.tokens[: self.prompt_length]

@@ -53,6 +53,11 @@ def ends(decoder: Decoder, tokenizer, template: str) -> list[int]:
   return sorted({*decoder.config.eos_ids, *stop_ids(tokenizer, template)})
 
 
+def judged(example: Example) -> bool:
+  """Whether a model's answer to it is scored: it has a reference, or will have one."""
+  return example.bare or bool(answerable([example]))
+
+
 def answerable(examples: Sequence[Example]) -> list[Example]:
   """Those with a prompt and at least one reference answer that says something."""
   return [e for e in examples if e.prompt_length and any(e.references)]

@@ -15,7 +15,7 @@ from okd_jax.data import rows
 from okd_jax.data.format import template_text
 from okd_jax.data.tokens import words
 from okd_jax.errors import UserError
-from okd_jax.evaluation.answers import answerable
+from okd_jax.evaluation.answers import answerable, judged
 from okd_jax.models import ModelConfig, parameter_shapes
 from okd_jax.run.build import Run
 from okd_jax.runtime import machine
@@ -90,14 +90,14 @@ def check_rows(run: Run, workdir: Workdir) -> None:
 
 def _data(run: Run) -> dict[str, Any]:
   data, settings = run.data, run.settings
-  prompts = answerable(data.eval)[: settings.eval.generate_limit or None]
-  judged = len(prompts) if settings.eval.generate else 0
+  count = sum(map(judged, data.eval)) if settings.eval.generate else 0
+  count = min(count, settings.eval.generate_limit or count)
   return {
     "train": {"rows": len(data.train), "digest": rows.digest(data.train)[:16]},
     "eval": {
       "rows": len(data.eval),
       "digest": rows.digest(data.eval)[:16],
-      "prompts": judged,
+      "prompts": count,
     },
     "tokenizer": {"digest": _short(words(data.tokenizer))},
     "template": {

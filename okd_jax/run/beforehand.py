@@ -1,9 +1,14 @@
 """Answers to every training prompt, written before training and read again after."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Int, PyTree
 
 from okd_jax.data import Example
 from okd_jax.models import Decoder
@@ -12,6 +17,9 @@ from okd_jax.run.build import Run
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.text.answers_beforehand import answer_prompts
+from okd_jax.text.rollout import Sampling
+
+_log = logging.getLogger(__name__)
 
 # Branches of the seed's key, apart from each other and from those of `batches`.
 _BRANCH = {"teacher": 2**31, "student": 2**31 + 1}
@@ -24,6 +32,28 @@ def answers(run: Run, workdir: Workdir) -> dict[str, list[Example]]:
   }
 
 
+def with_answers(run: Run, workdir: Workdir) -> Run:
+  """The run, the teacher's greedy answers to held-out prompts that have none beside.
+
+  They are what the student is then compared with, in samples/held_out.jsonl.
+
+  Raises:
+    UserError: as `answers_of`.
+  """
+  held_out = list(run.data.eval)
+  bare = [i for i, example in enumerate(held_out) if example.bare]
+  if not bare:
+    return run
+  _log.info("the teacher answers %d held-out prompts that have no answer", len(bare))
+  asked = [held_out[i] for i in bare]
+  found = _asked(run, "teacher", asked, workdir.samples("held_out"), Sampling(0.0))
+  decode = functools.partial(run.data.tokenizer.decode, skip_special_tokens=True)
+  for i, tokens in zip(bare, found, strict=True):
+    own = held_out[i].answered(tokens)
+    held_out[i] = dataclasses.replace(own, references=(decode(tokens),))
+  return dataclasses.replace(run, data=dataclasses.replace(run.data, eval=held_out))
+
+
 def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
   """One answer to each training prompt, by 'teacher' or the untrained 'student'.
 
@@ -33,26 +63,37 @@ def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
   Raises:
     UserError: if the file holds answers to other prompts, or is damaged.
   """
+  sampling = run.method.sequences.student
+  found = _asked(run, name, run.data.train, workdir.samples(name), sampling)
+  return [
+    example.answered(tokens)
+    for example, tokens in zip(run.data.train, found, strict=True)
+  ]
+
+
+def _asked(
+  run: Run,
+  name: str,
+  examples: Sequence[Example],
+  path: Path,
+  sampling: Sampling,
+) -> list[Int[np.ndarray, " _"]]:
+  """The answers of 'teacher' or 'student', in tokens, each to the prompt it reads."""
   settings, teacher = run.settings, name == "teacher"
-  read = [e.for_teacher() if teacher else e for e in run.data.train]
   decoder, variables, model = _author(run, name)
-  found = answer_prompts(
+  return answer_prompts(
     text_source(run, decoder),
     variables,
-    [example.prompt for example in read],
-    workdir.samples(name),
+    [(e.for_teacher() if teacher else e).prompt for e in examples],
+    path,
     key=jax.random.fold_in(jax.random.key(settings.train.seed), _BRANCH[name]),
     max_new_tokens=room(run),
-    sampling=run.method.sequences.student,
+    sampling=sampling,
     eos_ids=end_ids(run),
     batch_size=settings.eval.batch_size,
     sharding=sharding.batch_sharding(run.mesh),
     about={"model": model, "seed": settings.train.seed},
   )
-  return [
-    example.answered(tokens)
-    for example, tokens in zip(run.data.train, found, strict=True)
-  ]
 
 
 def _author(run: Run, name: str) -> tuple[Decoder, Callable[[], PyTree], str]:

@@ -10,7 +10,7 @@ from okd_jax.config.schema import Settings
 from okd_jax.data import Example, rows
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
-from okd_jax.evaluation.answers import answerable
+from okd_jax.evaluation.answers import judged
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
 from okd_jax.models import Decoder, kernels
@@ -290,7 +290,7 @@ def _check_best(
     "": True,
     "teacher": compared,
     "distribution": compared and told,
-    "answers": bool(settings.eval.generate and answerable(held_out)),
+    "answers": bool(settings.eval.generate and any(map(judged, held_out))),
   }
   names = [name for name, f in figures.columns().items() if there[f.needs]]
   best = settings.eval.best

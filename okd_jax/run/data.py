@@ -93,7 +93,7 @@ def read_data(
 ) -> Data:
   """Training and evaluation rows; without data.eval, some are held out.
 
-  prompts: whether rows to train on may be prompts alone.
+  prompts: whether rows may be prompts alone.
 
   Raises:
     UserError: for rows that cannot be used, or tokens that a model does not have.
@@ -219,13 +219,6 @@ def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray, 
       f"{len(train)} rows of {called(data.sources)}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
-  answers = train.column("length") - train.column("prompt_length")
-  if not answers[held_out].all():
-    bare = train[int(held_out[answers[held_out] == 0][0])].where
-    raise UserError(
-      f"{bare}: a row that is held out for evaluation has no answer to compare with; "
-      "set data.eval to rows that have one"
-    )
   if same and same == len(train) - len(held_out):
     _log.warning("all %d rows are the same as one held out: they are trained on", same)
     same = 0

@@ -113,7 +113,8 @@ def train(
   about.write(run, workdir, place.step)
   writer = _writer(run, workdir, place.step if checkpoints.steps() else -1, config)
   try:
-    evaluations = Evaluations(run, workdir, writer, batches)
+    judged = beforehand.with_answers(run, workdir)
+    evaluations = Evaluations(judged, workdir, writer, batches)
     run = _begin(run, evaluations, checkpoints, batches, kept, place)
     stop.check()
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)

@@ -58,7 +58,8 @@ class Sequences:
   gold: whether the step's gold rows are needed beside, as `Batch.gold`: those of the
     same prompts, unless the sampled rows are replayed or held from an earlier step.
   beforehand: 'teacher' and 'student' answer every prompt once before training; their
-    rows for the same prompts come as `Batch.answers`.
+    rows for the same prompts come as `Batch.answers`. With 'gold' as the source and
+    without `gold`, the step's own rows may be prompts alone, and are not to be read.
   replay: what becomes of sampled rows.
   own_tokens: the teacher reads the same records in the tokens of its own tokenizer,
     as `Batch.other_tokens`.
@@ -90,8 +91,10 @@ class Sequences:
   @property
   def answers_all(self) -> bool:
     """Whether no row's own answer is read, so that prompts alone will do."""
+    if self.source == "gold":
+      return bool(self.beforehand) and not self.gold
     adapts = self.replay is not None and self.replay.adaptive
-    return self.sampled and not self.gold and self.share == 1.0 and not adapts
+    return not self.gold and self.share == 1.0 and not adapts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
