@@ -96,7 +96,7 @@ def test_what_is_trained_are_the_sampled_answers(name, source, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(WRITERS))
+@pytest.mark.parametrize("name", ["gkd", "minillm", "distillm2"])
 def test_a_whole_run(name, source, tmp_path):
   """By the command; killed after a checkpoint it ends as the undisturbed one."""
   flags = [f"--config.method.name={name}", f"--config.data.train={source}"]
