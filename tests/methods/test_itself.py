@@ -59,8 +59,8 @@ def test_there_is_one_set_of_weights(source, tmp_path):
 
 
 def test_no_gradient_goes_through_the_teacher(source, tmp_path):
-  """As if it were another model with the same weights."""
-  run = built(own(source), tmp_path)
+  """As if it were another model with the same weights, its module apart."""
+  run = built(own(source, **{"method.name": "okd"}), tmp_path)
   [rows] = batches(run)
   models = run.plan.models
   with jax.set_mesh(run.mesh):
