@@ -173,9 +173,13 @@ def _packing(seen: Look) -> dict[str, Any]:
   train, data = seen.data.train, seen.settings.data
   own = rows.column(train, "length") - 1
   both = np.maximum(own, rows.column(train, "teacher_length") - 1)
-  number = len(seen.data.packs) if data.pack else len(pack(both, data.max_length))
+  counts = {"plain": len(train)}
+  if data.pack:
+    counts["packed"] = len(seen.data.packs)
+  elif both.max() <= data.max_length:  # a longer one of the teacher's fits in no row
+    counts["packed"] = len(pack(both, data.max_length))
   found = {"used": "packed" if data.pack else "plain"}
-  for name, count in (("plain", len(train)), ("packed", number)):
+  for name, count in counts.items():
     found[name] = {
       "rows": count,
       "steps_an_epoch": math.ceil(count / seen.settings.train.batch_size),

@@ -122,6 +122,7 @@ def _epoch(seen: Look, found: Mapping[str, Any]) -> Iterator[str]:
           f"{100 * ways[way]['padding']:.1f} %",
         ]
         for name, way in (("False", "plain"), ("True", "packed"))
+        if way in ways
       ),
     ]
   )
