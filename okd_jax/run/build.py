@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
 from okd_jax.data import day
-from okd_jax.data.sources import iter_records
 from okd_jax.methods import Method
 from okd_jax.run import checks, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
-from okd_jax.run.data import Data, read_data
+from okd_jax.run.data import Data, read_data, records
 from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
@@ -69,13 +68,9 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  source = settings.data
-  records = functools.partial(
-    iter_records, source.sources, prompts=True, columns=source.renames
-  )
   identity.check_models(settings, workdir)
-  shape = outline(job, workdir, records)
-  with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
+  shape = outline(job, workdir, functools.partial(records, settings.data))
+  with day.written_on(identity.kept_day(settings, workdir)):
     data = read_data(
       settings.data, settings.eval, shape, job.method.sequences.answers_all
     )
@@ -110,11 +105,7 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  source = job.settings.data
-  records = functools.partial(
-    iter_records, source.sources, prompts=True, columns=source.renames
-  )
-  shape = outline(job, workdir, records)
+  shape = outline(job, workdir, functools.partial(records, job.settings.data))
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))
   if job.settings.student.in_part:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from okd_jax.config.schema import DataSettings, EvalSettings
 from okd_jax.data import (
   Example,
+  Record,
   Rows,
   each_alone,
   kept,
   pack,
   pair,
+  prepared,
   rows,
   show_example,
 )
 from okd_jax.data.hold_out import hold_out
-from okd_jax.data.limits import Form
 from okd_jax.data.pack import Packs
-from okd_jax.data.sources import called, parse_record, shards_of
+from okd_jax.data.sources import called, iter_records, parse_record, shards_of
 from okd_jax.data.tokenizer import check_largest
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
@@ -50,11 +51,13 @@ class Data(Reading):
   other: the same records in the teacher's own tokens, `train` row by row beside this
     one's; None where all models share one tokenizer.
   privileged: whether the teacher reads other prompts than the student.
+  kinds: of the records that `train` was made of.
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
   privileged: bool = False
+  kinds: frozenset[str] = frozenset()
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
@@ -82,7 +85,7 @@ def read_data(
   readers = [(outline.tokenizer, "")]
   if outline.teacher_tokenizer is not None:
     readers.append((outline.teacher_tokenizer, ", in the teacher's tokens"))
-  train, held_out = _both(data, outline, readers, prompts)
+  train, held_out, kinds = _both(data, outline, readers, prompts)
   own, *other = (
     Reading(tokenizer, own, out[: evaluation.limit or None])
     for (tokenizer, _), own, out in zip(readers, train, held_out, strict=True)
@@ -93,8 +96,43 @@ def read_data(
   packs = make_packs(data, own.train)
   privileged = any(rows.privileged(x) for x in (own.train, own.eval))
   return Data(
-    own.tokenizer, own.train, own.eval, packs, other[0] if other else None, privileged
+    own.tokenizer,
+    own.train,
+    own.eval,
+    packs,
+    other[0] if other else None,
+    privileged,
+    kinds,
   )
+
+
+def records(data: DataSettings) -> Iterator[Record]:
+  """The records that a tokenizer is trained on, where that is wanted."""
+  return iter_records(data.sources, prompts=True, columns=data.renames)
+
+
+def making(
+  data: DataSettings,
+  outline: Outline,
+  prompts: bool,
+  held_out: bool = False,
+  tokenizer: PreTrainedTokenizerBase | None = None,
+) -> kept.Making:
+  """How rows to train on, or those held out, are made of records.
+
+  tokenizer: the reader's own; None for the run's.
+  """
+  changes, others, tokenizer = {}, (), tokenizer or outline.tokenizer
+  if outline.teacher_tokenizer is not None:
+    both = (outline.tokenizer, outline.teacher_tokenizer)
+    others = tuple(other for other in both if other is not tokenizer)
+    changes["turns"] = "last"  # a record is one row, that its pair may be found
+  if held_out:
+    changes |= {"overlong_prompt": "truncate", "overlong_row": "truncate"}
+  form = dataclasses.replace(data.form, **changes)
+  prompts = prompts and not held_out
+  parse = functools.partial(parse_record, prompts=prompts, columns=data.renames)
+  return kept.Making(tokenizer, form, parse, others)
 
 
 def _both(
@@ -102,21 +140,25 @@ def _both(
   outline: Outline,
   readers: Sequence[tuple[PreTrainedTokenizerBase, str]],
   prompts: bool,
-) -> tuple[Sequence[Rows], Sequence[Rows]]:
-  """(rows to train on, rows held out), of each reader."""
-  apart = len(readers) > 1  # then a record is one row, that its pair may be found
-  form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
-  read = functools.partial(_rows, data, outline)
-  train = [read(data.sources, form, prompts, *reader) for reader in readers]
-  if apart:
+) -> tuple[Sequence[Rows], Sequence[Rows], frozenset[str]]:
+  """(rows to train on, rows held out), of each reader; the kinds of the former."""
+  train, kinds = [], frozenset()
+  for reader in readers:
+    found, facts = _rows(data, outline, "train", prompts, *reader)
+    train, kinds = [*train, found], kinds | set(facts["kinds"])
+  if len(readers) > 1:
     train = pair(*train)
-  if data.eval_sources:
-    form = dataclasses.replace(
-      form, overlong_prompt="truncate", overlong_row="truncate"
-    )
-    return train, [read(data.eval_sources, form, False, *reader) for reader in readers]
+  if _has_eval(data):
+    held_out = [_rows(data, outline, "eval", False, *reader)[0] for reader in readers]
+    return train, held_out, kinds
   rest, out = _held_out(data, train[0])
-  return tuple(zip(*((x.take(rest), x.take(out)) for x in train), strict=True))
+  return [x.take(rest) for x in train], [x.take(out) for x in train], kinds
+
+
+def _has_eval(data: DataSettings) -> bool:
+  """Whether held-out rows are others than those of data.train."""
+  there = data.prepared and prepared.holds(f"{data.prepared}/eval")
+  return bool(there or data.eval_sources)
 
 
 def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
@@ -141,24 +183,21 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
 def _rows(
   data: DataSettings,
   outline: Outline,
-  sources: Sequence[str],
-  form: Form,
+  part: str,
   prompts: bool,
   tokenizer: PreTrainedTokenizerBase,
   note: str,
-) -> Rows:
-  """The rows of some sources in the tokens of one of the models."""
-  others = ()
-  if outline.teacher_tokenizer is not None:
-    both = (outline.tokenizer, outline.teacher_tokenizer)
-    others = tuple(other for other in both if other is not tokenizer)
-  parse = functools.partial(parse_record, prompts=prompts, columns=data.renames)
-  making = kept.Making(tokenizer, form, parse, others)
-  found, facts = kept.keep(
-    shards_of(sources), making, called(sources) + note, data.num_proc
-  )
+) -> tuple[Rows, dict[str, Any]]:
+  """Rows of 'train' or 'eval' in the tokens of one of the models, and their facts."""
+  made = making(data, outline, prompts, part == "eval", tokenizer)
+  if data.prepared and (part == "train" or prepared.holds(f"{data.prepared}/{part}")):
+    found, facts = prepared.read(data.prepared, part, made)
+  else:
+    sources = data.sources if part == "train" else data.eval_sources
+    name = called(sources) + note
+    found, facts = kept.keep(shards_of(sources), made, name, data.num_proc)
   check_largest(_sizes(outline, tokenizer), facts["largest"])
-  return found
+  return found, facts
 
 
 def _sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -182,7 +221,7 @@ def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray]:
   if not 0 < data.holdout < len(train):
     raise UserError(
       f"data.holdout={data.holdout} must be at least 1 and less than the "
-      f"{len(train)} rows of {called(data.sources)}; or set data.eval"
+      f"{len(train)} rows of {data.prepared or called(data.sources)}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
   answers = train.column("length") - train.column("prompt_length")
