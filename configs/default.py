@@ -199,6 +199,9 @@ def get_config() -> ConfigDict:
   # What `python -m okd_jax.prepare` wrote, gs:// and the like, too: read in place of
   # data.train, and of data.eval where that was prepared.
   config.data.prepared = ""
+  # Texts of data.train are read while they are trained on, and never all in memory or
+  # on disk; short ones share rows. Needs train.steps and data.eval.
+  config.data.stream = False
 
   config.train = ConfigDict()
   config.train.steps = 0  # 0: use train.epochs

@@ -44,8 +44,8 @@ def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
       "a store holds the words of one teacher in the student's own tokens; set "
       "method.name=kd and teacher.path, and leave out method.cross_tokenizer"
     )
-  if not run.cast.teachers:
-    raise UserError("the configuration names no teacher")
+  if run.data.stream or not run.cast.teachers:
+    raise UserError("a store is of a teacher, and of rows that are no data.stream")
   [(name, teacher)] = run.cast.teachers.items()
   parts = {"train": run.data.train} | ({"eval": run.data.eval} if run.data.eval else {})
   size, frozen = min(run.cast.vocab_sizes), run.cast.frozen[name]

@@ -35,8 +35,9 @@ def main(arguments: list[str]) -> None:
   trained = data.tokenizer.startswith(_TRAINED)
   if data.prepared:
     raise UserError("data.prepared is what this command writes: name it by --output")
-  if job.method.sequences.own_tokens:
-    raise UserError("under method.cross_tokenizer no run reads prepared rows")
+  if data.stream or job.method.sequences.own_tokens:
+    key = "data.stream" if data.stream else "method.cross_tokenizer"
+    raise UserError(f"under {key} no run reads prepared rows")
   if trained and "://" in output:
     raise UserError(
       f"data.tokenizer={data.tokenizer} would be trained and kept in {output}, where "

@@ -62,6 +62,7 @@ class DataSettings(Section):
   chat_template: str = ""
   num_proc: int = 0
   prepared: str = ""
+  stream: bool = False
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
@@ -97,7 +98,7 @@ class DataSettings(Section):
   def eval_sources(self) -> list[str]:
     """What the held-out rows are read from; none holds out rows of `sources`."""
     # Of prepared rows data.train says nothing, and it may well be the default.
-    embedded = self.sources == ["embedded"] and not self.prepared
+    embedded = self.sources == ["embedded"] and not (self.prepared or self.stream)
     return source_list(self.eval) or (["embedded:eval"] if embedded else [])
 
 

@@ -86,8 +86,12 @@ def _data(run: Run) -> dict[str, Any]:
   data, settings = run.data, run.settings
   prompts = answerable(data.eval)[: settings.eval.generate_limit or None]
   judged = len(prompts) if settings.eval.generate else 0
+  if data.stream:
+    train = {"shards": data.stream.shards, "digest": data.stream.digest}
+  else:
+    train = {"rows": len(data.train), "digest": rows.digest(data.train)[:16]}
   return {
-    "train": {"rows": len(data.train), "digest": rows.digest(data.train)[:16]},
+    "train": train,
     "eval": {
       "rows": len(data.eval),
       "digest": rows.digest(data.eval)[:16],

@@ -17,6 +17,7 @@ from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
+from okd_jax.run.streamed import stream_data
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import activity, saliency, trunk
@@ -71,9 +72,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, functools.partial(records, settings.data))
   with day.written_on(identity.kept_day(settings, workdir)):
-    data = read_data(
-      settings.data, settings.eval, shape, job.method.sequences.answers_all
-    )
+    data = _read(job, shape)
     identity.keep_day(shape.tokenizer, settings.data.template, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
@@ -82,6 +81,14 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   _log.info("attention: %s", kernel(settings, shape.student))
   plan = make_plan(job, cast, len(data.packs))
   return Run(job, mesh, shape, data, cast, plan)
+
+
+def _read(job: Job, outline: Outline) -> Data:
+  settings = job.settings
+  if settings.data.stream:
+    return stream_data(settings, outline)
+  prompts = job.method.sequences.answers_all
+  return read_data(settings.data, settings.eval, outline, prompts)
 
 
 @dataclasses.dataclass(frozen=True)

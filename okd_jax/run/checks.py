@@ -14,6 +14,7 @@ from okd_jax.evaluation.answers import answerable
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
 from okd_jax.models import Decoder, kernels
+from okd_jax.run import checks_data
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def before(settings: Settings, method: Method) -> None:
     *_length_problems(settings, method),
     *_share_problems(settings, method),
     *_int8_problems(settings, method),
-    *_prepared_problems(settings, method),
+    *checks_data.prepared_problems(settings, method),
+    *checks_data.stream_problems(settings, method),
   ]
   if settings.teacher.trunk:
     problems += _trunk_problems(settings, method)
@@ -76,23 +78,6 @@ def _int8_problems(settings: Settings, method: Method) -> Iterator[str]:
     yield (
       "teacher.dtype=int8: blocks of the teacher would be trained, and int8 is for "
       "weights that stay; set adapter.kind=lora or another dtype"
-    )
-
-
-def _prepared_problems(settings: Settings, method: Method) -> Iterator[str]:
-  """Why rows cannot be read that were tokenised before."""
-  where = f"data.prepared={settings.data.prepared}"
-  if not settings.data.prepared:
-    return
-  if method.sequences.own_tokens:
-    yield (
-      f"{where}: under method.cross_tokenizer rows are read in two tokenizers' tokens, "
-      "and these are in one's; leave it empty"
-    )
-  if settings.data.tokenizer.startswith("bpe:"):
-    yield (
-      f"{where}: data.tokenizer={settings.data.tokenizer} would be trained on "
-      "data.train, which is not read; name the folder that okd_jax.prepare kept it in"
     )
 
 

@@ -25,6 +25,7 @@ from okd_jax.data import (
 from okd_jax.data.hold_out import hold_out
 from okd_jax.data.pack import Packs
 from okd_jax.data.sources import called, iter_records, parse_record, shards_of
+from okd_jax.data.stream import Stream
 from okd_jax.data.tokenizer import check_largest
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
@@ -52,21 +53,25 @@ class Data(Reading):
     one's; None where all models share one tokenizer.
   privileged: whether the teacher reads other prompts than the student.
   kinds: of the records that `train` was made of.
+  stream: gives the batches to train on, where nobody has all rows (`run.streamed`).
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
   privileged: bool = False
   kinds: frozenset[str] = frozenset()
+  stream: Stream | None = None
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
-    named = []
-    for row in rows[:8]:
-      first, *others = self.packs[row]
-      more = f" and {len(others)} texts with it" if others else ""
-      named.append(self.train[first].where + more)
+    where = self.stream.where if self.stream else self._where
+    named = [where(int(row)) for row in rows[:8]]
     return ", ".join(named) + (", …" if len(rows) > 8 else "")
+
+  def _where(self, row: int) -> str:
+    first, *others = self.packs[row]
+    more = f" and {len(others)} texts with it" if others else ""
+    return self.train[first].where + more
 
 
 def read_data(
@@ -144,13 +149,13 @@ def _both(
   """(rows to train on, rows held out), of each reader; the kinds of the former."""
   train, kinds = [], frozenset()
   for reader in readers:
-    found, facts = _rows(data, outline, "train", prompts, *reader)
+    found, facts = read_part(data, outline, "train", prompts, *reader)
     train, kinds = [*train, found], kinds | set(facts["kinds"])
   if len(readers) > 1:
     train = pair(*train)
   if _has_eval(data):
-    held_out = [_rows(data, outline, "eval", False, *reader)[0] for reader in readers]
-    return train, held_out, kinds
+    out = [read_part(data, outline, "eval", False, *reader)[0] for reader in readers]
+    return train, out, kinds
   rest, out = _held_out(data, train[0])
   return [x.take(rest) for x in train], [x.take(out) for x in train], kinds
 
@@ -180,15 +185,18 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
   return packs
 
 
-def _rows(
+def read_part(
   data: DataSettings,
   outline: Outline,
   part: str,
-  prompts: bool,
-  tokenizer: PreTrainedTokenizerBase,
-  note: str,
+  prompts: bool = False,
+  tokenizer: PreTrainedTokenizerBase | None = None,
+  note: str = "",
 ) -> tuple[Rows, dict[str, Any]]:
-  """Rows of 'train' or 'eval' in the tokens of one of the models, and their facts."""
+  """Rows of 'train' or 'eval' in the tokens of one of the models, and their facts.
+
+  note: what the log says beside the sources.
+  """
   made = making(data, outline, prompts, part == "eval", tokenizer)
   if data.prepared and (part == "train" or prepared.holds(f"{data.prepared}/{part}")):
     found, facts = prepared.read(data.prepared, part, made)
@@ -196,17 +204,17 @@ def _rows(
     sources = data.sources if part == "train" else data.eval_sources
     name = called(sources) + note
     found, facts = kept.keep(shards_of(sources), made, name, data.num_proc)
-  check_largest(_sizes(outline, tokenizer), facts["largest"])
+  check_largest(sizes(outline, made.tokenizer), facts["largest"])
   return found, facts
 
 
-def _sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
   """The vocabularies that must hold this tokenizer's ids, by what a message calls."""
-  sizes = _called({n: shape.vocab_size for n, shape in outline.teachers.items()})
+  found = _called({n: shape.vocab_size for n, shape in outline.teachers.items()})
   if outline.teacher_tokenizer is None:
-    return {"student": outline.student.vocab_size} | sizes
+    return {"student": outline.student.vocab_size} | found
   ours = tokenizer is outline.tokenizer
-  return {"student": outline.student.vocab_size} if ours else sizes
+  return {"student": outline.student.vocab_size} if ours else found
 
 
 def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:

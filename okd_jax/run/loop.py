@@ -186,17 +186,7 @@ def _writer(
 
 def _start(run: Run, checkpoints: Checkpoints, batches: Batches) -> Place:
   """The newest checkpoint, the batches set to it; or step 0."""
-  settings = run.settings
-  loader = train_loader(
-    run.data.train,
-    batch_size=settings.train.batch_size,
-    length=settings.data.max_length,
-    pad_id=PAD_ID,
-    packs=run.data.packs,
-    seed=settings.train.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
+  loader = run.data.stream or _loader(run)
   if not checkpoints.steps():
     return Place(run.init(), 0, loader)
   state, step, drawn = checkpoints.restore(
@@ -206,6 +196,20 @@ def _start(run: Run, checkpoints: Checkpoints, batches: Batches) -> Place:
     batches.restore(drawn)
   _log.info("resuming at step %d of %d", step, run.plan.steps)
   return Place(state, step, loader)
+
+
+def _loader(run: Run) -> Iterator:
+  settings = run.settings
+  return train_loader(
+    run.data.train,
+    batch_size=settings.train.batch_size,
+    length=settings.data.max_length,
+    pad_id=PAD_ID,
+    packs=run.data.packs,
+    seed=settings.train.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
 
 
 def _loop(
