@@ -16,14 +16,13 @@ from okd_jax.data import (
   Rows,
   each_alone,
   kept,
-  pack,
   pair,
   prepared,
   rows,
   show_example,
 )
 from okd_jax.data.hold_out import hold_out
-from okd_jax.data.pack import Packs
+from okd_jax.data.pack import packed
 from okd_jax.data.sources import called, iter_records, parse_record, shards_of
 from okd_jax.data.stream import Stream
 from okd_jax.data.tokenizer import check_largest
@@ -172,7 +171,7 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
   if data.pack:
     # A row of the teacher's holds the same texts as that of the student.
     of_teacher = rows.column(train, "teacher_length") - 1
-    packs = Packs.of(pack(np.maximum(lengths, of_teacher), length))
+    packs = packed(np.maximum(lengths, of_teacher), length)
   else:
     packs = each_alone(train)
   _log.info(
