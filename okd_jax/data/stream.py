@@ -249,6 +249,8 @@ class Stream:
 
   def get_state(self) -> dict[str, Any]:
     """The position, as JSON takes it."""
+    if self._now and self._at == BLOCK:  # so that nothing of it is made again
+      return {"begin": self._now.end.state(), "at": 0}
     return {"begin": self._begin.state(), "at": self._at}
 
   def set_state(self, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """Runs whose data is a stream: what they refuse, and that a kill costs nothing."""
 
 import json
+import shutil
+import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -106,3 +109,48 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
   (tmp_path / "data" / "0.jsonl").write_text('{"text": "another"}\n')
   refused = call("main", *longer, status=2).stderr
   assert "data.train: not as when the run" in refused
+
+
+def together(*arguments):
+  """The command as two processes."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  script = f"""
+import runpy, sys
+import jax
+number = int(sys.argv.pop(1))
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("localhost:{port}", 2, number)
+runpy.run_module("okd_jax.main", run_name="__main__")
+"""
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", script, str(number), *arguments],
+      cwd=ROOT,
+      env=environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  said = [process.communicate(timeout=300)[1] for process in processes]
+  assert not any(p.returncode for p in processes), said[0][-2000:] + said[1][-2000:]
+  return said[0]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on(tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  call("main", *train(tmp_path / "data", one))
+  together(*train(tmp_path / "data", two))
+  whole = losses(two)
+  np.testing.assert_allclose(
+    list(whole.values()), list(losses(one).values()), rtol=1e-4
+  )
+  for name in ("checkpoints/6", "student"):
+    shutil.rmtree(two / name)
+  (two / "report.html").unlink()
+  assert "resuming at step 4" in together(*train(tmp_path / "data", two))
+  assert losses(two) == whole
