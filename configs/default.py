@@ -198,6 +198,12 @@ def get_config() -> ConfigDict:
   config.data.teacher_template = ""
   config.data.max_teacher_length = 0  # of a row that the teacher reads; 0: max_length
   config.data.num_proc = 0  # processes that tokenise many rows; 0: as many as CPUs
+  # What `python -m okd_jax.prepare` wrote, gs:// and the like, too: read in place of
+  # data.train, and of data.eval where that was prepared.
+  config.data.prepared = ""
+  # Texts of data.train are read while they are trained on, and never all in memory or
+  # on disk; short ones share rows. Needs train.steps and data.eval.
+  config.data.stream = False
 
   config.train = ConfigDict()
   config.train.steps = 0  # 0: use train.epochs

@@ -44,8 +44,8 @@ def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
       "a store holds the words of one teacher in the student's own tokens; set "
       "method.name=kd and teacher.path, and leave out method.cross_tokenizer"
     )
-  if not run.cast.teachers or run.settings.teacher.itself:
-    raise UserError("the configuration names no teacher apart from the student")
+  if run.data.stream or run.settings.teacher.itself or not run.cast.teachers:
+    raise UserError("only another teacher's words on rows, no data.stream, are stored")
   [(name, teacher)] = run.cast.teachers.items()
   parts = {"train": run.data.train} | ({"eval": run.data.eval} if run.data.eval else {})
   size, frozen = min(run.cast.vocab_sizes), run.cast.frozen[name]

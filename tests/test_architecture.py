@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "okd_jax"
 COMMANDS = {"main", "evaluate", "score", "generate", "sample", "export"}
-COMMANDS |= {"cache_teacher", "study", "analyze", "lm_eval", "preview"}
+COMMANDS |= {"prepare", "cache_teacher", "study", "analyze", "lm_eval", "preview"}
 # From the ground up; a file imports from its own floor and those below it.
 FLOORS = (
   {"errors", "losses"},

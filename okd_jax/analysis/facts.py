@@ -128,8 +128,12 @@ def _rows(data: Mapping[str, Any]) -> dict[str, str]:
   judged = f"{held_out['rows']:,} rows, digest {held_out['digest']}"
   if held_out["prompts"]:
     judged += f"; {held_out['prompts']:,} of their prompts were answered"
+  if "shards" in train:
+    trained = f"a stream of {train['shards']:,} shards"
+  else:
+    trained = f"{train['rows']:,}"
   return {
-    "training rows": f"{train['rows']:,}, digest {train['digest']}",
+    "training rows": f"{trained}, digest {train['digest']}",
     "held-out rows": judged,
   }
 

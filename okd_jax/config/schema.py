@@ -61,6 +61,8 @@ class DataSettings(Section):
   max_teacher_length: int = 0
   chat_template: str = ""
   num_proc: int = 0
+  prepared: str = ""
+  stream: bool = False
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
@@ -95,7 +97,8 @@ class DataSettings(Section):
   @property
   def eval_sources(self) -> list[str]:
     """What the held-out rows are read from; none holds out rows of `sources`."""
-    embedded = self.sources == ["embedded"]
+    # Of prepared rows data.train says nothing, and it may well be the default.
+    embedded = self.sources == ["embedded"] and not (self.prepared or self.stream)
     return source_list(self.eval) or (["embedded:eval"] if embedded else [])
 
 

@@ -119,7 +119,10 @@ def clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
 
   Some published sets write it out. One that is nothing else asks for silence.
   """
-  eos = tokenizer.eos_token
+  return _cleaned(record, tokenizer.eos_token)
+
+
+def _cleaned(record: Record, eos: str) -> Record:
   if not any(text.endswith(eos) for text in record.references):
     return record
   references = tuple(text.removesuffix(eos) for text in record.references)
@@ -140,8 +143,8 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   alone = None if form == last else make_encoder(tokenizer, last)
 
   def encoder(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
-    tally, examples = Tally(), []
-    records = [clean(record, tokenizer) for record in records]
+    tally, examples, eos = Tally(), [], tokenizer.eos_token  # which is slow to ask for
+    records = [_cleaned(record, eos) for record in records]
     texts = list(map(render, records))
     ended = [r.ended and bool(r.is_text or r.references) for r in records]
     rows = _split(texts, ended, tokenizer)
@@ -177,6 +180,7 @@ def _split(
   fulls = ids_of([text.full for text in texts], tokenizer)
   some = next((t.full for t, ids in zip(texts, fulls, strict=True) if ids), "")
   front, special = front_ids(tokenizer, some), special_ids(tokenizer)
+  eos = eos_id(tokenizer)
   responses = [
     full[len(prompt) :] if full[: len(prompt)] == prompt else None
     for prompt, full in zip(prompts, fulls, strict=True)
@@ -191,7 +195,7 @@ def _split(
   for i, text in enumerate(texts):
     prompt, response = prompts[i], responses[i]
     if ended[i]:
-      response = _ended(response, text.chat, tokenizer, special)
+      response = _ended(response, text.chat, tokenizer, special, eos)
     if not text.prompt:
       prompt, response = [], after(front, response)
     elif not text.chat:
@@ -235,11 +239,11 @@ def _ended(
   chat: bool,
   tokenizer: PreTrainedTokenizerBase,
   special: frozenset[int],
+  eos: int,
 ) -> list[int]:
   """A response through its end: that of its turn in a chat, else EOS, once."""
   if chat:
     through = turns.through_end(response, tokenizer, special)
     if through and through[-1] in special:
       return through
-  eos = eos_id(tokenizer)
   return response if response and response[-1] == eos else [*response, eos]

@@ -26,10 +26,11 @@ from okd_jax.runtime.files import local
 _log = logging.getLogger("okd_jax")
 
 
-def shards(source: str) -> list[Shard]:
+def shards(source: str, streamed: bool = False) -> list[Shard]:
   """The shards of one source, whatever it is, in the order that they are read.
 
   source: a file, a folder, a pattern such as 'data/**/*.jsonl', a hub id, 'embedded'.
+  streamed: whether what lies on the hub is read there, and not fetched as a whole.
 
   Raises:
     UserError: if there is no such source, or no data in a folder.
@@ -48,7 +49,7 @@ def shards(source: str) -> list[Shard]:
   # Some can only have been meant as a path, and the hub is not asked for them.
   if base.startswith((".", "/", "~")) or base.endswith((*_READERS, *PACKED)):
     raise UserError(f"{source}: no such file or folder")
-  return hub.hub_shards(source)
+  return hub.streamed_shards(source) if streamed else hub.hub_shards(source)
 
 
 def _read_text(path: Path) -> Iterator[Row]:

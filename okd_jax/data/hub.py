@@ -49,6 +49,28 @@ def saved_shards(folder: Path, split: str) -> list[Shard]:
 
 def hub_shards(source: str) -> list[Shard]:
   """A dataset on the hub, `id`, `id:split` or `id@config:split`."""
+  data, (name, config) = _loaded(source)
+  digest = functools.partial(_digest, data, config)
+  return [make_shard(name, functools.partial(_rows, data, name), digest)]
+
+
+def streamed_shards(source: str) -> list[Shard]:
+  """The same, read on the hub as its rows are asked for; a shard for each of its files.
+
+  Their digests are of the version that the set says it has.
+  """
+  data, (name, config) = _loaded(source, streaming=True)
+  found, count, revision = [], data.num_shards, str(data.info.version)
+  for i in range(count):
+    part = data.shard(num_shards=count, index=i)
+    called = f"{name} shard {i + 1} of {count}"
+    digest = functools.partial(digest_of_text, [revision, config])
+    found.append(make_shard(called, functools.partial(_rows, part, called), digest))
+  return found
+
+
+def _loaded(source: str, **options: bool) -> tuple[Any, tuple[str, str]]:
+  """(a dataset on the hub, (name, config))."""
   base, split = split_of(source)
   id_, _, config = base.partition("@")
   if not _HUB_ID.fullmatch(id_):
@@ -61,15 +83,15 @@ def hub_shards(source: str) -> list[Shard]:
     # before it reports a hub that is out of reach.
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
       huggingface_hub.HfApi().dataset_info(id_, timeout=20)
-    data = datasets.load_dataset(id_, name=config or None, split=split or "train")
+    data = datasets.load_dataset(
+      id_, name=config or None, split=split or "train", **options
+    )
   except Exception as error:  # network, hub, splits, formats: no common class
     raise UserError(
       f"{source}: not a file or folder here, and not loaded from the Hugging Face "
       f"hub ({_hub_cause(error)})"
     ) from error
-  name = f"{base}:{split or 'train'}"
-  digest = functools.partial(_digest, data, config)
-  return [make_shard(name, functools.partial(_rows, data, name), digest)]
+  return data, (f"{base}:{split or 'train'}", config)
 
 
 def _digest(data: Any, config: str) -> str:

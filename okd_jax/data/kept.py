@@ -38,7 +38,8 @@ from okd_jax.runtime.files import local
 _log = logging.getLogger("okd_jax")
 
 HERE = 20 * BATCH  # records; more than that is worth other processes
-_OURS = re.compile("|".join(map(re.escape, rows.FILES)))
+# What a folder of rows holds, and no other files.
+OURS = re.compile("|".join(map(re.escape, rows.FILES)))
 
 Parse = Callable[[object, str], Record]
 Raw = tuple[int, list[tuple[object, str, int]]]  # first number, (row, where, file)
@@ -139,7 +140,7 @@ def _made(
   about: Mapping[str, Any],
   processes: int,
 ) -> tuple[Rows, dict[str, Any]]:
-  with files.replacing(folder, _OURS) as partial:
+  with files.replacing(folder, OURS) as partial:
     write(partial, shards, making, about, processes)
   return rows.open_rows(str(folder)), rows.read_about(str(folder))
 

@@ -23,16 +23,6 @@ class Packs(Sequence[tuple[int, ...]]):
     self._texts, self._ends = texts, ends
 
   @classmethod
-  def of(cls, rows: Sequence[tuple[int, ...]]) -> "Packs":
-    """The same rows.
-
-    >>> Packs.of([(0, 2), (1,)])[0]
-    (0, 2)
-    """
-    texts = np.fromiter((text for row in rows for text in row), np.int64)
-    return cls(texts, np.cumsum([len(row) for row in rows]))
-
-  @classmethod
   def alone(cls, count: int) -> "Packs":
     """So many texts, each in a row of its own."""
     return cls(np.arange(count), np.arange(1, count + 1))
@@ -151,22 +141,35 @@ def pack(
   Raises:
     ValueError: if a text is longer than a row.
   """
-  rows: list[list[int]] = []
+  return list(packed(lengths, length))
+
+
+def packed(lengths: Sequence[int] | Int[np.ndarray, " N"], length: int) -> Packs:
+  """The rows of `pack`, for many texts: some bytes each.
+
+  >>> list(packed([2, 1, 3], 3))
+  [(2,), (0, 1)]
+  """
+  lengths = np.asarray(lengths, np.int64)
+  order = np.argsort(-lengths, kind="stable")
+  if len(order) and lengths[order[0]] > length:
+    text, need = order[0], lengths[order[0]]
+    raise ValueError(f"text {text} takes {need} positions of a row of {length}")
+  row_of = np.empty(len(order), np.int64)  # of the texts in this order
   with_room: list[list[int]] = [[] for _ in range(length + 1)]
-  open_ = 0
-  for text in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-    need = int(lengths[text])
-    if need > length:
-      raise ValueError(f"text {text} takes {need} positions of a row of {length}")
+  open_ = count = 0
+  # memoryview: plain numbers, one at a time.
+  for i, need in enumerate(memoryview(lengths[order])):
     fitting = open_ >> need
     if fitting:
       room = need + (fitting & -fitting).bit_length() - 1
       row = with_room[room].pop()
       open_ ^= 0 if with_room[room] else 1 << room
     else:
-      row, room = len(rows), length
-      rows.append([])
-    rows[row].append(text)
+      row, room = count, length
+      count += 1
+    row_of[i] = row
     with_room[room - need].append(row)
     open_ |= 1 << (room - need)
-  return [tuple(row) for row in rows]
+  texts = order[np.argsort(row_of, kind="stable")]
+  return Packs(texts, np.cumsum(np.bincount(row_of, minlength=count)))

@@ -218,13 +218,15 @@ def read_about(folder: str) -> dict[str, Any]:
     UserError: if the folder holds no rows.
   """
   try:
-    with fsspec.open(f"{_place(folder)}/{FILES[2]}", "rb") as file:
+    with fsspec.open(f"{place(folder)}/{FILES[2]}", "rb") as file:
       found = json.load(file)
     if not isinstance(found["ends"], list):
       raise TypeError("its ends are no list")
     return found
   except FileNotFoundError:
     raise UserError(f"{folder} holds no tokenised rows") from None
+  except ImportError as error:  # of what reads gs:// or s3://
+    raise UserError(f"{folder}: cannot be read ({error})") from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{folder}/{FILES[2]} is damaged ({error})") from error
 
@@ -238,7 +240,7 @@ def open_rows(folder: str) -> Rows:
   ends = read_about(folder)["ends"]
   try:
     index, content = (
-      pa.ipc.open_file(_opened(f"{_place(folder)}/{name}")) for name in FILES[:2]
+      pa.ipc.open_file(_opened(f"{place(folder)}/{name}")) for name in FILES[:2]
     )
     columns = _index(index.read_all())
     if (index.schema, content.schema) != (INDEX, CONTENT):
@@ -250,7 +252,8 @@ def open_rows(folder: str) -> Rows:
   return Rows(columns, content.get_batch, ends)
 
 
-def _place(folder: str) -> str:
+def place(folder: str) -> str:
+  """Where a folder is: a local one as people write it, any other as fsspec names it."""
   return folder if "://" in folder else str(local(folder))
 
 

@@ -113,8 +113,8 @@ def read_rows(spec: Spec) -> list[Row]:
   return [row for shard in shards_of(spec) for row in shard.rows()]
 
 
-def shards_of(spec: Spec) -> list[Shard]:
-  """The shards of one source or several, in their order.
+def shards_of(spec: Spec, streamed: bool = False) -> list[Shard]:
+  """The shards of one source or several, in their order; see `files.shards`.
 
   Raises:
     UserError: if nothing is named, or a source is not there.
@@ -124,4 +124,4 @@ def shards_of(spec: Spec) -> list[Shard]:
     raise UserError(
       f"{spec!r} names no data; give a path, a hub id, 'embedded', or a list of them"
     )
-  return [shard for source in sources for shard in shards(source)]
+  return [shard for source in sources for shard in shards(source, streamed)]

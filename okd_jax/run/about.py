@@ -92,8 +92,12 @@ def _data(run: Run) -> dict[str, Any]:
   data, settings = run.data, run.settings
   count = sum(map(judged, data.eval)) if settings.eval.generate else 0
   count = min(count, settings.eval.generate_limit or count)
+  if data.stream:
+    train = {"shards": data.stream.shards, "digest": data.stream.digest}
+  else:
+    train = {"rows": len(data.train), "digest": rows.digest(data.train)[:16]}
   return {
-    "train": {"rows": len(data.train), "digest": rows.digest(data.train)[:16]},
+    "train": train,
     "eval": {
       "rows": len(data.eval),
       "digest": rows.digest(data.eval)[:16],

@@ -9,15 +9,15 @@ from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
 from okd_jax.data import day
-from okd_jax.data.sources import iter_records
 from okd_jax.methods import Method
 from okd_jax.run import checks, ends, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
-from okd_jax.run.data import Data, read_data
+from okd_jax.run.data import Data, read_data, records
 from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
+from okd_jax.run.streamed import stream_data
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import activity, saliency, trunk
@@ -69,17 +69,11 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
-  source = settings.data
-  records = functools.partial(
-    iter_records, source.sources, prompts=True, columns=source.renames
-  )
   identity.check_models(settings, workdir)
-  shape = outline(job, workdir, records)
-  ends.tell(shape, source)
-  with day.written_on(identity.kept_day(settings.teacher.cache, workdir)):
-    data = read_data(
-      settings.data, settings.eval, shape, job.method.sequences.answers_all
-    )
+  shape = outline(job, workdir, functools.partial(records, settings.data))
+  ends.tell(shape, settings.data)
+  with day.written_on(identity.kept_day(settings, workdir)):
+    data = _read(job, shape)
     identity.keep_day(shape.tokenizer, settings.data.template, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
@@ -91,6 +85,14 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   _log.info("attention: %s", kernel(settings, shape.student))
   plan = make_plan(job, cast, len(data.packs))
   return Run(job, mesh, shape, data, cast, plan)
+
+
+def _read(job: Job, outline: Outline) -> Data:
+  settings = job.settings
+  if settings.data.stream:
+    return stream_data(settings, outline)
+  prompts = job.method.sequences.answers_all
+  return read_data(settings.data, settings.eval, outline, prompts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +116,7 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
   """
   job = check(config)
   mesh = sharding.make_mesh(**vars(job.settings.mesh))
-  source = job.settings.data
-  records = functools.partial(
-    iter_records, source.sources, prompts=True, columns=source.renames
-  )
-  shape = outline(job, workdir, records)
+  shape = outline(job, workdir, functools.partial(records, job.settings.data))
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))
   if job.settings.student.in_part:

@@ -14,6 +14,7 @@ from okd_jax.evaluation.answers import judged
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
 from okd_jax.models import Decoder, kernels
+from okd_jax.run import checks_data
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ def before(settings: Settings, method: Method) -> None:
     *_share_problems(settings, method),
     *_int8_problems(settings, method),
     *_itself_problems(settings, method),
+    *checks_data.prepared_problems(settings, method),
+    *checks_data.stream_problems(settings, method),
   ]
   if settings.teacher.trunk:
     problems += _trunk_problems(settings, method)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from okd_jax.config.schema import DataSettings, EvalSettings
 from okd_jax.data import (
   Example,
+  Record,
   Rows,
   each_alone,
   kept,
-  pack,
   pair,
+  prepared,
   rows,
   show_example,
 )
 from okd_jax.data.hold_out import hold_out
-from okd_jax.data.limits import Form
-from okd_jax.data.pack import Packs
-from okd_jax.data.sources import called, parse_record, shards_of
+from okd_jax.data.pack import packed
+from okd_jax.data.sources import called, iter_records, parse_record, shards_of
+from okd_jax.data.stream import Stream
 from okd_jax.data.tokenizer import check_largest
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
@@ -68,21 +69,32 @@ class Data(Reading):
   teacher_length: of the rows that the teacher reads, where its prompts are others than
     the student's; 0 where they are the same.
   facts: what became of the records; None for rows that somebody put together.
+  stream: gives the batches to train on, where nobody has all rows (`run.streamed`).
   """
 
   packs: Sequence[Pack] = ()
   other: Reading | None = None
   teacher_length: int = 0
   facts: Facts | None = None
+  stream: Stream | None = None
+
+  @property
+  def kinds(self) -> set[str]:
+    """Of the records that `train` was made of."""
+    if self.facts is None:
+      return {example.kind for example in self.train}
+    return set(self.facts.train["kinds"])
 
   def where(self, rows: np.ndarray) -> str:
     """Where some rows of packs come from; a packed one says how many texts it holds."""
-    named = []
-    for row in rows[:8]:
-      first, *others = self.packs[row]
-      more = f" and {len(others)} texts with it" if others else ""
-      named.append(self.train[first].where + more)
+    where = self.stream.where if self.stream else self._where
+    named = [where(int(row)) for row in rows[:8]]
     return ", ".join(named) + (", …" if len(rows) > 8 else "")
+
+  def _where(self, row: int) -> str:
+    first, *others = self.packs[row]
+    more = f" and {len(others)} texts with it" if others else ""
+    return self.train[first].where + more
 
 
 def read_data(
@@ -122,6 +134,34 @@ def read_data(
   )
 
 
+def records(data: DataSettings) -> Iterator[Record]:
+  """The records that a tokenizer is trained on, where that is wanted."""
+  return iter_records(data.sources, prompts=True, columns=data.renames)
+
+
+def making(
+  data: DataSettings,
+  outline: Outline,
+  prompts: bool,
+  held_out: bool = False,
+  tokenizer: PreTrainedTokenizerBase | None = None,
+) -> kept.Making:
+  """How rows to train on, or those held out, are made of records.
+
+  tokenizer: the reader's own; None for the run's.
+  """
+  changes, others, tokenizer = {}, (), tokenizer or outline.tokenizer
+  if outline.teacher_tokenizer is not None:
+    both = (outline.tokenizer, outline.teacher_tokenizer)
+    others = tuple(other for other in both if other is not tokenizer)
+    changes["turns"] = "last"  # a record is one row, that its pair may be found
+  if held_out:
+    changes |= {"overlong_prompt": "truncate", "overlong_row": "truncate"}
+  form = dataclasses.replace(data.form, **changes)
+  parse = functools.partial(parse_record, prompts=prompts, columns=data.renames)
+  return kept.Making(tokenizer, form, parse, others)
+
+
 def _both(
   data: DataSettings,
   outline: Outline,
@@ -129,23 +169,24 @@ def _both(
   prompts: bool,
 ) -> tuple[Sequence[Rows], Sequence[Rows], Facts]:
   """(rows to train on, rows held out), of each reader, and what became of records."""
-  apart = len(readers) > 1  # then a record is one row, that its pair may be found
-  form = dataclasses.replace(data.form, **({"turns": "last"} if apart else {}))
-  read = functools.partial(_rows, data, outline)
-  found = [read(data.sources, form, prompts, *reader) for reader in readers]
+  read = functools.partial(read_part, data, outline)
+  found = [read("train", prompts, *reader) for reader in readers]
   train, about = zip(*found, strict=True)
-  if apart:
+  if len(readers) > 1:
     train = pair(*train)
-  if data.eval_sources:
-    form = dataclasses.replace(
-      form, overlong_prompt="truncate", overlong_row="truncate"
-    )
-    found = [read(data.eval_sources, form, False, *reader) for reader in readers]
+  if _has_eval(data):
+    found = [read("eval", prompts, *reader) for reader in readers]
     out, about_eval = zip(*found, strict=True)
     return train, out, Facts(about[0], about_eval[0], len(out[0]))
   rest, out, twins = _held_out(data, train[0])
   both = zip(*((x.take(rest), x.take(out)) for x in train), strict=True)
   return *both, Facts(about[0], None, len(out), twins)
+
+
+def _has_eval(data: DataSettings) -> bool:
+  """Whether held-out rows are others than those of data.train."""
+  there = data.prepared and prepared.holds(f"{data.prepared}/eval")
+  return bool(there or data.eval_sources)
 
 
 def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
@@ -159,7 +200,7 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
         f"data.pack: rows of {length} tokens cannot hold the teacher's of "
         f"data.max_teacher_length={data.max_teacher_length}; set data.pack=False"
       )
-    packs = Packs.of(pack(lengths, length))
+    packs = packed(lengths, length)
   else:
     packs = each_alone(train)
   _log.info(
@@ -172,36 +213,36 @@ def make_packs(data: DataSettings, train: Sequence[Example]) -> Sequence[Pack]:
   return packs
 
 
-def _rows(
+def read_part(
   data: DataSettings,
   outline: Outline,
-  sources: Sequence[str],
-  form: Form,
-  prompts: bool,
-  tokenizer: PreTrainedTokenizerBase,
-  note: str,
+  part: str,
+  prompts: bool = False,
+  tokenizer: PreTrainedTokenizerBase | None = None,
+  note: str = "",
 ) -> tuple[Rows, dict[str, Any]]:
-  """The rows of some sources in the tokens of one of the models, and `keep`'s facts."""
-  others = ()
-  if outline.teacher_tokenizer is not None:
-    both = (outline.tokenizer, outline.teacher_tokenizer)
-    others = tuple(other for other in both if other is not tokenizer)
-  parse = functools.partial(parse_record, prompts=prompts, columns=data.renames)
-  making = kept.Making(tokenizer, form, parse, others)
-  found, facts = kept.keep(
-    shards_of(sources), making, called(sources) + note, data.num_proc
-  )
-  check_largest(_sizes(outline, tokenizer), facts["largest"])
+  """Rows of 'train' or 'eval' in the tokens of one of the models, and their facts.
+
+  note: what the log says beside the sources.
+  """
+  made = making(data, outline, prompts, part == "eval", tokenizer)
+  if data.prepared and (part == "train" or prepared.holds(f"{data.prepared}/{part}")):
+    found, facts = prepared.read(data.prepared, part, made)
+  else:
+    sources = data.sources if part == "train" else data.eval_sources
+    name = called(sources) + note
+    found, facts = kept.keep(shards_of(sources), made, name, data.num_proc)
+  check_largest(sizes(outline, made.tokenizer), facts["largest"])
   return found, facts
 
 
-def _sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
   """The vocabularies that must hold this tokenizer's ids, by what a message calls."""
-  sizes = _called({n: shape.vocab_size for n, shape in outline.teachers.items()})
+  found = _called({n: shape.vocab_size for n, shape in outline.teachers.items()})
   if outline.teacher_tokenizer is None:
-    return {"student": outline.student.vocab_size} | sizes
+    return {"student": outline.student.vocab_size} | found
   ours = tokenizer is outline.tokenizer
-  return {"student": outline.student.vocab_size} if ours else sizes
+  return {"student": outline.student.vocab_size} if ours else found
 
 
 def _called(teachers: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +257,7 @@ def _held_out(data: DataSettings, train: Rows) -> tuple[np.ndarray, np.ndarray, 
   if not 0 < data.holdout < len(train):
     raise UserError(
       f"data.holdout={data.holdout} must be at least 1 and less than the "
-      f"{len(train)} rows of {called(data.sources)}; or set data.eval"
+      f"{len(train)} rows of {data.prepared or called(data.sources)}; or set data.eval"
     )
   rest, held_out, same = hold_out(train, data.holdout, data.holdout_seed)
   if same and same == len(train) - len(held_out):

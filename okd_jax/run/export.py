@@ -237,8 +237,7 @@ def _template(run: Run | Shapes) -> str:
   template = run.job.settings.data.template
   if isinstance(run, Shapes):
     return template
-  kinds = {e.kind for e in run.data.train}
-  return template if kinds & set(_TEMPLATED) else ""
+  return template if run.data.kinds & set(_TEMPLATED) else ""
 
 
 def _card(run: Run | Shapes, **rows: str) -> Card:

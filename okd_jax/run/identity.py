@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from okd_jax import models
 from okd_jax.config import read
 from okd_jax.config.schema import Settings
-from okd_jax.data import day
+from okd_jax.data import day, prepared
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
@@ -106,15 +106,17 @@ def check_models(settings: Settings, workdir: Workdir) -> None:
     )
 
 
-def kept_day(cache: str, workdir: Workdir) -> datetime.date | None:
+def kept_day(settings: Settings, workdir: Workdir) -> datetime.date | None:
   """The day that chat templates write in this run, None where it has not begun.
 
-  cache: of a teacher, which spoke of rows as they were on its own day.
+  A teacher's cache spoke of rows as they were on its own day, and prepared rows are of
+  theirs.
   """
+  cache = settings.teacher.cache
   for folder in (workdir, *([Workdir(local(cache))] if cache else [])):
     if folder.day.exists():
       return datetime.date.fromisoformat(read_json(folder.day)["day"])
-  return None
+  return prepared.day_of(settings.data.prepared) if settings.data.prepared else None
 
 
 def keep_day(

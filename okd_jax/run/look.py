@@ -53,7 +53,7 @@ def look(job: Job, workdir: Workdir) -> Look:
     workdir,
     lambda: iter_records(source.sources, prompts=True, columns=source.renames),
   )
-  with day.written_on(kept_day(settings.teacher.cache, workdir)):
+  with day.written_on(kept_day(settings, workdir)):
     data = read_data(source, settings.eval, shape, job.method.sequences.answers_all)
   return Look(settings, shape, data)
 

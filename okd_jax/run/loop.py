@@ -187,8 +187,21 @@ def _writer(
 
 def _start(run: Run, checkpoints: Checkpoints, batches: Batches) -> Place:
   """The newest checkpoint, the batches set to it; or step 0."""
+  loader = run.data.stream or _loader(run)
+  if not checkpoints.steps():
+    return Place(run.init(), 0, loader)
+  state, step, drawn = checkpoints.restore(
+    run.plan.abstract, loader, run.mesh, batches.state()
+  )
+  if drawn:
+    batches.restore(drawn)
+  _log.info("resuming at step %d of %d", step, run.plan.steps)
+  return Place(state, step, loader)
+
+
+def _loader(run: Run) -> Iterator:
   settings = run.settings
-  loader = train_loader(
+  return train_loader(
     run.data.train,
     batch_size=settings.train.batch_size,
     length=settings.data.max_length,
@@ -199,15 +212,6 @@ def _start(run: Run, checkpoints: Checkpoints, batches: Batches) -> Place:
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  if not checkpoints.steps():
-    return Place(run.init(), 0, loader)
-  state, step, drawn = checkpoints.restore(
-    run.plan.abstract, loader, run.mesh, batches.state()
-  )
-  if drawn:
-    batches.restore(drawn)
-  _log.info("resuming at step %d of %d", step, run.plan.steps)
-  return Place(state, step, loader)
 
 
 def _loop(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from okd_jax.data import PAD_ID, Example, pad_row
 from okd_jax.data.batch import Batch
+from okd_jax.data.rows import column
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import barrier
 from okd_jax.teachers.store import Memory, Store
@@ -68,7 +69,7 @@ def _bar(total: int, done: int) -> tqdm:
 
 
 def _log_size(examples: Sequence[Example], kept: Store | Memory) -> None:
-  tokens = sum(len(example.tokens) - 1 for example in examples)
+  tokens = int((column(examples, "length") - 1).sum())
   _log.info(
     "%s: %d rows, %.1f MB, %.0f bytes per token",
     kept.name,

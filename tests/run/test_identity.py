@@ -11,6 +11,7 @@ from small import config
 
 from okd_jax import export, models
 from okd_jax.config import read
+from okd_jax.config.schema import settings
 from okd_jax.config.stages import stages
 from okd_jax.data import day, make_tokenizer
 from okd_jax.errors import UserError
@@ -234,7 +235,7 @@ def test_rows_do_not_depend_on_the_clock(tmp_path, monkeypatch, caplog):
   assert "the chat template writes the date: 2020-02-29" in caplog.text
   assert not run.data.tokenizer.decode(run.data.train[0].tokens).startswith(text[:20])
   cached = config(**{"teacher.cache": str(workdir.path)})
-  assert kept_day(cached.teacher.cache, Workdir(tmp_path / "new")).year == 2020
+  assert kept_day(settings(cached), Workdir(tmp_path / "new")).year == 2020
 
 
 def test_a_template_without_a_date_keeps_none(tmp_path):
