@@ -5,6 +5,7 @@ folder its name. One that is there is whole, since it is written beside and rena
 whoever else wants it waits meanwhile.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -15,11 +16,13 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax.data import day, rows, workers
@@ -102,7 +105,7 @@ def keep(
   if found is None:
     try:
       folder.parent.mkdir(parents=True, exist_ok=True)
-      with filelock.FileLock(f"{folder}.lock"):
+      with _alone(folder):
         found = _opened(folder) or _made(folder, shards, making, about, processes)
     except OSError as error:
       raise UserError(
@@ -112,6 +115,21 @@ def keep(
   counts = Counts(**found[1]["counts"])
   _log.info("%s: %s", name, summary(counts, making.form))
   return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+  """While no other process makes the folder; whoever waits is told."""
+  lock = filelock.FileLock(f"{folder}.lock")
+  try:
+    lock.acquire(timeout=0)
+  except filelock.Timeout:
+    _log.info("another process tokenises the same rows: waiting for it")
+    lock.acquire()
+  try:
+    yield
+  finally:
+    lock.release()
 
 
 def cache() -> Path:
@@ -160,11 +178,14 @@ def write(
   total, kinds = _Total(), set()
 
   def batches() -> Iterator[Batch]:
-    for part in _parts(shards, making, processes):
-      total.add(part)
-      kinds.update(part.kinds)
-      if len(part.batch[0]):
-        yield part.batch
+    hidden = not sys.stderr.isatty()
+    with tqdm(desc="tokenising", unit=" rows", delay=2, disable=hidden) as bar:
+      for part in _parts(shards, making, processes):
+        total.add(part)
+        kinds.update(part.kinds)
+        bar.update(part.records)
+        if len(part.batch[0]):
+          yield part.batch
 
   def said() -> dict[str, Any]:
     counts = dataclasses.asdict(total.counts(making.form))

@@ -100,8 +100,7 @@ def train(
   """Trains to the end; (the last state, its step, the step that is to be exported).
 
   Args:
-    kept: where the teacher's trunk is kept, whole or not, if it is.
-    config: all keys, for trackers to show.
+    kept: where the teacher's trunk is kept, if it is; config: for trackers to show.
 
   Raises:
     UserError: for a loss that is not finite.
@@ -112,8 +111,8 @@ def train(
   place = _start(run, checkpoints, batches)
   about.write(run, workdir, place.step)
   writer = _writer(run, workdir, place.step if checkpoints.steps() else -1, config)
+  judged = beforehand.with_answers(run, workdir)
   try:
-    judged = beforehand.with_answers(run, workdir)
     evaluations = Evaluations(judged, workdir, writer, batches)
     run = _begin(run, evaluations, checkpoints, batches, kept, place)
     stop.check()
