@@ -522,8 +522,8 @@ BUGS = (
     "chat: a student learns to stop where it should call a tool",
     "ours",
     "okd_jax/data/chat.py",
-    '{"role": "assistant", **record.final, "content": text}',
-    '{"role": "assistant", "content": text}',
+    'answer = {"role": "assistant", **record.final, "content": text}',
+    'answer = {"role": "assistant", "content": text}',
     "tests/data/test_conversations.py",
   ),
   Bug(

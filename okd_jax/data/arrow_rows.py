@@ -42,8 +42,12 @@ def _read(path: Path, batches: Any) -> Iterator[Row]:
       for row in batch.to_pylist():
         number += 1
         yield decode(row), f"{path} row {number}"
-  except (pyarrow.ArrowException, OSError) as error:
-    raise UserError(f"{path}: cannot be read ({cause(error)})") from error
+  except UserError:
+    raise
+  # ValueError, OverflowError: text that is no UTF-8, a date that Python has not.
+  except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    place = f"{path}: what follows row {number}" if number else path
+    raise UserError(f"{place}: cannot be read ({cause(error)})") from error
 
 
 def _parquet_batches(path: Path) -> Iterator[tuple[Any, Any]]:

@@ -63,6 +63,7 @@ def chat_render(tokenizer: PreTrainedTokenizerBase) -> Render:
     prompt = said(messages, record, tools, prompt=True)
     text = next(iter(record.references), "")
     if not record.ended:  # the template would write the end of the turn
+      _check_cut(record)
       return Rendered(prompt, prompt + text, text, chat=True)
     answer = {"role": "assistant", **record.final, "content": text}
     whole = [*messages, answer] if record.references else messages
@@ -153,11 +154,28 @@ def beyond_text(record: Record) -> list[tuple[str, str]]:
   Reasoning of earlier turns is not among it: templates leave that out on purpose.
   """
   found = [("tools", "")] if record.tools else []
-  found += [("tool_calls", m["role"]) for m in record.messages if m.get("tool_calls")]
-  found += [
-    (k, "assistant") for k in ("tool_calls", *_REASONING) if record.final.get(k)
-  ]
+  said = [*record.messages]
+  if record.final:
+    text = next(iter(record.references), "")
+    found += [(k, "assistant") for k in _REASONING if record.final.get(k)]
+    said.append({"role": "assistant", **record.final, "content": text})
+  for message in said:
+    if message.get("tool_calls"):
+      both = bool((message.get("content") or "").strip())
+      # Some templates write one of the two alone.
+      found.append(("tool_calls", f"{message['role']}{' beside content' * both}"))
+      found += [("content", f"{message['role']} beside tool_calls")] if both else []
   return found
+
+
+def _check_cut(record: Record) -> None:
+  """Raises a UserError for what only a whole answer can have beside its text."""
+  for key in ("tool_calls", *_REASONING):
+    if record.final.get(key):
+      raise UserError(
+        f"{record.where}: 'ended' is false, but the answer has {key!r}, which only a "
+        "whole one can"
+      )
 
 
 def _proven(
@@ -181,10 +199,19 @@ def _without(said: Write, messages: Sequence[Message], record: Record, key: str)
   """The conversation without a key."""
   if key == "tools":
     return said(messages, record, None)
-  stripped = [{k: v for k, v in m.items() if k != key} for m in messages]
-  return said(
-    [m | {"content": m.get("content", "")} for m in stripped], record, record.tools
-  )
+  stripped = [
+    {k: v for k, v in m.items() if k != key or (k == "content" and not _calls(m))}
+    for m in messages
+  ]
+  whole = [m | {"content": m.get("content", "")} for m in stripped]
+  try:
+    return said(whole, record, record.tools)
+  except UserError:  # so it has a place, and needs it
+    return ""
+
+
+def _calls(message: Message) -> bool:
+  return bool(message.get("tool_calls"))
 
 
 def _behind(said: Write, record: Record, prompt: str, full: str) -> str:

@@ -22,6 +22,8 @@ def turns(row: Mapping[str, Any], form: str, where: str) -> Any:
     prompt (TRL).
   """
   match form:
+    case "messages" if isinstance(row["messages"], list | tuple):
+      return _after_system(list(row["messages"]), row, where)
     case "messages":
       return row["messages"]
     case "conversations":
@@ -48,9 +50,11 @@ def checked(
   Raises:
     UserError: for whatever is no conversation.
   """
-  if not isinstance(messages, list | tuple) or len(messages) < (1 if prompts else 2):
+  listed = isinstance(messages, list | tuple)
+  if not listed or len(messages) < (1 if prompts else 2):
     least = "at least one" if prompts else "at least two, the last by the assistant"
-    raise UserError(f"{where}: {key!r} must be a list of {least}")
+    found = "" if listed else f", and is {type_name(messages)}"
+    raise UserError(f"{where}: {key!r} must be a list of {least}{found}")
   found = []
   for i, message in enumerate(messages, 1):
     place = f"{where}: message {i}"
@@ -146,13 +150,19 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Any:
       f"{where}: 'conversations' is {type_name(said)}, not a list of turns"
     )
   found = [_turn(turn, f"{where}: turn {i}") for i, turn in enumerate(said, 1)]
+  return _after_system(found, row, where)
+
+
+def _after_system(found: list[Any], row: Mapping[str, Any], where: str) -> list[Any]:
+  """The messages behind the system prompt that stands beside them, if one does."""
   if not row.get("system"):
     return found
   system = text(row, "system", where, blank=True)
   if not system.strip():
     return found
-  if found and found[0].get("role") == "system":
-    if found[0].get("content") == system:
+  first = found[0] if found and isinstance(found[0], Mapping) else {}
+  if first.get("role") == "system":
+    if first.get("content") == system:
       return found
     raise UserError(
       f"{where}: 'system' and the first turn are two system prompts; remove one"

@@ -11,6 +11,13 @@ KEYS += ("prompt", "completion", "messages", "conversations", "system", "tools")
 KEYS += ("text", "ended", "teacher_prompt", "teacher_messages")  # of all forms of rows
 
 _NOTHING = object()
+_FORMS = (
+  {"instruction", "input", "output", "context", "response"},
+  {"prompt", "completion"},
+  {"messages"},
+  {"conversations"},
+  {"text"},
+)
 
 
 def renamed(
@@ -36,8 +43,14 @@ def renamed(
         f"{where}: there is no column {columns[ours]!r}, which data.columns.{ours} "
         f"names; the row has {quoted(row)}"
       )
-  taken = set(columns.values())
-  return {key: value for key, value in row.items() if key not in taken} | found
+  gone = set(columns.values()) | _others(columns)
+  return {key: value for key, value in row.items() if key not in gone} | found
+
+
+def _others(columns: Mapping[str, str]) -> set[str]:
+  """The keys of forms that the named columns are no part of: these would go first."""
+  named = [form for form in _FORMS if form & set(columns)]
+  return set().union(*(form for form in _FORMS if named and form not in named))
 
 
 def problems(columns: Mapping[str, Any]) -> Iterator[str]:

@@ -30,9 +30,9 @@ def written_on(date: datetime.date | None) -> Iterator[None]:
     _DAY.reset(token)
 
 
-def names_the_day(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
-  """Whether rows of this template depend on the day they are written."""
-  return template == "chat" and "strftime_now" in str(tokenizer.chat_template)
+def names_the_day(tokenizer: PreTrainedTokenizerBase, *templates: str) -> bool:
+  """Whether rows of one of these templates depend on the day they are written."""
+  return "chat" in templates and "strftime_now" in str(tokenizer.chat_template)
 
 
 def dated(template: str) -> str:

@@ -123,10 +123,19 @@ def clean(record: Record, tokenizer: PreTrainedTokenizerBase) -> Record:
 
 
 def _cleaned(record: Record, eos: str) -> Record:
-  if not any(text.endswith(eos) for text in record.references):
+  said = [m.get("content") for m in record.messages if m["role"] == "assistant"]
+  if not any(text and text.endswith(eos) for text in (*record.references, *said)):
     return record
-  references = tuple(text.removesuffix(eos) for text in record.references)
-  return dataclasses.replace(record, references=references)
+  return dataclasses.replace(
+    record,
+    references=tuple(text.removesuffix(eos) for text in record.references),
+    messages=tuple(
+      {**m, "content": m["content"].removesuffix(eos)}
+      if m["role"] == "assistant" and m.get("content")
+      else m
+      for m in record.messages
+    ),
+  )
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
@@ -140,7 +149,11 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
   of_teacher = teacher_render(form.template, form.teacher_template, tokenizer)
   fitter, last = Fitter(tokenizer, form), dataclasses.replace(form, turns="last")
   # Of a turn that is a row of its own the earlier ones are trained elsewhere.
-  alone = None if form == last else make_encoder(tokenizer, last)
+  alone = _nobody if form == last else make_encoder(tokenizer, last)
+
+  def fits(record: Record) -> bool:
+    [row] = _split([render(record)], [record.ended], tokenizer)
+    return not fitter.too_long(record, *row[:2])
 
   def encoder(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
     tally, examples, eos = Tally(), [], tokenizer.eos_token  # which is slow to ask for
@@ -150,23 +163,26 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, form: Form) -> Encoder:
     rows = _split(texts, ended, tokenizer)
     teacher = _prompts(list(map(of_teacher, records)), tokenizer)
     for i, record in enumerate(records):
-      number = first + i
-      if fitter.too_long(record, *rows[i][:2]) and (less := turns.shorter(record)):
-        found, fate = encoder([less], number)
+      prompt, response, straddled = rows[i]
+      long = fitter.too_long(record, prompt, response)
+      if less := long and turns.shortened(record, fits):
+        found, fate = encoder([less], first + i)
         fate["shortened"] = min(len(found), 1)
       else:
-        found, lost, fate = fitter.fit(record, *rows[i][:2], teacher[i])
-        fate["straddled"] += rows[i][2]
-        fate["rewritten"] += texts[i].astray
-        for turn in lost:  # each a row that trains nothing but it
-          own, more = alone([turns.ending_at(record, turn)], number)
-          found, fate = found + own, fate + more
-          fate["apart"] += len(own)
-      examples += [dataclasses.replace(e, number=number) for e in found]
+        found, lost, fate = fitter.fit(record, prompt, response, teacher[i])
+        fate += Tally(straddled=straddled, rewritten=texts[i].astray)
+        own, more = alone([turns.ending_at(record, t) for t in lost], 0)
+        found, fate = found + own, fate + more + Tally(apart=len(own))
+      examples += [dataclasses.replace(e, number=first + i) for e in found]
       tally += fate
     return examples, tally
 
   return encoder
+
+
+def _nobody(records: Sequence[Record], first: int) -> tuple[list[Example], Tally]:
+  """The encoder of no records."""
+  return [], Tally()
 
 
 # Rows of tokens

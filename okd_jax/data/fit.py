@@ -48,6 +48,8 @@ class Fitter:
       return [], [], tally
     kept, response, teacher = cut
     trained, lost = self._trained(record, prompt, response, teacher is not None)
+    if teacher is not None and self._several(record) and turns.earlier(record):
+      tally["last_alone"] += 1
     if not trained and record.references:
       tally["untrained"] += 1
       return [], lost, tally
@@ -116,8 +118,7 @@ class Fitter:
     """(what is trained on, earlier turns that the row does not hold as they were)."""
     last = (len(prompt), len(prompt) + len(response))
     own = [last] if turns.last_counts(record) else []
-    several = self.form.turns == "all" and self.form.template == "chat"
-    if not (several and record.is_chat and record.references) or privileged:
+    if not (self._several(record) and record.references) or privileged:
       return own, []
     if (spans := turns.marked(record, prompt + response, self.tokenizer)) is not None:
       return spans, []
@@ -125,6 +126,11 @@ class Fitter:
       return own, []
     spans, lost = turns.find(record, prompt, self.tokenizer)
     return spans + own, lost
+
+  def _several(self, record: Record) -> bool:
+    """Whether more answers than the last are trained on, if there are any."""
+    form = self.form
+    return form.turns == "all" and form.template == "chat" and record.is_chat
 
   def _windows(self, record: Record, tokens: Ids, tally: Tally) -> list[Example]:
     """A text in consecutive pieces, none of which repeats another's tokens."""

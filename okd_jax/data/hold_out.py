@@ -11,12 +11,11 @@ Numbers = Int[np.ndarray, " _"]
 def hold_out(rows: Rows, count: int, seed: int) -> tuple[Numbers, Numbers, int]:
   """Draws rows of all sources, of each as many as its share of the whole.
 
-  A text's windows stay together, but for a source that is one long text: of that it is
-  the last windows.
+  A text's windows stay together where that gives so many; else they are the last ones
+  of one text beside whole ones.
 
   Args:
-    count: how many rows; fewer than there are. Where texts stay together it may come to
-      some more.
+    count: how many rows; fewer than there are.
 
   Returns:
     (rows to train on, in their order; rows held out, in any, so that the first ones are
@@ -67,12 +66,23 @@ def _shares(sizes: list[int], count: int) -> list[int]:
 def _drawn(
   rows: Numbers, texts: Numbers, count: int, rng: np.random.Generator
 ) -> Numbers:
-  """At least so many of the rows, of whole texts; texts: the number of each one's."""
+  """So many of the rows; texts: the number of each one's.
+
+  Whole texts while they fit; what is missing then are the last windows of one more.
+  """
   starts = np.flatnonzero(np.diff(texts, prepend=-1))
-  if len(starts) == 1:
-    return rows[len(rows) - count :]
   order, sizes = rng.permutation(len(starts)), np.diff([*starts, len(rows)])
-  taken = order[: np.searchsorted(np.cumsum(sizes[order]), count) + 1] if count else []
-  mine = np.zeros(len(starts), bool)
-  mine[taken] = True
-  return rows[np.repeat(mine, sizes)]
+  mine = np.zeros(len(rows), bool)
+  split = None
+  for text in order:
+    size = int(sizes[text])
+    if size <= count and size < len(rows):
+      mine[starts[text] : starts[text] + size] = True
+      count -= size
+    elif split is None:
+      split = int(starts[text]) + size
+    if not count:
+      break
+  if count and split is not None:
+    mine[split - count : split] = True
+  return rows[mine]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from okd_jax.data import unpack
+from okd_jax.data.columns import KEYS
 from okd_jax.data.shard import Row
 from okd_jax.data.values import FORMS_HELP, loads
 from okd_jax.errors import UserError
@@ -66,6 +67,8 @@ def _rows_in(value: object) -> list[object]:
   if isinstance(value, list):
     return value
   if not isinstance(value, dict):
+    return [value]
+  if any(isinstance(value.get(key), str) for key in KEYS):  # a row that has lists, too
     return [value]
   held = {key: rows for key, rows in value.items() if isinstance(rows, list)}
   [(key, rows), *others] = held.items() or [("", [])]

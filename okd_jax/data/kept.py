@@ -64,7 +64,7 @@ class Making:
   def about(self) -> dict[str, Any]:
     """Everything, in words that can be compared."""
     template, tokenizer = self.form.template, self.tokenizer
-    dated = day.names_the_day(tokenizer, template)
+    dated = day.names_the_day(tokenizer, template, self.form.teacher_template)
     parse = getattr(self.parse, "keywords", {})
     return {
       "tokenizer": _short(words(tokenizer)),

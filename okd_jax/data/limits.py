@@ -69,6 +69,9 @@ class Counts:
   conversation in another way than its prompt begins. `shortened`: conversations that
   lost their first turns. `apart`: turns that are rows of their own, since the template
   writes them anew once others follow. `untrained`: rows whose answer weighs 0.
+  `last_alone`:
+  conversations of which only the last answer is trained, since the teacher reads other
+  ones before it.
   """
 
   rows: int
@@ -83,6 +86,7 @@ class Counts:
   shortened: int = 0
   apart: int = 0
   untrained: int = 0
+  last_alone: int = 0
   dropped_teacher_prompts: int = 0
   truncated_teacher_prompts: int = 0
 
@@ -124,6 +128,11 @@ def summary(counts: Counts, limits: Form) -> str:
     parts.append(f"{counts.rewritten} that the chat template writes anew")
   if counts.apart:
     parts.append(f"{counts.apart} earlier turns as rows of their own")
+  if counts.last_alone:
+    parts.append(
+      f"{counts.last_alone} conversations of which the last answer alone is trained, "
+      "since the teacher reads other ones"
+    )
   return "; ".join(parts)
 
 
@@ -152,7 +161,8 @@ def _fates(counts: Counts, limits: Form) -> list[tuple[int, str, str, str]]:
       counts.untrained,
       "answers",
       "of weight 0",
-      "leave such rows out, or set data.turns=all to train on their other turns",
+      "leave such rows out"
+      + (" or set data.turns=all" if limits.turns == "last" else ""),
     ),
     (
       counts.dropped_rows,

@@ -13,8 +13,16 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax.data.chat import Rendered, as_messages
-from okd_jax.data.format import FIELDS, NAMED, make_fill, make_render, single_turn
+from okd_jax.data.format import (
+  FIELDS,
+  NAMED,
+  make_fill,
+  make_render,
+  single_turn,
+  template_text,
+)
 from okd_jax.data.sources import Record
+from okd_jax.errors import UserError
 
 _KEY = "data.teacher_template"
 
@@ -51,10 +59,16 @@ def _filled(
   """As `teacher_render`, of a template that is text."""
   fill = make_fill(teacher_template, (*FIELDS, "output"), _KEY)
   chat = make_render("chat", tokenizer) if template == "chat" else None
+  wants_answer = "output" in template_text(teacher_template, None)
 
   def prompt(record: Record) -> Rendered | None:
     if record.is_text:
       return None
+    if wants_answer and not record.references:
+      raise UserError(
+        f"{record.where}: {_KEY} has a place for the answer, but the row is a prompt "
+        "alone"
+      )
     values = {"output": next(iter(record.references), "")}
     record = _swapped(record)
     if chat:

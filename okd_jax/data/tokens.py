@@ -46,15 +46,15 @@ def after(front: list[int], ids: list[int]) -> list[int]:
 
 
 def words(tokenizer: PreTrainedTokenizerBase) -> str:
-  """All that a tokenizer is; of one written in Python its vocabulary."""
+  """All that a tokenizer is, its special tokens among it: which one is EOS, say."""
+  special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
   backend = getattr(tokenizer, "backend_tokenizer", None)
-  if backend is None:
-    return repr(sorted(tokenizer.get_vocab().items()))
+  if backend is None:  # written in Python
+    return json.dumps([sorted(tokenizer.get_vocab().items()), special])
   raw = json.loads(backend.to_str())
   # What a call has asked for last is no part of it.
-  return json.dumps(
-    {k: v for k, v in raw.items() if k not in ("truncation", "padding")}
-  )
+  raw = {k: v for k, v in raw.items() if k not in ("truncation", "padding")}
+  return json.dumps([raw, special], sort_keys=True)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -6,8 +6,9 @@ lies between their ends, in tokens as in text. Templates that leave earlier thou
 write such turns anew; these become rows of their own, as a model would be asked.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -92,18 +93,23 @@ def marked(
   return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def shorter(record: Record) -> Record | None:
-  """The conversation without its first turn; None if it has but one.
+def shortened(record: Record, fits: Callable[[Record], bool]) -> Record | None:
+  """The conversation without as few of its first turns as make it fit.
 
-  What a system says first stays; a turn goes on to before the next user's.
+  What a system says first stays; a turn goes on to before the next user's. Where even
+  the last turn alone is too long, it is that; None if there is but one.
   """
   messages = record.messages
   start = next((i for i, m in enumerate(messages) if m["role"] not in _SYSTEM), 0)
-  later = (i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user")
-  stop = next(later, None)
-  if stop is None:
+  stops = [i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"]
+  if not stops:
     return None
-  return dataclasses.replace(record, messages=messages[:start] + messages[stop:])
+
+  def without(stop: int) -> Record:
+    return dataclasses.replace(record, messages=messages[:start] + messages[stop:])
+
+  first = bisect.bisect_left(stops, True, key=lambda stop: fits(without(stop)))
+  return without(stops[min(first, len(stops) - 1)])
 
 
 def ending_at(record: Record, turn: int) -> Record:

@@ -5,13 +5,14 @@ what they say to a few held-out prompts.
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jaxtyping import PyTree
 
-from okd_jax.data import rows
+from okd_jax.data import Example, rows
 from okd_jax.data.format import template_text
 from okd_jax.data.tokens import words
 from okd_jax.errors import UserError
@@ -100,7 +101,7 @@ def _data(run: Run) -> dict[str, Any]:
     "train": train,
     "eval": {
       "rows": len(data.eval),
-      "digest": rows.digest(data.eval)[:16],
+      "digest": _short(rows.digest(data.eval) + _references(data.eval)),
       "prompts": count,
     },
     "tokenizer": {"digest": _short(words(data.tokenizer))},
@@ -112,6 +113,11 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _short(text: str) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _references(examples: Sequence[Example]) -> str:
+  """What answers are scored by, which no token says."""
+  return json.dumps([example.references for example in examples])
 
 
 class Samples:

@@ -74,7 +74,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   ends.tell(shape, settings.data)
   with day.written_on(identity.kept_day(settings, workdir)):
     data = _read(job, shape)
-    identity.keep_day(shape.tokenizer, settings.data.template, workdir)
+    identity.keep_day(shape.tokenizer, settings.data, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
   compared = bool(cast.stored) or bool(cast.teachers and not data.other)

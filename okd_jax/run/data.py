@@ -1,6 +1,7 @@
 """Phase 3, data: training and held-out rows in the tokens of one tokenizer or two."""
 
 import dataclasses
+import fnmatch
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from okd_jax.data.stream import Stream
 from okd_jax.data.tokenizer import check_largest
 from okd_jax.errors import UserError
 from okd_jax.run.outline import Outline
+from okd_jax.runtime.files import local
 
 _log = logging.getLogger(__name__)
 
@@ -228,12 +230,25 @@ def read_part(
   made = making(data, outline, prompts, part == "eval", tokenizer)
   if data.prepared and (part == "train" or prepared.holds(f"{data.prepared}/{part}")):
     found, facts = prepared.read(data.prepared, part, made)
+    if part == "eval" and not all(_named(n, data) for n in facts["sources"]):
+      _log.warning(
+        "data.eval=%s is not read: the held-out rows are those of %s/eval, made of %s",
+        called(data.eval_sources),
+        data.prepared,
+        called(facts["sources"]),
+      )
   else:
     sources = data.sources if part == "train" else data.eval_sources
     name = called(sources) + note
     found, facts = kept.keep(shards_of(sources), made, name, data.num_proc)
   check_largest(sizes(outline, made.tokenizer), facts["largest"])
   return found, facts
+
+
+def _named(name: str, data: DataSettings) -> bool:
+  """Whether data.eval, if it is set, names a file or what holds it."""
+  asked = [str(local(source)) for source in data.eval_sources] if data.eval else [name]
+  return any(name.startswith(a) or fnmatch.fnmatch(name, a) for a in asked)
 
 
 def sizes(outline: Outline, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

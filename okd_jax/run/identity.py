@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_jax import models
 from okd_jax.config import read
-from okd_jax.config.schema import Settings
+from okd_jax.config.schema import DataSettings, Settings
 from okd_jax.data import day, prepared
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
@@ -120,10 +120,10 @@ def kept_day(settings: Settings, workdir: Workdir) -> datetime.date | None:
 
 
 def keep_day(
-  tokenizer: PreTrainedTokenizerBase, template: str, workdir: Workdir
+  tokenizer: PreTrainedTokenizerBase, data: DataSettings, workdir: Workdir
 ) -> None:
   """Keeps the day, if rows depend on it, and tells of it."""
-  if day.names_the_day(tokenizer, template):
+  if day.names_the_day(tokenizer, data.template, data.teacher_template):
     today = day.day().isoformat()
     if not workdir.day.exists():
       workdir.write_json(workdir.day, {"day": today})

@@ -48,6 +48,11 @@ def look(job: Job, workdir: Workdir) -> Look:
     UserError: for a model or data that cannot be read.
   """
   settings, source = job.settings, job.settings.data
+  if source.stream:
+    raise UserError(
+      "data.stream: a preview would have to read the whole corpus; name a part of it "
+      "as data.train, with data.stream=False and data.pack=True"
+    )
   shape = outline(
     job,
     workdir,

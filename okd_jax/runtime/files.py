@@ -73,7 +73,11 @@ def replacing(folder: str | os.PathLike, ours: re.Pattern) -> Iterator[Path]:
   for leftover in (partial, old):  # of a killed run
     shutil.rmtree(leftover, ignore_errors=True)
   partial.mkdir(parents=True)
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
   if folder.exists():
     folder.rename(old)
   partial.rename(folder)

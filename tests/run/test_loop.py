@@ -56,7 +56,7 @@ class _NoEvaluator:
   def __init__(self, run):
     self.said = {}
 
-  def teachers(self):
+  def teachers(self, params=None):
     return {}
 
   def __call__(self, params):
