@@ -214,7 +214,16 @@ def test_a_stored_teacher_is_the_live_one(source, tmp_path):
 REFUSED = {"skd", "mixkd", "sft"}
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+QUICK = {"okd", "gkd", "minillm", "ensemble"} | REFUSED
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name in sorted(METHODS)
+  ],
+)
 def test_every_method_takes_it_or_says_why_not(name, source, tmp_path):
   changes = {"method.name": name}
   if name == "minillm":

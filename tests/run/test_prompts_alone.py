@@ -47,7 +47,15 @@ def alone(source, **changes):
   return config(**SHAPE | {"data.train": source} | changes)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name, marks=[] if name in {"gkd", "distillm2", "okd"} else [pytest.mark.slow]
+    )
+    for name in sorted(METHODS)
+  ],
+)
 def test_who_writes_takes_prompts_alone_and_nobody_else(name, source, tmp_path):
   changes = {"method.name": name} | WRITERS.get(name, {})
   if name in WRITERS:
