@@ -84,7 +84,7 @@ class Evaluator:
       loss = -float(np.concatenate(gold).mean())
       found["teacher"] = {"loss": loss, "perplexity": perplexity(loss)}
     other = self._run.data.other
-    reading = other or self._run.data
+    reading = other or self._as_teachers_read()
     for name, decoder in self._cast.teachers.items():
       variables = self._variables(TEACHER, name, params or {})
       who, chunk = (STUDENT, ""), self._run.settings.train.loss_chunk
@@ -96,6 +96,14 @@ class Evaluator:
         tokens |= self._rounding(name, decoder, reading)
       found[name] = tokens | self._text((TEACHER, name), variables, reading)
     return found
+
+  def _as_teachers_read(self) -> Reading:
+    """The held-out rows, with the teacher's own prompts where it has any."""
+    data = self._run.data
+    if not data.teacher_length:
+      return data
+    own = [example.for_teacher() for example in data.eval]
+    return Reading(data.tokenizer, data.train, own)
 
   def _rounding(
     self, name: str, decoder: Decoder, reading: Reading
@@ -126,7 +134,7 @@ class Evaluator:
     batches = eval_batches(
       reading.eval,
       batch_size=self._batch_size(),
-      length=self._run.settings.data.max_length,
+      length=max(self._run.settings.data.max_length, self._run.data.teacher_length),
       pad_id=PAD_ID,
       teacher_length=self._run.data.teacher_length,
     )

@@ -199,7 +199,10 @@ def test_a_stored_teacher_is_the_live_one(source, tmp_path):
   scores = []
   for each in (run, stored):
     with jax.set_mesh(each.mesh):
-      scores.append(Evaluator(each)(each.init().params))
+      evaluator = Evaluator(each)
+      scores.append(evaluator(each.init().params))
+      own = evaluator.teachers()["teacher"]["loss"]  # by itself it reads the hint, too
+    np.testing.assert_allclose(own, scores[-1]["teacher_loss"], rtol=1e-4)
   chex.assert_trees_all_close(
     scores[1], {k: scores[0][k] for k in scores[1]}, rtol=2e-5
   )
