@@ -105,7 +105,7 @@ def keep(
   if found is None:
     try:
       folder.parent.mkdir(parents=True, exist_ok=True)
-      with _alone(folder):
+      with alone(Path(f"{folder}.lock")):
         found = _opened(folder) or _made(folder, shards, making, about, processes)
     except OSError as error:
       raise UserError(
@@ -118,9 +118,9 @@ def keep(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-  """While no other process makes the folder; whoever waits is told."""
-  lock = filelock.FileLock(f"{folder}.lock")
+def alone(path: Path) -> Iterator[None]:
+  """While no other process holds this lock; whoever waits is told."""
+  lock = filelock.FileLock(path)
   try:
     lock.acquire(timeout=0)
   except filelock.Timeout:
@@ -178,6 +178,7 @@ def write(
   total, kinds = _Total(), set()
 
   def batches() -> Iterator[Batch]:
+    """Batches of rows, counted as they pass."""
     hidden = not sys.stderr.isatty()
     with tqdm(desc="tokenising", unit=" rows", delay=2, disable=hidden) as bar:
       for part in _parts(shards, making, processes):
@@ -256,6 +257,7 @@ def _maker(making: Making, today: datetime.date) -> Callable[[Raw], _Part]:
   tokenizers = [making.tokenizer, *making.others]
 
   def make(raw: Raw) -> _Part:
+    """The rows of some raw ones, and what became of them."""
     first, chunk = raw
     records = [making.parse(row, where) for row, where, _ in chunk]
     if making.others:

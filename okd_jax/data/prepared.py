@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import filelock
 import fsspec
 
 from okd_jax.data import kept, rows
@@ -48,7 +47,7 @@ def write(
       return new and _upload(folder, shards, making, about, processes)
     own = files.local(folder)
     own.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(own.with_name(f".{part}.lock")):
+    with kept.alone(own.with_name(f".{part}.lock")):
       if _there(folder, about):
         return False
       with files.replacing(own, kept.OURS) as partial:

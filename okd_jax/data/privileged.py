@@ -45,6 +45,7 @@ def teacher_render(
   render = make_render(teacher_template or template, tokenizer)
 
   def prompt(record: Record) -> Rendered | None:
+    """What the teacher reads, by a named template; None for what the student does."""
     own = bool(record.teacher_prompt or record.teacher_messages)
     if record.is_text or not (own or teacher_template):
       return None
@@ -62,6 +63,7 @@ def _filled(
   wants_answer = "output" in template_text(teacher_template, None)
 
   def prompt(record: Record) -> Rendered | None:
+    """What the teacher reads, by the text filled in; None for a text."""
     if record.is_text:
       return None
     if wants_answer and not record.references:

@@ -291,12 +291,3 @@ def digest(examples: Sequence[Example]) -> str:
 def privileged(examples: Sequence[Example]) -> bool:
   """Whether the teacher reads another prompt than the student in any row."""
   return bool(column(examples, "teacher_length").any())
-
-
-def take(
-  examples: Sequence[Example], rows: Sequence[int] | Int[np.ndarray, " M"]
-) -> Sequence[Example]:
-  """These of the examples, in this order."""
-  if isinstance(examples, Rows):
-    return examples.take(rows)
-  return [examples[i] for i in rows]

@@ -143,7 +143,7 @@ def _examples(seen: Look) -> Iterator[str]:
   for i, at in enumerate(_chosen(train)):
     yield from ([""] if i else [])
     yield _cut(show_example(train[at], tokenizer))
-  if seen.data.teacher_length and rows.privileged(train):
+  if rows.privileged(train):
     at = int(np.argmax(rows.column(train, "teacher_length") > 0))
     yield ""
     yield f"{train[at].where}: what the teacher reads in the prompt's place"
