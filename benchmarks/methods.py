@@ -142,8 +142,6 @@ def _rows(args, run: Run) -> list[dict[str, Any]]:
     pad_id=PAD_ID,
     packs=run.data.packs,
     seed=run.settings.train.seed,
-    process_index=0,
-    process_count=1,
   )
   return [next(loader) for _ in range(args.steps)]
 

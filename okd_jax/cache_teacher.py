@@ -28,13 +28,14 @@ from okd_jax.teachers.store import Store
 def main(arguments: list[str]) -> None:
   """Stores as the arguments say; a UserError for whatever is wrong with them."""
   args, rest = _parser().parse_known_args(arguments)
-  cli.use_compilation_cache()
   own = stages(read.read(rest), local(args.workdir or args.output))[-1]
   if args.k < 0:
     raise UserError(f"--k={args.k} must be at least 0")
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
-  write(build(own.config, Workdir(own.workdir)), local(args.output), args.k, args.dtype)
+  with cli.devices(args):
+    workdir, folder = Workdir(own.workdir), local(args.output)
+    write(build(own.config, workdir), folder, args.k, args.dtype)
 
 
 def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
@@ -68,6 +69,7 @@ def _parser() -> cli.Parser:
   kinds = ("float32", "float16", "bfloat16")
   add("--dtype", default="float16", choices=kinds, help="of the log-probabilities")
   add("--workdir", default="", help="a run whose finished stages the paths mean")
+  cli.add_processes(parser)
   return parser
 
 

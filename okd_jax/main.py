@@ -1,7 +1,7 @@
 """Trains, evaluates and exports a student as a configuration says.
 
     python -m okd_jax.main --config=RECIPE --workdir=DIR [--config.key=value …] \\
-        [--profile]
+        [--profile] [--coordinator=HOST:PORT --processes=N --process=I]
 
 RECIPE is a file, configs/X.py, or the name of one that comes with the package; either
 takes a variant: gpt2:base. The same command resumes a run that was stopped or killed.
@@ -10,6 +10,12 @@ adapter/ (PEFT format, if teachers adapt; teacher/ and blocks.json instead where
 of the teacher learned) and report.html. --profile adds profile/, a trace of the 3rd to
 the 7th step from here on, to be opened at ui.perfetto.dev or in TensorBoard; the run's
 results stay as they are.
+
+Several processes, on one machine or many, make one run. On a TPU pod, under SLURM, in
+an indexed Kubernetes job (with the extra k8s) and under Open MPI they find each other;
+elsewhere say where process 0 is, how many there are, and which one this is, from 0.
+--processes=1 joins nobody. All of them need the workdir and the models; launch/ has
+scripts that start them.
 """
 
 import sys
@@ -21,6 +27,7 @@ from okd_jax.run import distill
 from okd_jax.run.stop import Stopped, Terminated
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
+from okd_jax.runtime.workdir import writes
 
 
 def main(arguments: list[str]) -> None:
@@ -31,18 +38,19 @@ def main(arguments: list[str]) -> None:
   parser = cli.Parser(prog="okd_jax.main", add_help=False)
   parser.add_argument("--workdir", default="")
   parser.add_argument("--profile", action="store_true")
+  cli.add_processes(parser)
   args, rest = parser.parse_known_args(arguments)
   config = read.read(rest)
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
-  cli.use_compilation_cache()
-  with Terminated() as stop:
+  with cli.devices(args), Terminated() as stop:
     try:
       *_, result = distill.run(config, local(args.workdir), stop, args.profile)
     except Stopped:
       print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
       sys.exit(Terminated.STATUS)
-  print(result, flush=True)
+    if writes():
+      print(result, flush=True)
 
 
 def command() -> None:

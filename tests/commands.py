@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,50 @@ def same_folder(one, two):
   names = files(one)
   assert names == files(two)
   return all(contents(one / n) == contents(two / n) for n in names)
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def start_several(workdir, *changes, processes=2, devices=1):
+  """The processes of one debug run, started and not waited for."""
+  coordinator = f"--coordinator=localhost:{free_port()}"
+  arguments = ["--config=configs/debug.py", f"--workdir={workdir}", *QUICK, *changes]
+  return [
+    subprocess.Popen(
+      command(
+        "main",
+        *arguments,
+        coordinator,
+        f"--processes={processes}",
+        f"--process={number}",
+      ),
+      cwd=ROOT,
+      env=environment(devices),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(processes)
+  ]
+
+
+def ended(processes, timeout=300):
+  """[(exit status, stdout, stderr)] of processes, once all of them have ended."""
+  try:
+    texts = [process.communicate(timeout=timeout) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def train_several(workdir, *changes, **options):
+  """A debug run by several processes; [(stdout, stderr)] of each."""
+  found = ended(start_several(workdir, *changes, **options))
+  for status, _, stderr in found:
+    assert status == 0, stderr[-3000:]
+  return [texts for _, *texts in found]

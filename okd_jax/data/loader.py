@@ -21,35 +21,39 @@ def train_loader(
   seed: int,
   packs: Sequence[tuple[int, ...]] | None = None,
   teacher_length: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  own: Int[np.ndarray, " M"] | None = None,
 ) -> grain.DatasetIterator:
-  """An endless iterator over shuffled batches of this process's rows.
+  """An endless iterator over shuffled batches, of which this process makes its rows.
 
-  Global batch n is the same for any number P of processes; the state is one number.
+  Global batch n is the same for any number of processes; the state is one number.
 
   Args:
-    batch_size: B of all processes; number i gets rows i * B / P to (i + 1) * B / P.
+    batch_size: B of all processes.
     length, pad_id, teacher_length: of the rows, as in `whole_row`.
     seed: any integer from 0 to 2^32 - 1.
     packs: which of `examples` share a row (`pack`); None: each has its own.
+    own: which rows of a batch are this process's (`sharding.own_rows`); None: all.
 
   Returns:
-    Stacked `whole_row`s, [B / P, L], and `row` int32 [B / P], the index into `packs`.
+    Stacked `whole_row`s, [M, L], `row` int32 [M], their indices into `packs`, and
+    `all_rows` int32 [B], those of all processes.
 
   Raises:
-    ValueError: without examples, or if P does not divide B.
+    ValueError: without examples, or for a batch size below 1.
 
   >>> texts = [Example(np.arange(3), 1, (), "here")] * 4
   >>> batch = next(train_loader(texts, batch_size=4, length=3, pad_id=0, seed=0))
   >>> sorted(batch["row"].tolist())
   [0, 1, 2, 3]
   """
-  packs = _checked(examples, packs, batch_size, process_count)
-  share = batch_size // process_count
-  mine = slice(share * process_index, share * (process_index + 1))
+  packs = _checked(examples, packs, batch_size)
   sizes = length, pad_id, teacher_length
-  make = lambda rows: _batch(examples, packs, rows[mine], *sizes)  # noqa: E731
+  own = np.arange(batch_size) if own is None else own
+
+  def make(rows: Int[np.ndarray, " B"]) -> Batch:
+    batch = _batch(examples, packs, rows[own], *sizes)
+    return batch | {"all_rows": np.asarray(rows, np.int32)}
+
   return _stream(len(packs), batch_size, seed, make)
 
 
@@ -94,15 +98,12 @@ def _checked(
   examples: Sequence[Example],
   packs: Sequence[tuple[int, ...]] | None,
   batch_size: int,
-  process_count: int,
 ) -> Sequence[tuple[int, ...]]:
   """The packs, if there can be batches of them."""
   if not examples:
     raise ValueError("there are no examples to train on")
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch size {batch_size} cannot be divided among {process_count} processes"
-    )
+  if batch_size < 1:
+    raise ValueError(f"batch size {batch_size} is none")
   return packs or each_alone(examples)
 
 

@@ -187,9 +187,11 @@ def _name_and_size(shard: Shard) -> str:
 class Stream:
   """Batches of this process's rows, with a position that is saved and restored.
 
-  Global batch n is the same for any number P of processes; number i gets rows i * B / P
-  to (i + 1) * B / P. A batch is as `train_loader` has it; its rows are numbered in the
-  order in which they are read, block after block.
+  Global batch n is the same for any number of processes. A batch is as `train_loader`
+  has it; its rows are numbered in the order in which they are read, block after block.
+
+  own: which rows of a batch are this process's; None: all.
+  writes: whether this process is the one that saves the position.
   """
 
   def __init__(
@@ -198,20 +200,17 @@ class Stream:
     *,
     batch_size: int,
     pad_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: Int[np.ndarray, " M"] | None = None,
+    writes: bool = True,
   ):
-    if batch_size < 1 or batch_size % process_count:
-      raise ValueError(
-        f"batch size {batch_size} cannot be divided among {process_count} processes"
-      )
-    share = batch_size // process_count
+    if batch_size < 1:
+      raise ValueError(f"batch size {batch_size} is none")
     # A tokenizer is no thread's but its own: "Already borrowed" it says to others.
-    own = copy.deepcopy(corpus.tokenizer)
-    self._corpus = dataclasses.replace(corpus, tokenizer=own)
+    tokenizer = copy.deepcopy(corpus.tokenizer)
+    self._corpus = dataclasses.replace(corpus, tokenizer=tokenizer)
     self._size, self._pad = batch_size, pad_id
-    self._mine = slice(process_index * share, (process_index + 1) * share)
-    self._writes = process_index == 0
+    self._own = np.arange(batch_size) if own is None else own
+    self._writes = writes
     self._ahead = concurrent.futures.ThreadPoolExecutor(1, "okd_jax stream")
     self._recent: collections.deque = collections.deque(maxlen=3)
     self.set_state({"begin": Begin().state(), "at": 0})
@@ -220,10 +219,12 @@ class Stream:
     return self
 
   def __next__(self) -> Batch:
-    rows = [self._next_row() for _ in range(self._size)][self._mine]
-    made = [pack_row(texts, self._corpus.length, self._pad) for _, texts in rows]
+    rows = [self._next_row() for _ in range(self._size)]
+    texts = [rows[i][1] for i in self._own]
+    made = [pack_row(row, self._corpus.length, self._pad) for row in texts]
     batch = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    return batch | {"row": np.array([number for number, _ in rows])}
+    numbers = np.array([number for number, _ in rows])
+    return batch | {"row": numbers[self._own], "all_rows": numbers}
 
   def first(self) -> list[Texts]:
     """The rows of the block that the next row is of, in the order of their reading."""

@@ -3,7 +3,7 @@
 Sampled rows go through the very path that the data's rows take (`data.pad_row`), so a
 sampled answer and the same answer as data are the same batch. All choices follow from
 the seed and the step alone, and every process makes all of them, so that the rows do
-not depend on how many there are.
+not depend on how many there are; each takes those that its own devices hold.
 """
 
 import time
@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Key, PyTree
 
 from okd_jax.data import PAD_ID, Example, pad_row, stop_ids
@@ -70,7 +69,8 @@ class Batches:
   ) -> tuple[Batch, dict[str, float]]:
     """(batch on the devices, figures) of the step after `step`.
 
-    gold: this process's rows of the data, with their indices in the packs as 'row'.
+    gold: this process's rows of the data, with their indices in the packs as 'row' and
+      those of all processes as 'all_rows'.
     """
     rows, start = gold["row"], time.monotonic()
     if self.plan.source == "teacher":
@@ -80,7 +80,7 @@ class Batches:
     elif self._held is not None and step % self.plan.updates:
       main, figures = self._held, {}
     else:
-      main, figures = self._sampled(step, params, gold, rows)
+      main, figures = self._sampled(step, params, gold)
       main = self._facts(step, params, self._put(main))
       self._held = main if self.plan.updates > 1 else None
       waited = figures.pop("waited_s", 0.0)
@@ -130,7 +130,7 @@ class Batches:
     return jax.random.fold_in(branch, step)
 
   def _sampled(
-    self, step: int, params: Mapping[str, PyTree], gold: Rows, rows: np.ndarray
+    self, step: int, params: Mapping[str, PyTree], gold: Rows
   ) -> tuple[Batch, dict[str, float]]:
     """Rows of this process: fresh, from the store, or the data's own."""
     chance = np.random.default_rng((self._seed, step))
@@ -145,16 +145,16 @@ class Batches:
         u < wanted and not self._buffer.full
       )
       if not fresh and u < wanted:
-        return self._replayed(step, len(rows), chance)
+        return self._replayed(step, chance)
     if not fresh:
       return Batch.of(gold), {"sampled": 0.0}
-    new, figures = self._fresh(step, params, rows)
+    new, figures = self._fresh(step, params, gold["all_rows"])
     if self._buffer is None:
-      return self._mine(new, len(rows)), figures
+      return self._mine(new), figures
     self._buffer.push(new.rows, step)
     if self._share:
-      return self._mine(new, len(rows)), figures
-    replayed, more = self._replayed(step, len(rows), chance)
+      return self._mine(new), figures
+    replayed, more = self._replayed(step, chance)
     return replayed, figures | more
 
   def _fresh(
@@ -175,20 +175,17 @@ class Batches:
     }
 
   def _replayed(
-    self, step: int, count: int, chance: np.random.Generator
+    self, step: int, chance: np.random.Generator
   ) -> tuple[Batch, dict[str, float]]:
-    total = count * jax.process_count()
-    rows, written = self._buffer.draw(total, chance)
+    rows, written = self._buffer.draw(self._run.settings.train.batch_size, chance)
     figures = {"sampled": 1.0, "replay_age": float(np.mean(step - written))}
-    return self._mine(Batch.of(rows), count), figures
+    return self._mine(Batch.of(rows)), figures
 
   def _write(
     self, step: int, params: Mapping[str, PyTree], rows: np.ndarray
   ) -> tuple[list[Example], list[bool]]:
     """(answers as examples, whether each ended) to the prompts of all processes."""
     run = self._run
-    if jax.process_count() > 1:
-      rows = multihost_utils.process_allgather(rows).reshape(-1)
     examples = [run.data.train[row] for row in rows]
     source, variables, choose, sampling = self._author(params)
     completions = generate(
@@ -247,10 +244,10 @@ class Batches:
       kinds["align"] = (self._length, np.int32)
     return kinds
 
-  def _mine(self, rows: Batch, count: int) -> Batch:
+  def _mine(self, rows: Batch) -> Batch:
     """This process's share of rows that all processes have."""
-    first = jax.process_index() * count
-    return jax.tree.map(lambda values: values[first : first + count], rows)
+    own = sharding.own_rows(len(rows.tokens), self._run.mesh)
+    return jax.tree.map(lambda values: values[own], rows)
 
   def observe(self, loss: float) -> None:
     """Tells the held-out loss, on which DistiLLM's share of sampled text depends."""
@@ -283,9 +280,8 @@ class Batches:
       step = jax.ShapeDtypeStruct((), np.int32)
       batch = jax.eval_shape(self._prepared, params, run.cast.frozen, batch, step)
     where = sharding.batch_sharding(run.mesh)
-    return jax.tree.map(
-      lambda x: jax.device_put(np.zeros(x.shape, x.dtype), where), batch
-    )
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), batch)
+    return sharding.spread(nothing, where)
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on from what `state` returned."""

@@ -18,7 +18,7 @@ from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.run.streamed import stream_data
-from okd_jax.runtime import sharding
+from okd_jax.runtime import distributed, sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import activity, saliency, trunk
 from okd_jax.teachers.load import load_teachers
@@ -66,6 +66,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   job = check(config)
   settings = job.settings
   mesh = sharding.make_mesh(**vars(settings.mesh))
+  _log.info("%s: %s", distributed.found(), sharding.described(mesh))
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
@@ -73,7 +74,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   shape = outline(job, workdir, functools.partial(records, settings.data))
   ends.tell(shape, settings.data)
   with day.written_on(identity.kept_day(settings, workdir)):
-    data = _read(job, shape)
+    data = _read(job, shape, mesh)
     identity.keep_day(shape.tokenizer, settings.data, workdir)
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
@@ -87,10 +88,10 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   return Run(job, mesh, shape, data, cast, plan)
 
 
-def _read(job: Job, outline: Outline) -> Data:
+def _read(job: Job, outline: Outline, mesh: Mesh) -> Data:
   settings = job.settings
   if settings.data.stream:
-    return stream_data(settings, outline)
+    return stream_data(settings, outline, mesh)
   prompts = job.method.sequences.answers_all
   return read_data(settings.data, settings.eval, outline, prompts)
 

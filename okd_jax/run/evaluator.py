@@ -5,7 +5,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PyTree
 
@@ -155,7 +154,7 @@ class Evaluator:
       step,
       variables,
       map(batch, batches),
-      put=lambda rows: jax.device_put(rows, where),
+      put=lambda rows: sharding.spread(rows, where),
     )
 
   def _text(

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import PyTree
 
 from okd_jax.data import PAD_ID, train_loader
@@ -18,9 +17,9 @@ from okd_jax.run.evaluator import Evaluator
 from okd_jax.run.progress import Progress
 from okd_jax.run.state import TrainState
 from okd_jax.run.step import compile_step
-from okd_jax.run.stop import Stop
+from okd_jax.run.stop import Agreement, Stop, Stopped
 from okd_jax.run.trace import Trace
-from okd_jax.runtime import metrics
+from okd_jax.runtime import metrics, sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import trunk
 
@@ -208,8 +207,7 @@ def _loader(run: Run) -> Iterator:
     packs=run.data.packs,
     teacher_length=run.data.teacher_length,
     seed=settings.train.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    own=sharding.own_rows(settings.train.batch_size, run.mesh),
   )
 
 
@@ -226,6 +224,7 @@ def _loop(
   """Trains to the last step, or to where patience ends: (state, step), all saved."""
   state, step, loader = place
   programs, frozen, pending = _Programs(run), run.cast.frozen, None
+  agreement = Agreement(stop)
   while step < run.plan.steps and not evaluations.stalled():
     trace.begin(step + 1, state)
     rows = next(loader)
@@ -235,8 +234,8 @@ def _loop(
     step += 1
     if pending:
       progress.read(*pending)
-    pending = (step, rows["row"], values, drawn, new)
-    stopping = bool(stop)
+    pending = (step, rows["all_rows"], values, drawn, new)
+    stopping = agreement.ask()
     due = evaluations.due(step) and not stopping
     if stopping or due or step % run.settings.checkpoint.every == 0:
       progress.read(*pending)  # never save beyond a step that was not finite
@@ -246,9 +245,9 @@ def _loop(
           scores = evaluations(step, state.params)
         progress.show_scores(scores)
       checkpoints.save(step, state, loader, scores, batches.state())
-    if stop and pending is None:
+    if pending is None and (stopping or agreement.ask()):
       checkpoints.wait()
-      stop.check()
+      raise Stopped
   if step < run.plan.steps:
     evaluations.say_stalled()
   checkpoints.wait()

@@ -14,6 +14,7 @@ from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.run.build import Run
 from okd_jax.runtime.metrics import Writer
+from okd_jax.runtime.workdir import writes
 
 
 class Progress:
@@ -36,7 +37,7 @@ class Progress:
       initial=step,
       unit="step",
       dynamic_ncols=True,
-      disable=not sys.stderr.isatty(),
+      disable=not (sys.stderr.isatty() and writes()),
       desc=run.settings.method.name,
     )
 
@@ -119,7 +120,8 @@ class Progress:
     )
 
   def _print(self, line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
+    if writes():
+      tqdm.write(line, file=sys.stderr)
 
 
 @dataclasses.dataclass

@@ -1,6 +1,13 @@
 """When a run is to stop before its end."""
 
+import functools
 import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool
 
 
 class Stopped(Exception):
@@ -14,8 +21,8 @@ class Stop:
     return False
 
   def check(self) -> None:
-    """Raises Stopped if so; to be called when all is saved."""
-    if self:
+    """Raises Stopped if any process is to stop; all of them call it, all is saved."""
+    if _any(bool(self)):
       raise Stopped
 
 
@@ -41,3 +48,40 @@ class Terminated(Stop):
 
   def __exit__(self, *_: object) -> None:
     signal.signal(signal.SIGTERM, self._before)
+
+
+class Agreement:
+  """What all processes of a run decide at the same step, without waiting for it."""
+
+  def __init__(self, stop: Stop):
+    self._stop, self._asked = stop, None
+
+  def ask(self) -> bool:
+    """Whether any process was to stop when this was called before; all of them call it.
+
+    The answer is one call old: it was computed while the devices did their step. Of
+    one process alone it is that of now.
+    """
+    if jax.process_count() == 1:
+      return bool(self._stop)
+    before, self._asked = self._asked, _flag(bool(self._stop))
+    return before is not None and bool(before)
+
+
+def _any(own: bool) -> bool:
+  return own if jax.process_count() == 1 else bool(_flag(own))
+
+
+def _flag(own: bool) -> Bool[Array, ""]:
+  """Whether any process says so; on its way, as every result of JAX."""
+  mesh = Mesh(np.array(jax.devices()), "all")
+  where = NamedSharding(mesh, PartitionSpec("all"))
+  said = jax.make_array_from_callback(
+    (mesh.size,), where, lambda index: np.full(len(range(mesh.size)[index[0]]), own)
+  )
+  return _or(mesh)(said)
+
+
+@functools.cache
+def _or(mesh: Mesh):
+  return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))

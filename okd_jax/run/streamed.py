@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-import jax
+from jax.sharding import Mesh
 
 from okd_jax.config.schema import Settings
 from okd_jax.data import PAD_ID, rows, show_example
@@ -11,6 +11,8 @@ from okd_jax.data.sources import called, shards_of
 from okd_jax.data.stream import Corpus, Stream
 from okd_jax.run.data import Data, Pack, read_part, sizes
 from okd_jax.run.outline import Outline
+from okd_jax.runtime import sharding
+from okd_jax.runtime.workdir import writes
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ class _Endless(Sequence[Pack]):
     return (at,)
 
 
-def stream_data(settings: Settings, outline: Outline) -> Data:
+def stream_data(settings: Settings, outline: Outline, mesh: Mesh) -> Data:
   """A stream to train on and rows to evaluate with; `train` is the first rows' texts.
 
   Raises:
@@ -44,8 +46,8 @@ def stream_data(settings: Settings, outline: Outline) -> Data:
     corpus,
     batch_size=settings.train.batch_size,
     pad_id=PAD_ID,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    own=sharding.own_rows(settings.train.batch_size, mesh),
+    writes=writes(),
   )
   first = [text for row in stream.first() for text in row]
   _log.info(

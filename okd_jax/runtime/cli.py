@@ -1,18 +1,20 @@
 """What every command shares: its argument parser and how errors leave it."""
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 from okd_jax.errors import UserError
+from okd_jax.runtime import distributed
 from okd_jax.runtime.files import cache_folder
 
 
@@ -42,6 +44,26 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
   """The flag --dtype."""
   kinds = ("float32", "bfloat16")
   parser.add_argument("--dtype", default=kinds[0], choices=kinds, help="of matmuls")
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+  """The flags that say which processes make one run."""
+  add = parser.add_argument_group("several processes").add_argument
+  add("--coordinator", default="", metavar="HOST:PORT", help="where process 0 is")
+  add("--processes", type=int, default=0, metavar="N", help="how many there are")
+  add("--process", type=int, default=-1, metavar="I", help="which one this is, from 0")
+
+
+@contextlib.contextmanager
+def devices(args: argparse.Namespace) -> Iterator[None]:
+  """Joins the processes that the flags of `add_processes` name; programs are kept.
+
+  Raises:
+    UserError: as `distributed.joined` does.
+  """
+  with distributed.joined(args.coordinator, args.processes, args.process):
+    use_compilation_cache()
+    yield
 
 
 def text_or_stdin(value: str, what: str) -> str:

@@ -9,9 +9,9 @@ import re
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.tree_util import KeyPath
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from okd_jax.errors import UserError
 
@@ -59,6 +59,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def described(mesh: Mesh) -> str:
+  """'mesh data=2 x fsdp=4', for people."""
+  sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+  return f"mesh {' x '.join(sizes) or 'of one device'}"
+
+
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
   """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path."""
   return jax.tree_util.tree_map_with_path(
@@ -96,12 +102,54 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def own_rows(count: int, mesh: Mesh) -> Int[np.ndarray, " M"]:
+  """Which of a batch's `count` rows lie on this process's devices, ascending.
+
+  Processes that the tensor axis goes across have the same rows.
+
+  Raises:
+    ValueError: if the rows do not spread evenly over the devices.
+  """
+  parts, ways = _own_parts(mesh), _row_ways(mesh)
+  if count < 1 or count % ways:
+    raise ValueError(f"{count} rows cannot be divided among {ways} devices")
+  return np.concatenate([np.arange(count).reshape(ways, -1)[part] for part in parts])
+
+
 def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
-  """This process's rows of a batch, any tree of arrays, as global arrays."""
-  sharding = batch_sharding(mesh)
+  """The `own_rows` of a batch, any tree of arrays, as global arrays."""
+  parts, ways = _own_parts(mesh), _row_ways(mesh)
+
+  def place(rows: np.ndarray) -> Array:
+    size = len(rows) // len(parts)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      at = parts.index((index[0].start or 0) // size) * size
+      return rows[at : at + size]
+
+    shape = (size * ways, *rows.shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+  return jax.tree.map(place, batch)
+
+
+def spread(batch: PyTree[np.ndarray], where: Sharding) -> PyTree[Array]:
+  """A batch that every process has whole, each device its part; nothing is sent."""
   return jax.tree.map(
-    lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch
+    lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
+    batch,
   )
+
+
+def _row_ways(mesh: Mesh) -> int:
+  """How many parts the rows of a batch come in."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _own_parts(mesh: Mesh) -> list[int]:
+  """Which of these lie on this process's devices, ascending."""
+  places = batch_sharding(mesh).addressable_devices_indices_map((_row_ways(mesh),))
+  return sorted({index[0].start or 0 for index in places.values()})
 
 
 def gathered(tree: PyTree[Array]) -> PyTree[Array | np.ndarray]:
@@ -117,7 +165,7 @@ def gathered(tree: PyTree[Array]) -> PyTree[Array | np.ndarray]:
 
 def whole_rows(batch_size: int, mesh: Mesh) -> int:
   """`batch_size`, rounded up to what spreads evenly over the devices."""
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = _row_ways(mesh)
   return -(-batch_size // ways) * ways
 
 
@@ -126,7 +174,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, group: int = 1) 
 
   group: rows that must stay together.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = _row_ways(mesh)
   if microbatches < 1 or batch_size % (microbatches * ways * group):
     groups = f" and of 1 / adapter.rows = {group}" if group > 1 else ""
     raise UserError(

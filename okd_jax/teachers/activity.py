@@ -16,7 +16,7 @@ from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Kept
 from okd_jax.runtime.files import read_json
-from okd_jax.runtime.sharding import batch_sharding
+from okd_jax.runtime.sharding import batch_sharding, spread
 from okd_jax.runtime.workdir import Workdir
 
 _PROJECTIONS = ("attention", "out"), ("mlp", "down")
@@ -42,7 +42,7 @@ def mean_squares(
   totals, tokens = {}, 0
   for batch in batches:
     tokens += int(np.sum(batch.segment_ids != 0))
-    rows = jax.device_put(batch, batch_sharding(mesh))
+    rows = spread(batch, batch_sharding(mesh))
     found = {k: np.asarray(v, np.float64) for k, v in step(params, rows).items()}
     totals = {k: v + totals.get(k, 0.0) for k, v in found.items()}
   return {name: total / max(tokens, 1) for name, total in totals.items()}

@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ def fill(
   Every process calls it; each keeps the rows that its own devices computed. Rows are
   always computed in the same company, so that it does not matter where a run was cut.
 
-  compute: jitted (frozen, batch) -> {name: [B, L, ...]}.
+  compute: (frozen, batch) -> {name: [B, L, ...]}.
   where: the array of a batch that is true, or above 0, where a row has values.
   frozen: the teacher's parameters, on `mesh`.
   length: what rows are padded to.
@@ -48,8 +48,8 @@ def fill(
   barrier("listed")  # before anyone writes, so that all agree on what is missing
   if not todo:
     return
-  size = _whole_batch(batch_size, mesh)
-  compute = functools.partial(compute, frozen)
+  size, by_rows = sharding.whole_rows(batch_size, mesh), sharding.batch_sharding(mesh)
+  compute = functools.partial(jax.jit(compute, out_shardings=by_rows), frozen)
   with _bar(total, total - len(todo)) as bar:
     for first in range(0, total, _BATCHES * size):
       rows = range(first, min(first + _BATCHES * size, total))
@@ -90,28 +90,24 @@ def _compute_rows(
 ) -> dict[int, dict]:
   """{row: its arrays} of those rows that this process computed."""
   own = {}
-  share = size // jax.process_count()
   for first in range(rows.start, rows.stop, size):
-    mine = range(first, first + size)[jax.process_index() * share :][:share]
+    mine = first + sharding.own_rows(size, mesh)
     # The last batch is filled up with its last row, which is nobody's twice.
     # As the teacher reads them: the same answers, after its own prompts.
     real = [examples[min(row, rows.stop - 1)].for_teacher() for row in mine]
     padded = [pad_row(example, length, PAD_ID) for example in real]
     arrays = {name: np.stack([row[name] for row in padded]) for name in padded[0]}
+    valid = dict(zip(mine.tolist(), arrays[where] > 0, strict=True))
     values = compute(sharding.put_batch(Batch.of(arrays), mesh))
-    values = jax.tree.map(_local, values)
-    for i, row in enumerate(row for row in mine if row < rows.stop):
-      valid = arrays[where][i] > 0
-      own[row] = {name: array[i][valid] for name, array in values.items()}
+    for name, array in values.items():
+      for i, value in _first_copies(array):
+        if (row := first + i) < rows.stop:
+          own.setdefault(row, {})[name] = value[valid[row]]
   return own
 
 
-def _local(array: jax.Array) -> np.ndarray:
-  """The rows of a global array that this process holds, in order."""
-  parts = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-  return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
-
-
-def _whole_batch(batch_size: int, mesh: Mesh) -> int:
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  return -(-batch_size // ways) * ways
+def _first_copies(array: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
+  """(number, value) of the rows of which this process holds the first copy."""
+  for shard in array.addressable_shards:
+    if shard.replica_id == 0:
+      yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)

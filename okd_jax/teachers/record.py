@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
@@ -61,7 +60,6 @@ def write(
 def _recorder(
   teacher: Decoder, settings: Settings, k: int, dtype: str, vocab_size: int
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
-  @jax.jit
   def record(frozen: PyTree, batch: Batch) -> dict[str, Array]:
     return stored.record(
       output(teacher, {"params": frozen}, batch),

@@ -63,7 +63,7 @@ def _batches(
     pad_id=PAD_ID,
   )
   where = sharding.batch_sharding(mesh)
-  return [jax.device_put(Batch.of(each), where) for each in rows]
+  return [sharding.spread(Batch.of(each), where) for each in rows]
 
 
 def _sums(

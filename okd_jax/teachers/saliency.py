@@ -21,7 +21,7 @@ from okd_jax.errors import UserError
 from okd_jax.losses import cross_entropy, weighted_sums
 from okd_jax.models import Decoder, output
 from okd_jax.runtime.files import read_json
-from okd_jax.runtime.sharding import batch_sharding, shardings
+from okd_jax.runtime.sharding import batch_sharding, shardings, spread
 from okd_jax.runtime.workdir import Workdir
 
 _log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def block_saliency(
   sums, tokens = zeros(), 0
   for batch in batches:
     tokens += int(np.sum(batch.mask))
-    rows = jax.device_put(batch, batch_sharding(mesh))
+    rows = spread(batch, batch_sharding(mesh))
     sums = step(sums, params, rows)
   means = jax.jit(_means, out_shardings=replicated)(layers, sums)
   return np.asarray(means, np.float64) / max(tokens, 1)

@@ -111,7 +111,6 @@ def complete(
   [(name, decoder)] = cast.teachers.items()
   start = _layers(cast)
 
-  @jax.jit
   def below(frozen: PyTree, batch: Batch) -> dict[str, Array]:
     hidden = output(decoder, {"params": frozen}, batch, stop=start).hidden
     return {"hidden": hidden.astype(jnp.bfloat16)}

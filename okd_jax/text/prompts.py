@@ -6,6 +6,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, UInt32
 
+from okd_jax.runtime.sharding import spread
+
 _SMALLEST_BUCKET = 32
 Tokens = Int[np.ndarray, " _"]
 # One number a row, traced or in host memory.
@@ -50,7 +52,7 @@ def left_padded(
   for i, prompt in enumerate(prompts):
     tokens[i, width - len(prompt) :] = prompt
   batch = (tokens, lengths, np.resize(rows, size).astype(np.uint32))
-  return batch if sharding is None else jax.device_put(batch, sharding)
+  return batch if sharding is None else spread(batch, sharding)
 
 
 def bucket(length: int | np.integer) -> int:

@@ -130,8 +130,8 @@ found, asked = rows.open_rows("memory://rows"), []
 read = found._read
 found._read = lambda i: asked.append(i) or read(i)
 batches = train_loader(
-  found, batch_size=4, length=64, pad_id=0, seed=0, process_index=process,
-  process_count=2,
+  found, batch_size=4, length=64, pad_id=0, seed=0,
+  own=np.arange(2 * process, 2 * process + 2),
 )
 mine = np.concatenate([next(batches)["row"] for _ in range(4)]) // 4
 assert sorted(set(asked)) == sorted(set(mine.tolist())), (asked, mine)

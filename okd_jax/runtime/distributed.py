@@ -1,0 +1,292 @@
+"""Several processes as one run: how they find each other, and how they end together.
+
+JAX's multi-controller runtime does the work; SLURM, Kubernetes, Open MPI or a TPU pod
+starts the processes, or flags say who they are.
+
+Notable features:
+  each process tells all others that it is alive, in the key-value store that JAX keeps
+    at process 0; one that falls silent, or ends with an error, takes the others down
+    with a sentence that names it, where a collective would wait for ever;
+  nothing of it is there in a run of one process.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src import distributed  # its key-value store has no public name
+
+from okd_jax.errors import UserError
+
+LOST = 1  # exit status where another process has ended
+_BEAT = 1.0  # seconds from one sign of life to the next
+_SILENCE = 20.0  # without one a process is taken for dead
+_ALIVE, _ENDED = "okd_jax/alive", "okd_jax/ended"
+_DONE = "done"
+_LONGEST = 500  # characters of an error, as the others hear it
+_log = logging.getLogger("okd_jax")
+
+
+@contextlib.contextmanager
+def joined(
+  coordinator: str = "", processes: int = 0, process: int = -1
+) -> Iterator[None]:
+  """Joins the processes of a run for the block, before any device is touched.
+
+  Without arguments it asks the environment. However the block ends, the others hear of
+  it: after an error they end as well, within seconds.
+
+  Args:
+    coordinator: HOST:PORT of process 0.
+    processes: how many there are; 1 joins nobody, whatever the environment says.
+    process: the number of this one, from 0.
+
+  Raises:
+    UserError: for arguments that do not fit each other, or where the others cannot be
+      found.
+  """
+  _check(coordinator, processes, process)
+  if not (coordinator or (processes != 1 and detected(os.environ))):
+    yield
+    return
+  _initialize(coordinator, processes, process)
+  if jax.process_count() == 1:
+    yield
+    return
+  if jax.process_index():
+    _log.setLevel(logging.WARNING)  # process 0 speaks for all
+  watch = _Watch(distributed.global_state.client)
+  with _coordinator_watched(watch), watch:
+    yield
+
+
+def found() -> str:
+  """Who takes part in the run, for people: '2 processes, 8 devices (TPU v5 lite)'."""
+  processes, devices = jax.process_count(), jax.device_count()
+  kind = jax.devices()[0].device_kind
+  parts = [f"{processes} processes"] if processes > 1 else []
+  parts.append(f"{devices} device{'s' * (devices > 1)} ({kind})")
+  return ", ".join(parts)
+
+
+def detected(environment: Mapping[str, str]) -> str:
+  """What started several processes, by name; '' where nothing says so.
+
+  Raises:
+    UserError: in an indexed Kubernetes job without the package that asks about it.
+
+  >>> detected({"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "2"})
+  'SLURM'
+  >>> detected({})
+  ''
+  """
+  if "SLURM_STEP_NODELIST" in environment and _several(environment, "SLURM_NTASKS"):
+    return "SLURM"
+  if "OMPI_MCA_orte_hnp_uri" in environment:
+    return "Open MPI" if _several(environment, "OMPI_COMM_WORLD_SIZE") else ""
+  if "," in environment.get("TPU_WORKER_HOSTNAMES", "") or _on_tpu_vm():
+    return "TPU"
+  if "JOB_COMPLETION_INDEX" in environment:
+    if importlib.util.find_spec("kubernetes") is None:
+      raise UserError(
+        "this is a pod of an indexed Kubernetes job: pip install okd-jax[k8s] to find "
+        "the other pods, or give --coordinator, --processes and --process"
+      )
+    return "Kubernetes"
+  return ""
+
+
+def _several(environment: Mapping[str, str], name: str) -> bool:
+  return environment.get(name, "").isdigit() and int(environment[name]) > 1
+
+
+def _on_tpu_vm() -> bool:
+  """Whether this machine has TPUs, on which JAX asks Google's metadata for others."""
+  chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+  return bool(chips) and importlib.util.find_spec("libtpu") is not None
+
+
+def _check(coordinator: str, processes: int, process: int) -> None:
+  given = f"--coordinator={coordinator} --processes={processes} --process={process}"
+  if not coordinator and processes in (0, 1) and process in (-1, 0):
+    return
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise UserError(f"{given}: the coordinator is HOST:PORT of process 0")
+  if not 0 <= process < processes:
+    raise UserError(f"{given}: process is a number from 0 to processes - 1")
+
+
+def _initialize(coordinator: str, processes: int, process: int) -> None:
+  """`jax.distributed.initialize`, whose errors become a sentence."""
+  # A recoverable client leaves it to `_Watch` what another one's death means.
+  jax.config.update("jax_enable_recoverability", True)
+  # All processes agree when to stop through `run.stop`, on any platform.
+  jax.config.update("jax_enable_preemption_service", False)
+  known = {}
+  if coordinator:
+    known = dict(
+      coordinator_address=coordinator,
+      num_processes=processes,
+      process_id=process,
+      cluster_detection_method="deactivate",
+    )
+  try:
+    jax.distributed.initialize(**known)
+  except (RuntimeError, ValueError, OSError) as error:
+    who = f"{coordinator} (process 0)" if coordinator else "the other processes"
+    raise UserError(f"cannot join {who}: {error}") from error
+
+
+class _Watch:
+  """Tells the others that this process is alive, and ends it when another one is not.
+
+  A context. Left well, the processes part as they came, process 0 last; left by an
+  error, the others hear of it.
+
+  status: what this process ends with, once it has nothing more to do; None before.
+  """
+
+  def __init__(self, client: Any):
+    self._client, self.status = client, None
+    self._own, self._count = jax.process_index(), jax.process_count()
+    self._seen: dict[int, tuple[str, float]] = {}
+    self._beats, self._over = 0, threading.Event()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+
+  def __enter__(self) -> None:
+    self._thread.start()
+
+  def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+    if error is None or _agreed(error):
+      self._tell(_DONE)
+      with contextlib.suppress(Exception):  # who has died meanwhile is not waited for
+        self._client.wait_at_barrier("okd_jax done", int(_SILENCE * 1000))
+    else:
+      if _of_collective(error):  # another process has died: `_run` says which
+        time.sleep(_SILENCE + 3 * _BEAT)
+      self._tell(" ".join(f"{kind.__name__}: {error}".split())[:_LONGEST])
+    self.status = _status(error)
+    self._over.set()
+    self._thread.join()
+    self._let_others_go_first()
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
+
+  def _let_others_go_first(self) -> None:
+    if self._own == 0:  # with which the store goes
+      time.sleep(3 * _BEAT)
+
+  def _tell(self, said: str) -> None:
+    with contextlib.suppress(Exception):  # the store may be gone
+      self._client.key_value_set(f"{_ENDED}/{self._own}", said)
+
+  def _run(self) -> None:
+    while not self._over.wait(_BEAT):
+      try:
+        self._beats += 1
+        self._client.key_value_set(
+          f"{_ALIVE}/{self._own}", str(self._beats), allow_overwrite=True
+        )
+        alive = dict(self._client.key_value_dir_get(_ALIVE))
+        ended = dict(self._client.key_value_dir_get(_ENDED))
+      except Exception:  # process 0 is gone: `_coordinator_watched` says so
+        continue
+      self._look(alive, ended)
+
+  def _look(self, alive: Mapping[str, str], ended: Mapping[str, str]) -> None:
+    now = time.monotonic()
+    for i in range(self._count):
+      if i == self._own:
+        continue
+      said = ended.get(f"{_ENDED}/{i}", "")
+      if said and said != _DONE:
+        self._end(f"process {i} has ended ({said})")
+      beat = alive.get(f"{_ALIVE}/{i}", "")
+      before, since = self._seen.get(i, (None, now))
+      self._seen[i] = (beat, now if beat != before else since)
+      if not said and now - self._seen[i][1] > _SILENCE:
+        self._end(f"process {i} has been silent for {_SILENCE:.0f} s")
+
+  def _end(self, why: str) -> None:
+    if self._over.is_set():
+      return
+    _say(
+      f"error: process {self._own} of {self._count} ends, since {why}; the last "
+      "checkpoint is whole: start all processes again to go on from it"
+    )
+    self._let_others_go_first()
+    os._exit(LOST)
+
+
+def _agreed(error: BaseException) -> bool:
+  """Whether this is how a run ends that all processes have agreed to stop."""
+  return isinstance(error, SystemExit) and error.code in (0, None, 128 + signal.SIGTERM)
+
+
+def _status(error: BaseException | None) -> int:
+  if error is None or isinstance(error, SystemExit):
+    return (error and error.code) or 0
+  return 2 if isinstance(error, UserError | OSError) else 1
+
+
+def _of_collective(error: BaseException) -> bool:
+  return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+
+
+def _say(sentence: str) -> None:
+  sys.stdout.flush()
+  os.write(2, (sentence + "\n").encode())
+
+
+@contextlib.contextmanager
+def _coordinator_watched(watch: _Watch) -> Iterator[None]:
+  """Says why, where JAX ends this process because process 0 is gone.
+
+  Its client does so by SIGABRT from a thread of its own, on which no handler of
+  Python's runs; one of C's does.
+  """
+  if jax.process_index() == 0:
+    yield
+    return
+  host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+  own, count = jax.process_index(), jax.process_count()
+
+  def aborted(number: int) -> None:
+    if watch.status is not None:
+      os._exit(watch.status)
+    if not _answers(host, int(port)):
+      _say(
+        f"error: process {own} of {count} ends, since process 0, which coordinates the "
+        "run, has ended; the last checkpoint is whole: start all processes again to go "
+        "on from it"
+      )
+      os._exit(LOST)
+
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+  libc = ctypes.CDLL(None)
+  libc.signal.restype = ctypes.c_void_p
+  libc.signal(signal.SIGABRT, handler)
+  try:
+    yield
+  finally:
+    libc.signal(signal.SIGABRT, signal.SIG_DFL)
+
+
+def _answers(host: str, port: int) -> bool:
+  try:
+    with socket.create_connection((host.strip("[]"), port), timeout=2):
+      return True
+  except OSError:
+    return False
