@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Several processes on one machine, which train one student together.
-#   launch/local_processes.sh 2 configs/gpt2.py:base runs/gpt2-base [--config.key=value …]
+#   launch/local_processes.sh 2 configs/gpt2.py:base runs/gpt2-base [flags]
 # With NVIDIA GPUs each process gets its even share of them, of those in
 # CUDA_VISIBLE_DEVICES if it is set. DEVICES=4 gives each of them 4 simulated devices on
 # the CPU instead. [i] stands before each line that process i prints.
 #
 # Run it again to go on after a stop. SIGTERM or SIGINT reaches all processes: they save
-# and end with 143; a second one ends them at once. One that fails takes the others down,
-# by SIGKILL after GRACE seconds. The exit status is the first that was not 0.
+# and end with 143; a second one ends them at once. One that fails takes the others
+# down, by SIGKILL after GRACE seconds. The exit status is the first that was not 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,7 +44,7 @@ elif [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] && command -v nvidia-smi >/dev/null; t
 fi
 share=$((${#gpus[@]} / processes))
 ((share * processes == ${#gpus[@]})) ||
-  fail "${#gpus[@]} GPUs cannot be shared evenly by $processes processes; set CUDA_VISIBLE_DEVICES or another number"
+  fail "$processes processes cannot share ${#gpus[@]} GPUs evenly; change either number"
 
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"' EXIT

@@ -7,7 +7,7 @@
 #   launch/tpu_vm.sh logs        follows what a worker prints, from its last lines on
 #   launch/tpu_vm.sh stop        SIGTERM: the run saves and ends with 143
 #   launch/tpu_vm.sh resume CONFIG gs://BUCKET/RUN [the same flags]
-#                                makes the slice anew if it was preempted, and runs again
+#                                makes a preempted slice anew, and runs again
 #   launch/tpu_vm.sh delete      gives the slice back
 # --dry-run before any of these, or DRY_RUN=1, prints the commands and runs none.
 set -euo pipefail
@@ -71,11 +71,15 @@ create() {
   fi
   tpus queued-resources create "$NAME" --node-id="$NAME" \
     --accelerator-type="$TYPE" --runtime-version="$VERSION" --spot
+  await
+}
+
+await() {
+  local state=''
   if [[ $DRY_RUN == 1 ]]; then
     look
     return
   fi
-  local state=''
   until [[ $state == ACTIVE ]]; do
     state=$(look)
     echo "$NAME: $state" >&2
@@ -119,14 +123,26 @@ run() {
   [[ $# -ge 2 ]] || fail "usage: launch/tpu_vm.sh run CONFIG gs://BUCKET/RUN [flags]"
   case $2 in
     gs://* | /*) ;; # a path is for a disk that all workers mount
-    *) fail "the workdir $2 would lie on each worker's own disk; name gs://BUCKET/RUN" ;;
+    *) fail "the workdir $2 would lie on each worker's disk; name gs://BUCKET/RUN" ;;
   esac
   # ssh may end and the run goes on; the lock keeps a second one off.
   on_workers all "set -e
 flock --nonblock okd.lock true || { echo 'a run is going on here'; exit 1; }
-nohup setsid sh -c 'flock --nonblock okd.lock env \"\$@\"; echo \"exit status \$?\"' run \\
+nohup setsid sh -c '$(kept)' run \\
   ${RUN_ENV:+$RUN_ENV }PYTHON=\"\$HOME/okd-venv/bin/python\" \\
   okd-jax/launch/local.sh $(quoted "$@") >>okd.log 2>&1 </dev/null &"
+}
+
+# What a worker keeps of a run: a lock as long as it lasts, its process id, its status.
+kept() {
+  cat <<'END'
+exec 9>okd.lock
+flock --nonblock 9 || exit 1
+env "$@" &
+echo $! >okd.pid
+wait $!
+echo "exit status $?"
+END
 }
 
 resume() {
@@ -140,6 +156,10 @@ resume() {
   fi
   case $state in
     ACTIVE | READY) ;;
+    ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | CREATING) # still in the queue
+      if [[ $SPOT == 1 ]]; then await; fi
+      install
+      ;;
     *)
       if [[ -n $state ]]; then delete; fi
       create
@@ -151,8 +171,10 @@ resume() {
 
 logs() { on_workers "$WORKER" "tail -n 50 -F okd.log"; }
 
-# The brackets keep pkill from the shell that calls it.
-stop() { on_workers all "pkill -TERM -f '[o]kd_jax.main' || echo 'no run here'"; }
+stop() {
+  on_workers all \
+    "flock --nonblock okd.lock echo 'no run here' || kill -TERM \$(cat okd.pid)"
+}
 
 if [[ ${1:-} == --dry-run ]]; then
   DRY_RUN=1
@@ -160,5 +182,5 @@ if [[ ${1:-} == --dry-run ]]; then
 fi
 case ${1:-} in
   create | install | run | logs | stop | resume | delete) "$@" ;;
-  *) fail "usage: launch/tpu_vm.sh [--dry-run] create|install|run|logs|stop|resume|delete" ;;
+  *) fail "usage: launch/tpu_vm.sh create|install|run|logs|stop|resume|delete" ;;
 esac
