@@ -80,6 +80,9 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
 done
 
+# From here on bash would only tell, in its own way, who was killed by which signal.
+exec 3>&2 2>/dev/null
+
 alive=("${pids[@]}") status=0 told="" deadline=""
 
 tell() {
@@ -114,7 +117,7 @@ while ((${#alive[@]})); do
   if [[ -n $deadline ]]; then
     [[ -n $told ]] || tell TERM
     if ((SECONDS >= deadline)); then
-      echo "error: ${#alive[@]} processes did not end within $grace s" >&2
+      echo "error: ${#alive[@]} of $processes processes did not end within $grace s" >&3
       tell KILL
       deadline=$((SECONDS + grace))
     fi

@@ -1,5 +1,7 @@
 """The scripts for one machine, with real runs."""
 
+import sys
+
 import pytest
 from commands import QUICK, losses, rows
 from commands import environment as user
@@ -9,7 +11,12 @@ pytestmark = pytest.mark.slow
 
 
 def run(script, *arguments, **changes):
-  return bash(LAUNCH / script, *arguments, env=user() | changes, timeout=300)
+  return bash(
+    LAUNCH / script,
+    *arguments,
+    env=user() | {"PYTHON": sys.executable} | changes,
+    timeout=600,
+  )
 
 
 def test_two_processes_train_what_one_does(tmp_path):

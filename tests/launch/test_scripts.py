@@ -72,6 +72,13 @@ def test_one_that_fails_takes_the_others_down(python):
     3, "debug", "w", PYTHON=python, WRONG=1, ROUNDS=300, GRACE=20, status=3
   )
   assert {"[0] saved", "[2] saved"} <= set(done.stdout.splitlines())
+  assert "rminated" not in done.stderr
+  stub(python, RUN.replace("trap 'echo saved; exit 143'", "trap ''"))
+  done = processes(
+    2, "debug", "w", PYTHON=python, WRONG=1, ROUNDS=300, GRACE=1, status=3
+  )
+  last = done.stderr.splitlines()[-1]
+  assert last == "error: 1 of 2 processes did not end within 1 s"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
