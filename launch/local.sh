@@ -4,6 +4,10 @@
 # Run it again to go on after a stop; SIGTERM saves first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [[ $# -lt 2 ]]; then
+  echo "error: usage: launch/local.sh CONFIG WORKDIR [flags]" >&2
+  exit 2
+fi
 config=$1 workdir=$2
 shift 2
 # Huge pages spare glibc's page faults on CPU; they change nothing elsewhere.
