@@ -4,10 +4,9 @@
     python -m okd_jax.main --config=configs/X.py --config.teacher.cache=DIR --workdir=W
 
 Of each token that counts: the K likeliest ids, their log-probabilities and the mass of
-the rest, of the distribution at method.temperature; the rows to train on in DIR/train,
-those held out in DIR/eval. The configuration is the run's own; where it names stages,
---workdir is the run that has finished them. Killed and run again, the command goes on
-with the rows that are missing. Each folder's made_from.json says what it was made of.
+the rest, at method.temperature; rows to train on in DIR/train, those held out in
+DIR/eval. The configuration is the run's own; where it names stages, --workdir is the
+run that has finished them. Killed and run again, it goes on with the missing rows.
 """
 
 from pathlib import Path
@@ -34,8 +33,8 @@ def main(arguments: list[str]) -> None:
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
   with cli.devices(args):
-    workdir, folder = Workdir(own.workdir), local(args.output)
-    write(build(own.config, workdir), folder, args.k, args.dtype)
+    run = build(own.config, Workdir(own.workdir))
+    write(run, local(args.output), args.k, args.dtype)
 
 
 def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
@@ -66,8 +65,8 @@ def _parser() -> cli.Parser:
   add = parser.add_argument
   add("--output", required=True, help="folder of the store; gone on with if it is one")
   add("--k", type=int, default=32, help="tokens kept a position; 0 is all of them")
-  kinds = ("float32", "float16", "bfloat16")
-  add("--dtype", default="float16", choices=kinds, help="of the log-probabilities")
+  kinds = dict(default="float16", choices=["float32", "float16", "bfloat16"])
+  add("--dtype", help="of the log-probabilities", **kinds)
   add("--workdir", default="", help="a run whose finished stages the paths mean")
   cli.add_processes(parser)
   return parser

@@ -23,20 +23,18 @@ def train_loader(
   teacher_length: int = 0,
   own: Int[np.ndarray, " M"] | None = None,
 ) -> grain.DatasetIterator:
-  """An endless iterator over shuffled batches, of which this process makes its rows.
+  """Endless shuffled batches, of which this process makes its rows.
 
   Global batch n is the same for any number of processes; the state is one number.
 
   Args:
-    batch_size: B of all processes.
-    length, pad_id, teacher_length: of the rows, as in `whole_row`.
+    batch_size: B of all processes; length, pad_id, teacher_length: as in `whole_row`.
     seed: any integer from 0 to 2^32 - 1.
     packs: which of `examples` share a row (`pack`); None: each has its own.
     own: which rows of a batch are this process's (`sharding.own_rows`); None: all.
 
   Returns:
-    Stacked `whole_row`s, [M, L], `row` int32 [M], their indices into `packs`, and
-    `all_rows` int32 [B], those of all processes.
+    Stacked `whole_row`s [M, L], `row` [M] and `all_rows` [B], indices into `packs`.
 
   Raises:
     ValueError: without examples, or for a batch size below 1.
@@ -47,11 +45,10 @@ def train_loader(
   [0, 1, 2, 3]
   """
   packs = _checked(examples, packs, batch_size)
-  sizes = length, pad_id, teacher_length
-  own = np.arange(batch_size) if own is None else own
 
   def make(rows: Int[np.ndarray, " B"]) -> Batch:
-    batch = _batch(examples, packs, rows[own], *sizes)
+    mine = rows if own is None else rows[own]
+    batch = _batch(examples, packs, mine, length, pad_id, teacher_length)
     return batch | {"all_rows": np.asarray(rows, np.int32)}
 
   return _stream(len(packs), batch_size, seed, make)

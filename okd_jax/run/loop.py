@@ -118,7 +118,7 @@ def train(
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)
     with Progress(run, writer, place.step) as progress, trace:
       state, step = _loop(
-        run, place, checkpoints, batches, evaluations, stop, progress, trace
+        run, place, checkpoints, batches, evaluations, Agreement(stop), progress, trace
       )
     stop.check()
     chosen = checkpoints.best_step()
@@ -217,14 +217,13 @@ def _loop(
   checkpoints: Checkpoints,
   batches: Batches,
   evaluations: Evaluations,
-  stop: Stop,
+  agreement: Agreement,
   progress: Progress,
   trace: Trace,
 ) -> tuple[TrainState, int]:
   """Trains to the last step, or to where patience ends: (state, step), all saved."""
   state, step, loader = place
   programs, frozen, pending = _Programs(run), run.cast.frozen, None
-  agreement = Agreement(stop)
   while step < run.plan.steps and not evaluations.stalled():
     trace.begin(step + 1, state)
     rows = next(loader)
