@@ -28,8 +28,6 @@ def main(arguments: list[str]) -> None:
   """Stores as the arguments say; a UserError for whatever is wrong with them."""
   args, rest = _parser().parse_known_args(arguments)
   own = stages(read.read(rest), local(args.workdir or args.output))[-1]
-  if args.k < 0:
-    raise UserError(f"--k={args.k} must be at least 0")
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
   with cli.devices(args):
@@ -64,7 +62,8 @@ def _parser() -> cli.Parser:
   )
   add = parser.add_argument
   add("--output", required=True, help="folder of the store; gone on with if it is one")
-  add("--k", type=int, default=32, help="tokens kept a position; 0 is all of them")
+  k = cli.number(int, "at least 0", lambda k: k >= 0)
+  add("--k", type=k, default=32, help="tokens kept a position; 0 is all of them")
   kinds = dict(default="float16", choices=["float32", "float16", "bfloat16"])
   add("--dtype", help="of the log-probabilities", **kinds)
   add("--workdir", default="", help="a run whose finished stages the paths mean")
