@@ -19,7 +19,8 @@ from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import gguf, hf
 from okd_jax.models.formats.card import licence
-from okd_jax.models.formats.weights import Params, Put
+from okd_jax.models.formats.parts import Where, on_default_device
+from okd_jax.models.formats.weights import Params
 from okd_jax.models.transformer import Decoder, logits
 from okd_jax.runtime.files import local
 
@@ -59,7 +60,7 @@ def load(
   path: str | os.PathLike,
   *,
   dtype: DTypeLike = jnp.float32,
-  put: Put = hf.put_whole,
+  where: Where = on_default_device,
   params: bool = True,
   quantize: bool = False,
   layers: range | None = None,
@@ -69,8 +70,8 @@ def load(
   Args:
     path: of the folder, file or workdir, or the hub's id.
     dtype: what the parameters become, whatever they are stored as.
-    put: places a parameter given its path ('layers/mlp/up/kernel') and host array;
-      with one that shards, the model is never whole on one device.
+    where: the sharding of a parameter, given its path ('layers/mlp/up/kernel') and
+      shape; a process reads what its own devices need and no more.
     params: False reads configuration and tokenizer only.
     quantize: makes the layers' kernels int8 (`models.int8`): for weights that nobody
       trains.
@@ -94,7 +95,7 @@ def load(
   place = place_of(path)
   reader = gguf if place.is_file() else hf
   how = {"params": params, "quantize": quantize, "layers": layers}
-  return Model(*reader.load(place, dtype=dtype, put=put, **how))
+  return Model(*reader.load(place, dtype=dtype, where=where, **how))
 
 
 def load_tokenizer(path: str | os.PathLike) -> "transformers.PreTrainedTokenizerBase":

@@ -42,10 +42,10 @@ def export_student(
 
   template: what its prompts were written with, '' for none; None is what the run says.
   """
-  tree = gathered(student.merged(run.cast, params[STUDENT]))
-  if writes() and folder.suffix == GGUF:
+  tree = student.merged(run.cast, params[STUDENT])
+  if folder.suffix == GGUF:
     models.save_gguf(folder, tree, run.outline.student, run.outline.tokenizer)
-  elif writes():
+  else:
     models.save(
       folder,
       tree,
@@ -216,17 +216,15 @@ def _save(
   template: str = "",
 ) -> None:
   """Writes a model that is not the student."""
-  tree = gathered(params)
-  if writes():
-    models.save(
-      folder,
-      tree,
-      config,
-      tokenizer,
-      dtype=run.job.settings.export.dtype,
-      card=card,
-      template=template,
-    )
+  models.save(
+    folder,
+    params,
+    config,
+    tokenizer,
+    dtype=run.job.settings.export.dtype,
+    card=card,
+    template=template,
+  )
 
 
 def _template(run: Run | Shapes) -> str:

@@ -67,8 +67,8 @@ def _held(settings: Settings, cast: Cast, mesh: Mesh) -> PyTree:
   quantize = student.dtype == INT8
   dtype = jnp.dtype("float32" if quantize else student.dtype or "float32")
   if student.path and isinstance(adapter, Lora):
-    put = functools.partial(sharding.put, mesh)  # never whole in float32
-    return models.load(student.path, dtype=dtype, put=put, quantize=quantize).params
+    where = functools.partial(sharding.place, mesh)  # never whole in float32
+    return models.load(student.path, dtype=dtype, where=where, quantize=quantize).params
 
   def part(whole: PyTree) -> PyTree:
     rest = jax.tree.map(lambda x: x.astype(dtype), adapter.held(whole))
@@ -89,17 +89,20 @@ def merged(cast: Cast, trained: PyTree) -> PyTree:
 
 def _whole(settings: Settings, cast: Cast, mesh: Mesh) -> PyTree:
   """All of the student at step 0, in float32."""
-  student = settings.student
+  student, where = settings.student, functools.partial(sharding.place, mesh)
   if student.path:
-    return models.load(student.path, put=functools.partial(sharding.put, mesh)).params
+    return models.load(student.path, where=where).params
   if student.from_teacher:
     [(name, teacher)] = cast.teachers.items()
     keep = student.taken(teacher.config.num_layers)
-    # Copies: the step donates the student's buffers, not the teacher's.
-    own, config = models.take_layers(cast.frozen[name], teacher.config, keep)
-    own = jax.tree.map(lambda x: x.astype(jnp.float32), int8.dequantized(own))
-    own = models.narrowed(own, config, cast.kept) if cast.kept else own
-    return jax.device_put(own, sharding.shardings(own, mesh))
+
+    def part(whole: PyTree) -> PyTree:
+      # Copies: the step donates the student's buffers, not the teacher's.
+      own, config = models.take_layers(whole, teacher.config, keep)
+      own = jax.tree.map(lambda x: x.astype(jnp.float32), int8.dequantized(own))
+      return models.narrowed(own, config, cast.kept) if cast.kept else own
+
+    return _placed(part, cast.frozen[name], mesh)
   key, tokens = keys(settings.train.seed)[0], jnp.zeros(_TOKENS, jnp.int32)
   return _placed(lambda k: cast.student.init(k, tokens)["params"], key, mesh)
 

@@ -86,10 +86,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   return PartitionSpec()
 
 
-def put(mesh: Mesh, path: str, array: Array | np.ndarray) -> Array:
-  """Places the parameter of this path by the rules."""
-  where = NamedSharding(mesh, spec(path, array.shape, mesh))
-  return jax.device_put(array, where)
+def place(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+  """Where the rules put the parameter of this path."""
+  return NamedSharding(mesh, spec(path, shape, mesh))
 
 
 def path_name(path: KeyPath) -> str:

@@ -44,7 +44,7 @@ def load_teachers(
   read = functools.partial(
     models.load,
     dtype=jnp.dtype(settings.teacher_dtype),
-    put=functools.partial(sharding.put, mesh),
+    where=functools.partial(sharding.place, mesh),
     quantize=settings.quantizes and not adapter,
   )
   found = {name: read(teacher_path(settings, name)).params for name in shapes}

@@ -106,7 +106,7 @@ def _layer_by_layer(
     models.load,
     path,
     dtype=jnp.dtype(settings.teacher_dtype),
-    put=functools.partial(sharding.put, mesh),
+    where=functools.partial(sharding.place, mesh),
   )
   outer = read(layers=range(0)).params
   layer = read(layers=range(1)).params

@@ -19,17 +19,11 @@ from jaxtyping import Float
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
-from okd_jax.models.formats import gguf_tokenizer, hf
+from okd_jax.models.formats import gguf_tokenizer
+from okd_jax.models.formats.assembly import assemble
 from okd_jax.models.formats.families import family_of
-from okd_jax.models.formats.weights import (
-  QKV,
-  Params,
-  Put,
-  Weight,
-  assemble,
-  linear,
-  norm,
-)
+from okd_jax.models.formats.parts import Bounds, Where, on_default_device
+from okd_jax.models.formats.weights import QKV, Params, Weight, linear, norm
 from okd_jax.models.rope import rope_frequencies
 
 Value = bool | int | float | str | list[Any] | None  # what a field may hold
@@ -74,7 +68,7 @@ def load(
   path: Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  put: Put = hf.put_whole,
+  where: Where = on_default_device,
   params: bool = True,
   quantize: bool = False,
   layers: range | None = None,
@@ -84,9 +78,9 @@ def load(
   Args:
     path: the file.
     dtype: what the parameters become.
-    put: places a finished parameter, given its path, on its device or devices.
+    where: places a parameter, given its path and shape.
     params: False leaves them out.
-    quantize, layers: as of `weights.assemble`.
+    quantize, layers: as of `assembly.assemble`.
 
   Raises:
     UserError: where the `gguf` package is missing, the file is damaged, or it
@@ -98,8 +92,8 @@ def load(
   tokenizer = build(str(path)) if layers is None else None
   if not params:
     return config, None, tokenizer
-  how = {"dtype": dtype, "quantize": quantize, "layers": layers, "where": str(path)}
-  tree = assemble(config, file.table, file.shapes, file.read, put, **how)
+  how = {"dtype": dtype, "quantize": quantize, "layers": layers, "where": where}
+  tree = assemble(config, file.table, file, **how)
   return config, tree, tokenizer
 
 
@@ -118,8 +112,10 @@ def licence(path: Path) -> dict[str, str]:
 class _File:
   """An open GGUF file: metadata fields, tensor shapes, and tensors on demand."""
 
+  whole = True  # quantised in blocks, which are not those of a part
+
   def __init__(self, path: Path) -> None:
-    self.path = path
+    self.path, self.name = path, str(path)
     self.fields, self._tensors = _read(path)
     self.arch = self.fields.get("general.architecture")
     if self.arch not in WEIGHTS:
@@ -154,7 +150,11 @@ class _File:
     # Floats are stored as float32: 1e-5 would come out as 9.99999974e-06.
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
-  def read(self, name: str) -> np.ndarray:
+  def read(self, name: str, bounds: Bounds) -> np.ndarray:
+    """What of a tensor lies within the bounds, in float32."""
+    return self._whole(name)[tuple(slice(*each) for each in bounds)]
+
+  def _whole(self, name: str) -> np.ndarray:
     """A tensor in float32, its rows in the order of the HF layout."""
     tensor = self._raw(name)
     if self.arch == "llama" and (found := re.search(r"\.attn_([qk])\.", name)):

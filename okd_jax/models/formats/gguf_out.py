@@ -17,9 +17,11 @@ import transformers
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig, RopeScaling
 from okd_jax.models.formats import gguf_tokenizer
+from okd_jax.models.formats.assembly import disassemble
 from okd_jax.models.formats.gguf import WEIGHTS
-from okd_jax.models.formats.weights import Params, disassemble
+from okd_jax.models.formats.weights import Params
 from okd_jax.models.rope import rope_frequencies
+from okd_jax.runtime.workdir import writes
 
 KINDS = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
 # Families whose network llama.cpp has under these names.
@@ -39,7 +41,7 @@ def save(
   config: ModelConfig,
   tokenizer: "transformers.PreTrainedTokenizerBase | None",
 ) -> None:
-  """Writes the file, whole or not at all.
+  """Writes the file, whole or not at all; every process calls it, process 0 writes.
 
   Raises:
     UserError: where the `gguf` package is missing, or llama.cpp has no such network or
@@ -51,6 +53,8 @@ def save(
     )
   _check(path, config)
   kind, fields, tensors = _kind(path), _fields(config), _tensors(config, params)
+  if not writes():
+    return
   if tokenizer is not None:
     fields |= gguf_tokenizer.describe(tokenizer, config.vocab_size, str(path))
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,7 @@ def _fields(config: ModelConfig) -> dict[str, Any]:
 
 def _tensors(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
   arch = ARCHITECTURES[config.family]
-  tensors = disassemble(config, WEIGHTS[arch], params, dtype=np.float32)
+  tensors = dict(disassemble(config, WEIGHTS[arch], params, dtype=np.float32))
   if arch == "llama":
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
     tensors = {

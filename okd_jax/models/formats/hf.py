@@ -1,16 +1,19 @@
 """Hugging Face folders, both ways: config.json, safetensors, tokenizer.
 
-Weights are read one tensor at a time, stacked on the host and placed one parameter
-at a time, so no device ever holds more than its share. Nothing is executed from a
-folder: no pickle, no remote code.
+Of the weights each process reads what its devices need, a parameter's part at a time,
+and writes one tensor after the other, so that nobody ever holds more than a share.
+Nothing is executed from a folder: no pickle, no remote code.
 """
 
+import collections
 import dataclasses
 import importlib.util
+import itertools
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,14 @@ from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
 from okd_jax.models.config import ModelConfig
+from okd_jax.models.formats.assembly import assemble, disassemble, stored_shapes
 from okd_jax.models.formats.card import Card, model_card
 from okd_jax.models.formats.families import FAMILIES, Family, family_of
+from okd_jax.models.formats.parts import Where, on_default_device
 from okd_jax.models.formats.tensors import HEAD, Tensors, weight_files
-from okd_jax.models.formats.weights import Params, Put, Weight, assemble, disassemble
+from okd_jax.models.formats.weights import Params, Weight
 from okd_jax.runtime.files import read_json, replacing, write_json
+from okd_jax.runtime.workdir import writes
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -48,16 +54,11 @@ _OURS = re.compile(
 )
 
 
-def put_whole(path: str, array: np.ndarray) -> jax.Array:
-  """Places a parameter whole on the default device."""
-  return jax.device_put(array, may_alias=False)
-
-
 def load(
   folder: Path,
   *,
   dtype: DTypeLike = jnp.float32,
-  put: Put = put_whole,
+  where: Where = on_default_device,
   params: bool = True,
   quantize: bool = False,
   layers: range | None = None,
@@ -65,7 +66,7 @@ def load(
   """(config, parameters, tokenizer) of an HF folder.
 
   Parameters are None if `params` is False, the tokenizer if the folder has none.
-  `quantize` and `layers` are those of `weights.assemble`.
+  `quantize` and `layers` are those of `assembly.assemble`.
   """
   raw = _raw_config(folder)
   config = _config(folder, raw)
@@ -81,11 +82,9 @@ def load(
   tree = assemble(
     config,
     table,
-    tensors.shapes,
-    tensors.read,
-    put,
+    tensors,
     dtype=dtype,
-    where=str(folder),
+    where=where,
     quantize=quantize,
     layers=layers,
   )
@@ -173,7 +172,8 @@ def save(
 ) -> None:
   """Writes a folder that `AutoModelForCausalLM` and `load` both open.
 
-  It appears whole or not at all, and the same arguments give the same bytes.
+  It appears whole or not at all, and the same arguments give the same bytes. Every
+  process of a run calls it, and process 0 writes.
 
   Args:
     dtype: of the stored weights: float32, bfloat16 or float16.
@@ -196,9 +196,14 @@ def save(
   raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
   family = family_of(config.family)
   tensors = disassemble(config, _table(family), params, dtype=dtype)
+  if not writes():
+    collections.deque(tensors, 0)  # takes part in fetching them
+    return
+  shapes = stored_shapes(config, _table(family))
+  shards = _shards(shapes, np.dtype(dtype).itemsize, max_shard_bytes)
   with replacing(folder, _OURS) as partial:
     _write_configs(partial, config, raw, tokenizer)
-    _write_weights(partial, tensors, max_shard_bytes)
+    _write_weights(partial, tensors, shards)
     (partial / "README.md").write_text(_readme(config, params, card or Card()), "utf-8")
 
 
@@ -231,7 +236,7 @@ def _tie(folder: Path, tensors: Tensors, embedding: str) -> None:
   if embedding not in tensors.shapes:
     tensors.rename(HEAD, embedding)
     return
-  if not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
+  if not tensors.equal(HEAD, embedding):
     raise UserError(
       f"{folder}: config.json ties the embeddings, but {HEAD} differs from "
       f"{embedding}; set tie_word_embeddings to false if the head is a separate one"
@@ -315,30 +320,36 @@ def _write_tokenizer(
   write_json(path, raw, sort_keys=True)
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], limit: int) -> None:
-  shards = list(_shards(tensors, limit))
-  if len(shards) == 1:
-    save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
-    return
-  weight_map = {}
-  for number, shard in enumerate(shards, 1):
-    name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+def _write_weights(
+  folder: Path,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  shards: Sequence[Sequence[str]],
+) -> None:
+  """Writes each file as soon as its tensors are there, and the index."""
+  weight_map, total = {}, 0
+  for number, names in enumerate(shards, 1):
+    shard = dict(itertools.islice(tensors, len(names)))
+    total += sum(tensor.nbytes for tensor in shard.values())
+    name = "model.safetensors"
+    if len(shards) > 1:
+      name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     save_file(shard, folder / name, {"format": "pt"})
     weight_map |= dict.fromkeys(shard, name)
-  total = sum(tensor.nbytes for tensor in tensors.values())
-  index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-  write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
 def _shards(
-  tensors: Mapping[str, np.ndarray], limit: int
-) -> Iterator[dict[str, np.ndarray]]:
-  """Fills one shard after the other; a tensor beyond the limit gets its own."""
-  shard, size = {}, 0
-  for name, tensor in tensors.items():
-    if shard and size + tensor.nbytes > limit:
-      yield shard
-      shard, size = {}, 0
-    shard[name] = tensor
-    size += tensor.nbytes
-  yield shard
+  shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int
+) -> list[list[str]]:
+  """Fills one file after the other; a tensor beyond the limit gets its own."""
+  shards, size = [[]], 0
+  for name, shape in shapes.items():
+    nbytes = math.prod(shape) * itemsize
+    if shards[-1] and size + nbytes > limit:
+      shards.append([])
+      size = 0
+    shards[-1].append(name)
+    size += nbytes
+  return shards

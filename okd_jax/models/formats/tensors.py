@@ -5,20 +5,37 @@ wrapped it (`torch.compile`, a data-parallel module), saved it without its head,
 part of a larger one; the names tell.
 """
 
+import io
+import json
+import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from okd_jax.errors import UserError
+from okd_jax.models.formats import parts
 from okd_jax.models.formats.families import Family
+from okd_jax.models.formats.parts import Bounds
 from okd_jax.runtime.files import read_json
 
 HEAD = "lm_head.weight"
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_NUMPY = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(jnp.bfloat16),
+}
+_FLOATS = tuple(_NUMPY)
+_SMALL = 64  # bytes
+_BLOCK = 8 << 20  # bytes that are read at once
+_ROWS = 1024  # that are compared at once
 _COMPILED = "_orig_mod."  # torch.compile puts it anywhere
 
 
@@ -35,8 +52,10 @@ def open_safetensors(path: Path) -> safetensors.safe_open:
 class Tensors:
   """The tensors of a folder by name, whichever of its files they are in.
 
-  shapes: of all that the family does not ignore.
+  name: the folder; shapes: of all that the family does not ignore.
   """
+
+  whole = False
 
   def __init__(self, folder: Path, family: Family, part: bool = False) -> None:
     """Reads the names and shapes.
@@ -47,9 +66,9 @@ class Tensors:
     Raises:
       UserError: for files that are missing or damaged, and for quantised weights.
     """
-    files = {path.name: open_safetensors(path) for path in weight_files(folder)}
-    found = {name: file for file in files for name in files[file].keys()}
-    self._place, self.shapes = {}, {}
+    self.name, self._place, self.shapes = str(folder), {}, {}
+    files = {path.name: _File(path) for path in weight_files(folder)}
+    found = {name: file for file in files for name in files[file].headers}
     for theirs, name in table_names(found, family, part).items():
       if re.search(family.ignored, name):
         continue
@@ -58,20 +77,31 @@ class Tensors:
           f"{folder}: {theirs} and {self._place[name][1]} are both {name}; which is "
           "meant cannot be told"
         )
-      file = found[theirs]
-      header = files[file].get_slice(theirs)
-      if header.get_dtype() not in _FLOATS:
+      file = files[found[theirs]]
+      header = file.headers[theirs]
+      if header["dtype"] not in _FLOATS:
         raise UserError(
-          f"{folder / file}: {theirs} is {header.get_dtype()}, not one of "
+          f"{file.path}: {theirs} is {header['dtype']}, not one of "
           f"{', '.join(_FLOATS)}; quantised weights are not supported"
         )
-      self._place[name] = files[file], theirs
-      self.shapes[name] = tuple(header.get_shape())
+      self._place[name] = file, theirs
+      self.shapes[name] = tuple(header["shape"])
 
-  def read(self, name: str) -> np.ndarray:
-    """One tensor."""
+  def read(self, name: str, bounds: Bounds) -> np.ndarray:
+    """What of a tensor lies within the bounds; no more is read of its file."""
     file, theirs = self._place[name]
-    return file.get_tensor(theirs)
+    return file.read(theirs, bounds)
+
+  def equal(self, one: str, other: str) -> bool:
+    """Whether two tensors hold the same; each process of a run compares a share."""
+    shape = self.shapes[one]
+    if shape != self.shapes[other]:
+      return False
+    rows, rest = range(0, shape[0], _ROWS), tuple((0, size) for size in shape[1:])
+    return all(
+      np.array_equal(*(self.read(name, (block, *rest)) for name in (one, other)))
+      for block in ((i, min(i + _ROWS, shape[0])) for i in _share(rows))
+    )
 
   def rename(self, name: str, new: str) -> None:
     """Puts a tensor under another name."""
@@ -80,6 +110,79 @@ class Tensors:
   def drop(self, name: str) -> None:
     """Leaves a tensor out."""
     del self._place[name], self.shapes[name]
+
+
+class _File:
+  """A safetensors file, of which parts of tensors are read.
+
+  A header of JSON, its length before it, says where each tensor lies; the library
+  checks that, and maps files into memory as a whole, which here a reader of a part does
+  not want.
+
+  headers: of each tensor its dtype, shape and place, by name.
+  """
+
+  def __init__(self, path: Path) -> None:
+    """Reads the header; a UserError if the file is damaged."""
+    open_safetensors(path)
+    self.path = path
+    with path.open("rb") as file:
+      length = int.from_bytes(file.read(8), "little")
+      self.headers: dict[str, Any] = json.loads(file.read(length))
+    self.headers.pop("__metadata__", None)
+    self._start = 8 + length
+
+  def read(self, name: str, bounds: Bounds) -> np.ndarray:
+    """The part of a tensor within the bounds."""
+    header = self.headers[name]
+    dtype, shape = _NUMPY[header["dtype"]], header["shape"]
+    start = self._start + header["data_offsets"][0]
+    with self.path.open("rb", buffering=0) as file:
+      return _read_part(file, start, dtype, shape, bounds)
+
+
+def _read_part(
+  file: io.FileIO, start: int, dtype: np.dtype, shape: Sequence[int], bounds: Bounds
+) -> np.ndarray:
+  """A part of the array at `start`, whose rows lie one behind the other.
+
+  Pieces of rows are read one by one, but for those that are so small that a call costs
+  more than its bytes: then some whole rows at once, of which they are taken.
+  """
+  out = np.empty(parts.sizes(bounds), dtype)
+  if not out.ndim:
+    _fill(file, start, out)
+    return out
+  (first, last), *rest = bounds
+  row = math.prod(shape[1:]) * dtype.itemsize
+  low, high = rest[0] if len(rest) == 1 else (0, 0)
+  if (high - low) * dtype.itemsize >= _SMALL and high - low < shape[1]:
+    for i in range(first, last):
+      _fill(file, start + i * row + low * dtype.itemsize, out[i - first])
+    return out
+  step = max(1, _BLOCK // max(row, 1))
+  piece = tuple(slice(*each) for each in rest)
+  for i in range(first, last, step):
+    block = np.empty((min(step, last - i), *shape[1:]), dtype)
+    _fill(file, start + i * row, block)
+    out[i - first : i - first + len(block)] = block[:, *piece]
+  return out
+
+
+def _fill(file: io.FileIO, start: int, array: np.ndarray) -> None:
+  """Reads an array's bytes from `start` on; the header said that they are there."""
+  view = memoryview(array.reshape(-1).view(np.uint8))
+  done = 0
+  while done < len(view):
+    read = os.preadv(file.fileno(), [view[done:]], start + done)
+    if not read:
+      raise UserError(f"{file.name} has become shorter while it was read")
+    done += read
+
+
+def _share(blocks: range) -> range:
+  """Those of this process."""
+  return blocks[jax.process_index() :: jax.process_count()]
 
 
 def table_names(names: Iterable[str], family: Family, part: bool) -> dict[str, str]:

@@ -1,32 +1,28 @@
 """Weight tables: how a checkpoint's tensors map onto our parameter tree.
 
-A family is a tuple of `Weight` rows. `assemble` follows the table from tensors to
-parameters, `disassemble` back, and both check the whole against the shapes that the
-decoder itself asks for before they touch any data.
+A family is a tuple of `Weight` rows. `assembly` follows the table both ways, and checks
+all against the shapes that the decoder itself asks for before it touches any data.
 
     layers/mlp/up/kernel  [N, in, out]  <->  N tensors layers.{}.mlp.up_proj.weight
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.typing import DTypeLike
 
 from okd_jax.errors import UserError
-from okd_jax.models import int8
 from okd_jax.models.config import Field, ModelConfig
 from okd_jax.models.transformer import Decoder
 
-Put = Callable[[str, np.ndarray], jax.Array]
 Params = dict[str, Any]  # by name, down to arrays: {"layers": {"mlp": {"up": …}}}
 
-_Shapes = Mapping[str, jax.ShapeDtypeStruct]  # 'layers/mlp/up/kernel' to its shape
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # 'layers/mlp/up/kernel' to its shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,121 +99,6 @@ def _parameter_shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
   return traverse_util.flatten_dict(tree, sep="/")
 
 
-def assemble(
-  config: ModelConfig,
-  table: Iterable[Weight],
-  shapes: Mapping[str, tuple[int, ...]],
-  read: Callable[[str], np.ndarray],
-  put: Put,
-  *,
-  dtype: DTypeLike,
-  where: str,
-  quantize: bool = False,
-  layers: range | None = None,
-) -> Params:
-  """Builds the parameter tree from a checkpoint, one parameter at a time.
-
-  Args:
-    shapes: every tensor in the checkpoint and its shape.
-    read: fetches one tensor.
-    put: places a finished parameter, given its path, on its device or devices.
-    dtype: what the parameters become.
-    where: the checkpoint's name, for the error.
-    quantize: makes the layers' kernels int8 (`models.int8`).
-    layers: builds that part of the tree alone; an empty range is all but the layers.
-
-  Raises:
-    UserError: naming every missing, unexpected and misshapen tensor.
-  """
-  first = layers.start if layers else 0
-  wanted = parameter_shapes(config.of_layers(layers) if layers else config)
-  rows = _rows(table, wanted)
-  if layers is not None:
-    rows = [row for row in rows if row.path.startswith("layers/") == bool(layers)]
-    names = [n for row in rows for n in row.names(wanted[row.path].shape, first)]
-    shapes = {name: shapes[name] for name in names if name in shapes}
-  _check(rows, wanted, shapes, where, first)
-  params = {}
-  for row in rows:
-    stack = _quantized if quantize and int8.applies(row.path) else _stacked
-    for path, array in stack(row, wanted, read, first, dtype):
-      params[path] = put(path, array)
-  return traverse_util.unflatten_dict(params, sep="/")
-
-
-_Stack = Iterator[tuple[str, np.ndarray]]  # our parameters by path
-
-
-def _tensors(
-  row: Weight, wanted: _Shapes, read: Callable[[str], np.ndarray], first: int
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-  """Of each tensor its place in the parameter and our part of it, [in, out]."""
-  shape, columns = wanted[row.path].shape, _columns(row, wanted)
-  names = row.names(shape, first)
-  for i, name in zip(np.ndindex(shape[: row.stacked]), names, strict=True):
-    tensor = read(name)[row.skip :]
-    yield i, (tensor.T if row.transpose else tensor)[..., columns]
-
-
-def _stacked(
-  row: Weight,
-  wanted: _Shapes,
-  read: Callable[[str], np.ndarray],
-  first: int,
-  dtype: DTypeLike,
-) -> _Stack:
-  stacked = np.empty(wanted[row.path].shape, dtype)
-  for i, tensor in _tensors(row, wanted, read, first):
-    stacked[i] = tensor
-  yield row.path, stacked
-
-
-def _quantized(
-  row: Weight,
-  wanted: _Shapes,
-  read: Callable[[str], np.ndarray],
-  first: int,
-  _: DTypeLike,
-) -> _Stack:
-  """Rounded tensor by tensor: the whole is never there in floats."""
-  shape = wanted[row.path].shape
-  kernel = np.empty(shape, np.int8)
-  scale = np.empty((*shape[:-2], shape[-1]), np.float32)
-  for i, tensor in _tensors(row, wanted, read, first):
-    kernel[i], scale[i] = int8.quantize(tensor)
-  yield row.path, kernel
-  yield row.path.removesuffix("kernel") + int8.SCALE, scale
-
-
-def disassemble(
-  config: ModelConfig, table: Iterable[Weight], params: Params, *, dtype: DTypeLike
-) -> dict[str, np.ndarray]:
-  """The checkpoint's tensors, by name: the way back from `assemble`.
-
-  Raises:
-    UserError: where the tree is not the one that `config` describes.
-  """
-  wanted = parameter_shapes(config)
-  flat = traverse_util.flatten_dict(params, sep="/")
-  _check_tree(wanted, flat)
-  pieces: dict[str, list[np.ndarray]] = {}
-  transposed = set()
-  for row in _rows(table, wanted):
-    array = np.asarray(flat[row.path]).astype(dtype)
-    slots, names = _slots(row, array), row.names(array.shape)
-    for slot, name in zip(slots, names, strict=True):
-      if row.skip:
-        slot = np.concatenate([np.zeros_like(slot[: row.skip]), slot])
-      pieces.setdefault(name, []).append(slot)
-      if row.transpose:
-        transposed.add(name)
-  fused = {name: np.concatenate(parts, -1) for name, parts in sorted(pieces.items())}
-  return {
-    name: np.ascontiguousarray(tensor.T) if name in transposed else tensor
-    for name, tensor in fused.items()
-  }
-
-
 def listing(kind: str, items: Iterable[object]) -> list[str]:
   """['kind: a, b'], or nothing where there are no items; for error messages."""
   found = [str(item) for item in items]
@@ -239,7 +120,7 @@ def require(config: ModelConfig, **fields: Field) -> None:
     )
 
 
-def _rows(table: Iterable[Weight], wanted: _Shapes) -> list[Weight]:
+def used_rows(table: Iterable[Weight], wanted: Shapes) -> list[Weight]:
   """The rows that this config uses: biases and heads come and go with it."""
   rows = [row for row in table if row.path in wanted]
   if uncovered := set(wanted) - {row.path for row in rows}:
@@ -247,16 +128,16 @@ def _rows(table: Iterable[Weight], wanted: _Shapes) -> list[Weight]:
   return rows
 
 
-def _check(
+def check_tensors(
   rows: Sequence[Weight],
-  wanted: _Shapes,
+  wanted: Shapes,
   shapes: Mapping[str, tuple[int, ...]],
   where: str,
   first: int,
 ) -> None:
   needed = {}
   for row in rows:
-    theirs = _theirs(row, wanted)
+    theirs = stored_shape(row, wanted)
     needed |= dict.fromkeys(row.names(wanted[row.path].shape, first), theirs)
   problems = [
     *listing("missing", (name for name in needed if name not in shapes)),
@@ -277,8 +158,8 @@ def _check(
     )
 
 
-def _check_tree(
-  wanted: _Shapes, flat: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+def check_tree(
+  wanted: Shapes, flat: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct]
 ) -> None:
   problems = [
     *listing("missing", sorted(set(wanted) - set(flat))),
@@ -299,12 +180,7 @@ def _check_tree(
     )
 
 
-def _slots(row: Weight, array: np.ndarray) -> np.ndarray:
-  """The parameter as one array a tensor, in the order of their names."""
-  return array.reshape(-1, *array.shape[row.stacked :])
-
-
-def _columns(row: Weight, wanted: _Shapes) -> slice:
+def columns_of(row: Weight, wanted: Shapes) -> slice:
   """Which part of a tensor's output axis is the parameter's."""
   if not row.fused:
     return slice(None)
@@ -313,7 +189,7 @@ def _columns(row: Weight, wanted: _Shapes) -> slice:
   return slice(start, start + wanted[row.path].shape[-1])
 
 
-def _theirs(row: Weight, wanted: _Shapes) -> tuple[int, ...]:
+def stored_shape(row: Weight, wanted: Shapes) -> tuple[int, ...]:
   """The shape of each of the stored tensors."""
   shape = wanted[row.path].shape[row.stacked :]
   width = sum(wanted[path].shape[-1] for path in row.fused or (row.path,))
