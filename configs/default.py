@@ -262,6 +262,10 @@ def get_config() -> ConfigDict:
   config.mesh.data = -1  # copies of the model; -1: all devices the others leave
   config.mesh.fsdp = 1  # ways that weights and optimiser state are split
   config.mesh.tensor = 1  # ways that each matmul is split
+  # Frozen teachers under fsdp: 'replicate' keeps a copy on every device, 'fsdp' splits
+  # them and gathers each layer when it runs; 'auto' copies what takes at most 40 % of a
+  # device's memory.
+  config.mesh.teacher = "auto"
   for key in ("train", "eval"):  # whose type would not let a list in
     text = config.data[key]
     del config.data[key]

@@ -207,11 +207,23 @@ class ExportSettings(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSettings(Section):
-  """Sizes of the mesh's axes; the devices at hand check them."""
+  """Sizes of the mesh's axes; the devices at hand check them.
+
+  teacher: how frozen teachers lie under fsdp.
+  """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  teacher: str = "auto"
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """By axis."""
+    return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+  def problems(self) -> Iterator[str]:
+    yield from among("mesh.teacher", self.teacher, ("auto", "replicate", "fsdp"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

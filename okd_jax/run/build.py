@@ -65,7 +65,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   """
   job = check(config)
   settings = job.settings
-  mesh = sharding.make_mesh(**vars(settings.mesh))
+  mesh = sharding.make_mesh(**settings.mesh.sizes)
   _log.info("%s: %s", distributed.found(), sharding.described(mesh))
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
@@ -116,7 +116,7 @@ def build_shapes(config: ConfigDict, workdir: Workdir) -> Shapes:
     UserError: for a configuration or a model's that cannot be read.
   """
   job = check(config)
-  mesh = sharding.make_mesh(**vars(job.settings.mesh))
+  mesh = sharding.make_mesh(**job.settings.mesh.sizes)
   shape = outline(job, workdir, functools.partial(records, job.settings.data))
   identity.check_models(job.settings, workdir)
   cast = shapes(job, shape, saliency.read(workdir.blocks))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from okd_jax.runtime.files import read_json
 from okd_jax.runtime.workdir import Workdir
@@ -48,6 +50,15 @@ def peak() -> dict[str, Any]:
   kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   unit = 1 if sys.platform == "darwin" else 1024
   return {"peak_bytes": kilobytes * unit, "of": "process"}
+
+
+def device_bytes() -> int:
+  """What one device may hold, the same in every process; 0 where nobody says."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  mebibytes = np.int32(stats.get("bytes_limit", 0) >> 20)
+  if jax.process_count() > 1:
+    mebibytes = multihost_utils.broadcast_one_to_all(mebibytes)
+  return int(mebibytes) << 20
 
 
 @contextlib.contextmanager

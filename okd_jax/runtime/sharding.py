@@ -65,30 +65,40 @@ def described(mesh: Mesh) -> str:
   return f"mesh {' x '.join(sizes) or 'of one device'}"
 
 
-def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
-  """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path."""
+def shardings(tree: PyTree, mesh: Mesh, whole: bool = False) -> PyTree[NamedSharding]:
+  """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path.
+
+  whole: whether fsdp leaves the tree whole, as it does a frozen teacher that fits.
+  """
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)),
-    tree,
+    lambda path, leaf: place(mesh, path_name(path), leaf.shape, whole), tree
   )
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """The first matching rule, without the axes that do not divide their dimension."""
+def spec(
+  path: str, shape: tuple[int, ...], mesh: Mesh, whole: bool = False
+) -> PartitionSpec:
+  """The first matching rule, without the axes that do not divide their dimension.
+
+  whole: without fsdp.
+  """
+  sizes = {n: s for n, s in mesh.shape.items() if not (whole and n == "fsdp")}
   for pattern, rule in RULES:
     if re.search(pattern, path) and len(shape) >= len(rule):
       return PartitionSpec(
         *(
-          axis if axis and size % mesh.shape[axis] == 0 else None
+          axis if axis in sizes and size % sizes[axis] == 0 else None
           for axis, size in zip(rule, shape[: len(rule)], strict=True)
         )
       )
   return PartitionSpec()
 
 
-def place(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-  """Where the rules put the parameter of this path."""
-  return NamedSharding(mesh, spec(path, shape, mesh))
+def place(
+  mesh: Mesh, path: str, shape: tuple[int, ...], whole: bool = False
+) -> NamedSharding:
+  """Where the rules put the parameter of this path; whole: without fsdp."""
+  return NamedSharding(mesh, spec(path, shape, mesh, whole))
 
 
 def path_name(path: KeyPath) -> str:

@@ -16,12 +16,13 @@ from okd_jax.config.players import INT8, TeacherSettings
 from okd_jax.config.schema import Settings
 from okd_jax.data import Example, rows
 from okd_jax.errors import UserError
-from okd_jax.models import ModelConfig, int8
-from okd_jax.runtime import sharding
+from okd_jax.models import ModelConfig, int8, parameter_shapes
+from okd_jax.runtime import machine, sharding
 from okd_jax.runtime.files import local
 from okd_jax.teachers.store import Store, digest
 
 ONLY = "teacher"  # the name of the only one
+_SHARE = 0.4  # of a device's memory, which a teacher may take beside all else
 
 
 def load_teachers(
@@ -38,21 +39,37 @@ def load_teachers(
   """
   if settings.teacher.itself:
     return {}
+  whole = lies_whole(settings, shapes, mesh)
   if settings.teacher.model.wanted and not settings.teachers:
-    return {name: _random(shape, settings, mesh) for name, shape in shapes.items()}
+    return {n: _random(shape, settings, mesh, whole) for n, shape in shapes.items()}
   adapter = settings.teacher.adapter
   read = functools.partial(
     models.load,
     dtype=jnp.dtype(settings.teacher_dtype),
-    where=functools.partial(sharding.place, mesh),
+    where=functools.partial(sharding.place, mesh, whole=whole),
     quantize=settings.quantizes and not adapter,
   )
   found = {name: read(teacher_path(settings, name)).params for name in shapes}
   if adapter:
     [(name, params)] = found.items()
     params = _merged(settings.teacher, shapes[name], params)
-    found[name] = _quantized(params, mesh) if settings.quantizes else params
+    found[name] = _quantized(params, mesh, whole) if settings.quantizes else params
   return found
+
+
+def lies_whole(
+  settings: Settings, shapes: Mapping[str, ModelConfig], mesh: Mesh, limit: int = 0
+) -> bool:
+  """Whether fsdp leaves frozen teachers whole on every device (`mesh.teacher`).
+
+  limit: bytes of a device; by default those of the devices at hand.
+  """
+  if settings.mesh.teacher != "auto" or mesh.shape["fsdp"] == 1:
+    return settings.mesh.teacher == "replicate"
+  size = 1 if settings.quantizes else jnp.dtype(settings.teacher_dtype).itemsize
+  leaves = [x for shape in shapes.values() for x in parameter_shapes(shape).values()]
+  own = sum(leaf.size for leaf in leaves) * size / mesh.shape["tensor"]
+  return own <= _SHARE * (limit or machine.device_bytes())
 
 
 def load_whole(
@@ -74,9 +91,9 @@ def teacher_path(settings: Settings, name: str) -> str:
   return settings.teachers[name] if settings.teachers else settings.teacher.path
 
 
-def _quantized(params: PyTree, mesh: Mesh) -> PyTree:
+def _quantized(params: PyTree, mesh: Mesh, whole: bool) -> PyTree:
   """The same with int8 kernels (`models.int8`), which take the place of the others."""
-  where = sharding.shardings(jax.eval_shape(int8.quantized, params), mesh)
+  where = sharding.shardings(jax.eval_shape(int8.quantized, params), mesh, whole)
   return jax.jit(int8.quantized, out_shardings=where, donate_argnums=0)(params)
 
 
@@ -87,14 +104,14 @@ def _merged(teacher: TeacherSettings, shape: ModelConfig, params: PyTree) -> PyT
   return jax.jit(adapter.merge, out_shardings=where)(params, tree)
 
 
-def _random(shape: ModelConfig, settings: Settings, mesh: Mesh) -> PyTree:
+def _random(shape: ModelConfig, settings: Settings, mesh: Mesh, whole: bool) -> PyTree:
   """A teacher that knows nothing: what trials and tests distil from."""
   # Its own key: a student of the same shape must not be born as its twin.
   key = jax.random.fold_in(jax.random.key(settings.train.seed), 1)
   init = functools.partial(models.init, shape)
   if settings.quantizes:
-    whole, init = init, lambda key: int8.quantized(whole(key))
-  where = sharding.shardings(jax.eval_shape(init, key), mesh)
+    floats, init = init, lambda key: int8.quantized(floats(key))
+  where = sharding.shardings(jax.eval_shape(init, key), mesh, whole)
   return jax.jit(init, out_shardings=where)(key)
 
 

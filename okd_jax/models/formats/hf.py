@@ -172,18 +172,15 @@ def save(
 ) -> None:
   """Writes a folder that `AutoModelForCausalLM` and `load` both open.
 
-  It appears whole or not at all, and the same arguments give the same bytes. Every
-  process of a run calls it, and process 0 writes.
+  It appears whole or not at all, the same bytes for the same arguments. Of a run every
+  process calls it.
 
   Args:
     dtype: of the stored weights: float32, bfloat16 or float16.
-    card: what README.md says beside the model's size.
-    template: the data.template of the prompts it was trained on, noted in config.json.
+    card: what README.md says; template: data.template, noted in config.json.
     max_shard_bytes: weights beyond it go to several files and an index.
-
   Raises:
-    UserError: if the family's layout cannot hold the model, or `folder` holds
-      files that are not a model's.
+    UserError: for a model that its family cannot say, or a folder with other files.
 
   >>> import tempfile
   >>> from okd_jax.models import init
@@ -194,17 +191,14 @@ def save(
   ['config.json', 'model.safetensors']
   """
   raw = hf_config(config, dtype) | ({_TEMPLATE: template} if template else {})
-  family = family_of(config.family)
-  tensors = disassemble(config, _table(family), params, dtype=dtype)
+  tensors = disassemble(config, _table_of(config), params, dtype=dtype)
   if not writes():
-    collections.deque(tensors, 0)  # takes part in fetching them
-    return
-  shapes = stored_shapes(config, _table(family))
-  shards = _shards(shapes, np.dtype(dtype).itemsize, max_shard_bytes)
+    return collections.deque(tensors, 0).clear()  # takes part in fetching them
+  readme = _readme(config, params, card or Card())
   with replacing(folder, _OURS) as partial:
     _write_configs(partial, config, raw, tokenizer)
-    _write_weights(partial, tensors, shards)
-    (partial / "README.md").write_text(_readme(config, params, card or Card()), "utf-8")
+    _write_weights(partial, tensors, _shards(config, dtype, max_shard_bytes))
+    (partial / "README.md").write_text(readme, "utf-8")
 
 
 def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
@@ -219,6 +213,10 @@ def hf_config(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, 
     "dtype": name,
     "torch_dtype": name,  # what transformers before 5 calls it
   }
+
+
+def _table_of(config: ModelConfig) -> list[Weight]:
+  return _table(family_of(config.family))
 
 
 def _table(family: Family) -> list[Weight]:
@@ -340,13 +338,12 @@ def _write_weights(
     write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
-def _shards(
-  shapes: Mapping[str, tuple[int, ...]], itemsize: int, limit: int
-) -> list[list[str]]:
+def _shards(config: ModelConfig, dtype: DTypeLike, limit: int) -> list[list[str]]:
   """Fills one file after the other; a tensor beyond the limit gets its own."""
   shards, size = [[]], 0
+  shapes = stored_shapes(config, _table_of(config))
   for name, shape in shapes.items():
-    nbytes = math.prod(shape) * itemsize
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     if shards[-1] and size + nbytes > limit:
       shards.append([])
       size = 0
