@@ -249,8 +249,8 @@ def _part_grads(
   trained, learned: the models whose states, whose heads somebody differentiates.
   """
   fitted = [name for name in hidden if name in trained or name in learned]
-  chunks, used, order = counting_first(hidden, labels, weights, size)
-  groups = len(order)  # Of each its own sum: none waits for others in the loop.
+  chunks, used, places = counting_first(hidden, labels, weights, size)
+  groups = len(places)  # Of each its own sum: none waits for others in the loop.
   fresh = {
     name: per_shard(jnp.zeros((groups, *heads[name].shape[::-1]), jnp.float32))
     for name in fitted
@@ -268,7 +268,7 @@ def _part_grads(
 
   init = (_zeros(token_loss, heads, chunks), head_grads | fresh, grads)
   sums, head_grads, grads = jax.lax.fori_loop(0, used, body, init)
-  placed = {n: put_back(g, order, hidden[n].shape) for n, g in grads.items()}
+  placed = {n: put_back(g, places, hidden[n].shape) for n, g in grads.items()}
   return sums, head_grads, placed
 
 

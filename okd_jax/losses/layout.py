@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 Name = Hashable  # of a model: 'student', or whatever its loss knows it by
 Labels = PyTree[Shaped[Array | np.ndarray, "B L ..."]]
@@ -47,12 +47,12 @@ def counting_first(
 
   Returns:
     ((hidden states, labels, weights) [chunks, T, C, …], how many chunks have a
-    position that counts, order [G, M]: where each one came from).
+    position that counts, places [G, M]: where each one went).
   """
   shards, tall = row_shards(len(weights)), math.gcd(size, _TALL)
   group = functools.partial(_grouped, shards=shards)
   counts = group(weights) != 0
-  order = jnp.argsort(~counts, axis=1, stable=True)
+  order, places = partition(counts)
 
   def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N T C ..."]:
     x = cut(_pick(group(x), order), size)
@@ -63,7 +63,32 @@ def counting_first(
     name: jnp.where(weights[..., None] != 0, h, 0) for name, h in hidden.items()
   }
   chunks = jax.tree.map(lay_out, (hidden, labels, weights))
-  return chunks, -(-counts.sum(1).max() // size), order
+  return chunks, -(-counts.sum(1).max() // size), places
+
+
+def partition(
+  first: Bool[Array | np.ndarray, "G M"],
+) -> tuple[Int[Array, "G M"], Int[Array, "G M"]]:
+  """A stable partition: those that are `first` before all others, both in their order.
+
+  A stable argsort says the same, but a TPU's compiler took 12 seconds for one of 4096
+  values and did not finish one of 8192.
+
+  Returns:
+    (order: which one stands at each place, places: where each one stands).
+
+  >>> order, places = partition(jnp.array([[False, True, False, True]]))
+  >>> print(order, places)
+  [[1 3 0 2]] [[2 0 3 1]]
+  """
+  ahead, behind = (jnp.cumsum(x, axis=1, dtype=jnp.int32) for x in (first, ~first))
+  places = jnp.where(first, ahead, ahead[:, -1:] + behind) - 1
+  index = jnp.arange(first.shape[1], dtype=jnp.int32)
+
+  def invert(places: Int[Array, " M"]) -> Int[Array, " M"]:
+    return index.at[places].set(index, unique_indices=True, mode="promise_in_bounds")
+
+  return jax.vmap(invert)(places), places
 
 
 def chunk_at(chunks: Chunks, i: Int[Array, ""] | int) -> Chunk:
@@ -72,12 +97,12 @@ def chunk_at(chunks: Chunks, i: Int[Array, ""] | int) -> Chunk:
 
 
 def put_back(
-  chunks: Float[Array, "N T C D"], order: Int[Array, "G M"], shape: tuple[int, ...]
+  chunks: Float[Array, "N T C D"], places: Int[Array, "G M"], shape: tuple[int, ...]
 ) -> Float[Array, "_ _ D"]:
-  """[chunks, T, C, …] to [B, L, …], each value where `order` says it came from."""
-  groups, length = order.shape
+  """[chunks, T, C, …] to [B, L, …], each value from where `places` says it went."""
+  groups, length = places.shape
   joined = join(chunks.reshape(len(chunks), groups, -1, *chunks.shape[3:]), length)
-  return _pick(joined, jnp.argsort(order, axis=1)).reshape(shape)
+  return _pick(joined, places).reshape(shape)
 
 
 def cut(x: Shaped[Array, "G N ..."], size: int) -> Shaped[Array, "chunks G C ..."]:

@@ -22,6 +22,7 @@ from okd_jax.losses import (
   token_weights,
   weighted_sums,
 )
+from okd_jax.losses.layout import partition
 from okd_jax.losses.outputs import fitting_chunk
 
 BATCH, LENGTH, VOCAB = 3, 10, 31
@@ -172,6 +173,15 @@ def test_devices_wait_for_one_another_once(shape):
   # How many tokens there are, the most chunks of any device, and the head's gradient.
   sums = re.findall(r"= \(?(\w+\[[\d,]*\]).* all-reduce\(", main)
   assert sorted(sums) == ["f32[16,64]", "f32[]", "s32[]"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.booleans(), min_size=12, max_size=12))
+def test_a_partition_is_a_stable_sort(bits):
+  first = np.array(bits).reshape(2, 6)
+  order, places = partition(first)
+  np.testing.assert_array_equal(order, np.argsort(~first, axis=1, stable=True))
+  np.testing.assert_array_equal(places, np.argsort(order, axis=1))
 
 
 @settings(max_examples=6, deadline=None)
