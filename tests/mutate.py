@@ -185,8 +185,8 @@ BUGS = (
     "head gradients added up in bfloat16",
     "Liger",
     f"{LOSSES}/chunked.py",
-    "*heads[name].shape[::-1]), jnp.float32))",
-    "*heads[name].shape[::-1]), heads[name].dtype))",
+    "jnp.zeros(shape, jnp.float32)",
+    "jnp.zeros(shape, head.kernel.dtype)",
     "tests/losses/test_chunked.py",
   ),
   Bug(

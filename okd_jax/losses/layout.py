@@ -28,7 +28,8 @@ Chunks = tuple[
 
 _TALL = 8  # rows of the table, of each device's positions
 
-_ROW_AXES = ("data", "fsdp")  # of the mesh, which the rows of a batch are divided by
+# Of the mesh, which the rows of a batch and which a vocabulary are divided by.
+_ROW_AXES, _VOCABULARY_AXIS = ("data", "fsdp"), "tensor"
 
 
 def counting_first(
@@ -56,7 +57,8 @@ def counting_first(
 
   def lay_out(x: Shaped[Array, "B L ..."]) -> Shaped[Array, "N T C ..."]:
     x = cut(_pick(group(x), order), size)
-    return x.reshape(-1, shards * tall, size // tall, *x.shape[3:])
+    x = x.reshape(-1, shards * tall, size // tall, *x.shape[3:])
+    return placed(x, rows=1)
 
   # Where nothing counts the logits are made 0: no NaN there can reach a gradient.
   hidden = {
@@ -124,24 +126,46 @@ def join(
 
 def row_shards(rows: int) -> int:
   """How many devices share the rows; 1 where that does not come out even."""
-  mesh = jax.sharding.get_abstract_mesh().shape
-  shards = math.prod(mesh.get(axis, 1) for axis in _ROW_AXES)
+  shards = _row_ways()
   return 1 if rows % shards else shards
 
 
-def per_shard(x: Shaped[Array, "G ..."]) -> Shaped[Array, "G ..."]:
-  """`x`, each of its first axis's parts where its share of the rows is."""
-  mesh = jax.sharding.get_abstract_mesh().shape
+def vocabulary_shards() -> int:
+  """How many devices share a vocabulary."""
+  return jax.sharding.get_abstract_mesh().shape.get(_VOCABULARY_AXIS, 1)
+
+
+def placed(
+  x: Shaped[Array, "..."], rows: int | None = None, vocabulary: int | None = None
+) -> Shaped[Array, "..."]:
+  """`x` divided along these axes as rows and vocabularies are, whole along all others.
+
+  Args:
+    rows: the axis of groups of rows, or of what is made of them; where nobody shares
+      the rows, the compiler may divide it as it likes.
+    vocabulary: that of equal shares of a vocabulary.
+  """
+  mesh, spec = jax.sharding.get_abstract_mesh().shape, [None] * x.ndim
   axes = tuple(axis for axis in _ROW_AXES if axis in mesh)
-  if len(x) == 1 or not axes:
+  if rows is not None and axes:
+    spec[rows] = (
+      axes if not x.shape[rows] % _row_ways() else PartitionSpec.UNCONSTRAINED
+    )
+  if vocabulary is not None and _VOCABULARY_AXIS in mesh:
+    spec[vocabulary] = _VOCABULARY_AXIS
+  if not mesh:
     return x
-  rest = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *rest))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def _row_ways() -> int:
+  mesh = jax.sharding.get_abstract_mesh().shape
+  return math.prod(mesh.get(axis, 1) for axis in _ROW_AXES)
 
 
 def _grouped(x: Shaped[Array, "B L ..."], shards: int) -> Shaped[Array, "G N ..."]:
   """[B, L, …] to [G, N, …]: what is on one device, or was meant to be, in one group."""
-  return per_shard(x.reshape(shards, -1, *x.shape[2:]))
+  return placed(x.reshape(shards, -1, *x.shape[2:]), rows=0)
 
 
 def _pick(
