@@ -370,8 +370,8 @@ BUGS = (
     "a step that is not finite is taken",
     "TRL, Liger, LMOps",
     "okd_jax/run/step.py",
-    "keep = functools.partial(jnp.where, finite)",
-    "keep = functools.partial(jnp.where, True)",
+    "jnp.where(finite & jnp.isfinite(new), new, old)",
+    "new",
     "tests/run/test_step.py -k not_finite",
   ),
   Bug(

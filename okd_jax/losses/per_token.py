@@ -1,6 +1,5 @@
 """Figures at every position, without ever holding [B, L, V]."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -55,8 +54,6 @@ def per_token(
     hidden, labels = inputs
     return None, function(logits_of(hidden, heads), labels)
 
-  pieces = functools.partial(cut, size=min(chunk, length))
-  _, values = jax.lax.scan(
-    in_shares(body), None, jax.tree.map(pieces, (states, labels))
-  )
+  pieces = jax.tree.map(lambda x: cut(x, min(chunk, length)), (states, labels))
+  _, values = jax.lax.scan(in_shares(body), None, pieces)
   return jax.tree.map(lambda x: join(x, length), values)

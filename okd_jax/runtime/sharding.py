@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
 from jaxtyping import Array, PyTree
 
@@ -59,7 +59,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
+def shardings(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[NamedSharding]:
   """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)),
@@ -67,7 +67,7 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
   )
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
   """The first matching rule, without the axes that do not divide their dimension."""
   for pattern, rule in RULES:
     if re.search(pattern, path) and len(shape) >= len(rule):
@@ -134,3 +134,29 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, group: int = 1) 
       f"{microbatches} times the {ways} devices that rows are split over "
       f"(mesh.data x mesh.fsdp){groups}"
     )
+
+
+def as_parameters(tree: PyTree[Array]) -> PyTree[Array]:
+  """Inside jit: each leaf where the parameter of its path lives, if there is a mesh.
+
+  Of gradients, so that their sum over devices is scattered, and never whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(AXES) <= set(mesh.axis_names):
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def with_whole_modules(tree: PyTree[Array]) -> PyTree[Array]:
+  """Inside jit: the low-rank factors in it on every device, if there is a mesh.
+
+  They are small, and gathered once they keep all layers from waiting for them.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+
+  def whole(path: KeyPath, leaf: Array) -> Array:
+    small = re.search(r"/(down|up)$", path_name(path))
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec()) if small else leaf
+
+  return jax.tree_util.tree_map_with_path(whole, tree)
