@@ -185,8 +185,8 @@ BUGS = (
     "head gradients added up in bfloat16",
     "Liger",
     f"{LOSSES}/chunked.py",
-    "*heads[name].shape[::-1]), jnp.float32))",
-    "*heads[name].shape[::-1]), heads[name].dtype))",
+    "jnp.zeros(shape, jnp.float32)",
+    "jnp.zeros(shape, head.kernel.dtype)",
     "tests/losses/test_chunked.py",
   ),
   Bug(
@@ -370,8 +370,8 @@ BUGS = (
     "a step that is not finite is taken",
     "TRL, Liger, LMOps",
     "okd_jax/run/step.py",
-    "keep = functools.partial(jnp.where, finite)",
-    "keep = functools.partial(jnp.where, True)",
+    "jnp.where(finite & jnp.isfinite(new), new, old)",
+    "new",
     "tests/run/test_step.py -k not_finite",
   ),
   Bug(

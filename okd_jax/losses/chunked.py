@@ -17,6 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from okd_jax.losses.heads import (
+  Head,
+  Placed,
+  cut_to_size,
+  in_shares,
+  logits_of,
+  place,
+  to_hidden,
+  wide_logits,
+)
 from okd_jax.losses.layout import (
   Chunk,
   Chunks,
@@ -25,9 +35,10 @@ from okd_jax.losses.layout import (
   Name,
   chunk_at,
   counting_first,
-  per_shard,
+  placed,
   put_back,
   row_shards,
+  vocabulary_shards,
 )
 from okd_jax.losses.logits import Knob
 from okd_jax.losses.outputs import (
@@ -35,7 +46,6 @@ from okd_jax.losses.outputs import (
   Logits,
   Output,
   fitting_chunk,
-  logits_of,
   of_capped,
 )
 
@@ -46,7 +56,8 @@ Sums = tuple[Float[Array, ""], dict[str, Float[Array, ""]]]  # of loss and metri
 
 _Labels = PyTree[Shaped[Array, "B C ..."]]
 _HeadGrads = dict[Name, Float[Array, "G _ _"]]  # by model, a sum for each group of rows
-_HiddenGrads = dict[Name, Float[Array, "N B C _"]]  # by model, chunk by chunk
+# By model, from each share of the vocabulary, chunk by chunk.
+_HiddenGrads = dict[Name, Float[Array, "S N B C _"]]
 
 
 def weighted_sums(
@@ -155,11 +166,11 @@ def _sums(
   weights: tuple[Float[Array | np.ndarray, "B L"], ...],
   knobs: dict[str, Knob],
 ) -> Sums:
-  found = []
+  found, at_hand = [], place(heads, _all_states(hidden))
   for token_loss, size, *rows in zip(
     token_losses, sizes, hidden, labels, weights, strict=True
   ):
-    found.append(_part_sums(token_loss, size, *rows, heads, knobs))
+    found.append(_part_sums(token_loss, size, *rows, at_hand, knobs))
   return _added(found)
 
 
@@ -169,7 +180,7 @@ def _part_sums(
   hidden: Hidden,
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
-  heads: Heads,
+  heads: Placed,
   knobs: dict[str, Knob],
 ) -> Sums:
   token_loss = functools.partial(token_loss, **knobs)
@@ -180,7 +191,13 @@ def _part_sums(
     new = _chunk_sums(token_loss, logits_of(hidden, heads), labels, weights)
     return jax.tree.map(jnp.add, sums, new)
 
-  return jax.lax.fori_loop(0, used, body, _zeros(token_loss, heads, chunks))
+  zeros = _zeros(token_loss, heads, chunks)
+  return jax.lax.fori_loop(0, used, in_shares(body), zeros)
+
+
+def _all_states(parts: Sequence[Hidden]) -> Hidden:
+  """Some states of each model."""
+  return {name: states for part in parts for name, states in part.items()}
 
 
 def _added(sums: Sequence[Sums]) -> Sums:
@@ -215,18 +232,21 @@ def _sums_fwd(
     lambda leaf: leaf.value, (hidden, heads, labels, weights, knobs), is_leaf=_is_primal
   )
   head_grads: _HeadGrads = {}
-  found, hidden_grads = [], []
+  found, hidden_grads, at_hand = [], [], place(heads, _all_states(hidden))
   for token_loss, size, names, *rows in zip(
     token_losses, sizes, trained, hidden, labels, weights, strict=True
   ):
     token_loss = functools.partial(token_loss, **knobs)
     own = [name for name, perturbed in names.items() if perturbed]
     sums, head_grads, grads = _part_grads(
-      token_loss, size, *rows, heads, own, learned, head_grads
+      token_loss, size, *rows, at_hand, own, learned, head_grads
     )
     found.append(sums)
     hidden_grads.append({name: grads.get(name) for name in names})
-  summed = {n: g.sum(0).T.astype(heads[n].dtype) for n, g in head_grads.items()}
+  summed = {
+    name: grad.sum(0).T[: len(heads[name])].astype(heads[name].dtype)
+    for name, grad in head_grads.items()
+  }
   return _added(found), (
     tuple(hidden_grads),
     {name: summed.get(name) for name in heads},
@@ -239,7 +259,7 @@ def _part_grads(
   hidden: Hidden,
   labels: Labels,
   weights: Float[Array | np.ndarray, "B L"],
-  heads: Heads,
+  heads: Placed,
   trained: list[Name],
   learned: list[Name],
   head_grads: _HeadGrads,
@@ -249,14 +269,14 @@ def _part_grads(
   trained, learned: the models whose states, whose heads somebody differentiates.
   """
   fitted = [name for name in hidden if name in trained or name in learned]
-  chunks, used, order = counting_first(hidden, labels, weights, size)
-  groups = len(order)  # Of each its own sum: none waits for others in the loop.
-  fresh = {
-    name: per_shard(jnp.zeros((groups, *heads[name].shape[::-1]), jnp.float32))
+  chunks, used, places = counting_first(hidden, labels, weights, size)
+  groups = len(places)  # Of each its own sum: none waits for others in the loop.
+  head_grads = head_grads | {
+    name: _zero_sums(heads[name], groups)
     for name in fitted
     if name in learned and name not in head_grads
   }
-  grads = {name: jnp.zeros_like(chunks[0][name]) for name in trained}
+  grads = {name: _zero_states(chunks[0][name]) for name in trained}
 
   def body(
     i: Int[Array, ""], carry: tuple[Sums, _HeadGrads, _HiddenGrads]
@@ -266,24 +286,36 @@ def _part_grads(
     sums = jax.tree.map(jnp.add, carry[0], new)
     return sums, *_add_grads(i, carry[1:], grads, part[0], heads)
 
-  init = (_zeros(token_loss, heads, chunks), head_grads | fresh, grads)
-  sums, head_grads, grads = jax.lax.fori_loop(0, used, body, init)
-  placed = {n: put_back(g, order, hidden[n].shape) for n, g in grads.items()}
-  return sums, head_grads, placed
+  init = (_zeros(token_loss, heads, chunks), head_grads, grads)
+  sums, head_grads, grads = jax.lax.fori_loop(0, used, in_shares(body), init)
+  back = {n: put_back(g.sum(0), places, hidden[n].shape) for n, g in grads.items()}
+  return sums, head_grads, back
+
+
+def _zero_sums(head: Head, groups: int) -> Float[Array, "G D W"]:
+  shape = (groups, *head.kernel.shape[::-1])
+  return placed(jnp.zeros(shape, jnp.float32), rows=0, vocabulary=2)
+
+
+def _zero_states(chunks: Float[Array, "N T C D"]) -> Float[Array, "S N T C D"]:
+  """Room for the gradients of hidden states, from each share of the vocabulary."""
+  shape = (vocabulary_shards(), *chunks.shape)
+  return placed(jnp.zeros(shape, chunks.dtype), rows=2, vocabulary=0)
 
 
 def _chunk_grads(
   token_loss: TokenLoss,
-  heads: Heads,
+  heads: Placed,
   chunk: Chunk,
   fitted: list[Name],
 ) -> tuple[Sums, Logits]:
   """A chunk's sums, and the gradient of its loss in the logits of those `fitted`."""
   hidden, labels, weights = chunk
-  logits = logits_of(hidden, heads)
+  logits = wide_logits(hidden, heads)
 
   def loss_of(fitted_logits: Logits) -> Sums:
-    return _chunk_sums(token_loss, logits | fitted_logits, labels, weights)
+    tokens = cut_to_size(logits | fitted_logits, heads)
+    return _chunk_sums(token_loss, tokens, labels, weights)
 
   loss, pull, metrics = jax.vjp(
     loss_of, {name: logits[name] for name in fitted}, has_aux=True
@@ -296,23 +328,23 @@ def _add_grads(
   sums: tuple[_HeadGrads, _HiddenGrads],
   grads: Logits,
   hidden: Hidden,
-  heads: Heads,
+  heads: Placed,
 ) -> tuple[_HeadGrads, _HiddenGrads]:
   """Chunk i's gradients, taken from the logits to the heads and hidden states."""
   head_grads, hidden_grads = map(dict, sums)
   for name, grad in grads.items():
-    h, head = hidden[name], heads[name]
-    grad = grad.astype(h.dtype)
+    h = hidden[name]
+    grad = placed(grad.astype(h.dtype), rows=0, vocabulary=2)
     if name in hidden_grads:
-      product = jnp.einsum("bcv,vd->bcd", grad, head.astype(h.dtype))
-      hidden_grads[name] = hidden_grads[name].at[i].set(product)
+      product = to_hidden(grad, heads[name])
+      hidden_grads[name] = hidden_grads[name].at[:, i].set(product)
     if name in head_grads:
       groups = len(head_grads[name])
       h, grad = (x.reshape(groups, -1, *x.shape[1:]) for x in (h, grad))
       product = jnp.einsum(
         "gbcd,gbcv->gdv", h, grad, preferred_element_type=jnp.float32
       )
-      head_grads[name] += per_shard(product)
+      head_grads[name] += placed(product, rows=0, vocabulary=2)
   return head_grads, hidden_grads
 
 
@@ -344,10 +376,10 @@ def _chunk_sums(
   return weighted(loss), jax.tree.map(weighted, jax.lax.stop_gradient(metrics))
 
 
-def _zeros(token_loss: TokenLoss, heads: Heads, chunks: Chunks) -> Sums:
+def _zeros(token_loss: TokenLoss, heads: Placed, chunks: Chunks) -> Sums:
   """Zeros shaped like one chunk's sums, found without computing one."""
 
-  def first(heads: Heads, chunks: Chunks) -> Sums:
+  def first(heads: Placed, chunks: Chunks) -> Sums:
     hidden, labels, weights = chunk_at(chunks, 0)
     return _chunk_sums(token_loss, logits_of(hidden, heads), labels, weights)
 

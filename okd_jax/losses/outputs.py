@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from okd_jax.losses.layout import Hidden, Name, row_shards
+from okd_jax.losses.layout import Name, row_shards, vocabulary_shards
 
 Heads = dict[Name, Float[Array, "V D"]]  # by model, as are
 Logits = dict[Name, Float[Array, "B C _"]]  # each of its own vocabulary
@@ -83,11 +83,6 @@ def unembed(
   )
 
 
-def logits_of(hidden: Hidden, heads: Heads) -> Logits:
-  """The logits of some positions, by model, before any cap."""
-  return {name: unembed(h, heads[name]) for name, h in hidden.items()}
-
-
 def of_capped(
   function: Callable[..., Any], outputs: Mapping[Name, Output]
 ) -> Callable[..., Any]:
@@ -116,5 +111,6 @@ def fitting_chunk(outputs: Mapping[Name, Output], rows: int) -> int:
   """
   rows = -(-rows // row_shards(rows))
   vocab = max(output.head.shape[0] for output in outputs.values())
+  vocab = -(-vocab // vocabulary_shards())
   budget = _CPU_BUDGET if jax.default_backend() == "cpu" else _BUDGET
   return 1 << max(budget // (4 * rows * vocab), 1).bit_length() - 1

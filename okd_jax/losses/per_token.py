@@ -1,17 +1,16 @@
 """Figures at every position, without ever holding [B, L, V]."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
 from jaxtyping import Array, PyTree, Shaped
 
+from okd_jax.losses.heads import in_shares, logits_of, place
 from okd_jax.losses.layout import Hidden, Labels, Name, cut, join
 from okd_jax.losses.outputs import (
   Logits,
   Output,
   fitting_chunk,
-  logits_of,
   of_capped,
 )
 
@@ -48,13 +47,13 @@ def per_token(
   chunk = chunk or fitting_chunk(outputs, rows)
   outputs = jax.lax.stop_gradient(dict(outputs))
   function = of_capped(function, outputs)
-  heads = {name: output.head for name, output in outputs.items()}
   states = {name: output.hidden for name, output in outputs.items()}
+  heads = place({name: output.head for name, output in outputs.items()}, states)
 
   def body(_: None, inputs: tuple[Hidden, _Labels]) -> tuple[None, PyTree[Array]]:
     hidden, labels = inputs
     return None, function(logits_of(hidden, heads), labels)
 
-  pieces = functools.partial(cut, size=min(chunk, length))
-  _, values = jax.lax.scan(body, None, jax.tree.map(pieces, (states, labels)))
+  pieces = jax.tree.map(lambda x: cut(x, min(chunk, length)), (states, labels))
+  _, values = jax.lax.scan(in_shares(body), None, pieces)
   return jax.tree.map(lambda x: join(x, length), values)

@@ -17,7 +17,12 @@ from okd_jax.methods import Method, Models
 from okd_jax.methods.base.knobs import knobs_at, progress
 from okd_jax.methods.base.method import told
 from okd_jax.run.state import TrainState
-from okd_jax.runtime.sharding import batch_sharding, shardings
+from okd_jax.runtime.sharding import (
+  as_parameters,
+  batch_sharding,
+  shardings,
+  with_whole_modules,
+)
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -38,8 +43,9 @@ def train_step(
   Knobs that move reach their ends at the last of `steps`.
 
   Gradients are taken with respect to the moving trees alone, so what is frozen has no
-  gradient buffers. If a loss, gradient or update is not finite, the state comes
-  back unchanged and the metric 'finite' is 0.
+  gradient buffers. If a loss, a figure or a gradient is not finite, the state comes
+  back unchanged; if only a number of an update is not, that one stays as it was. The
+  metric 'finite' is 0 in either case.
   """
   batch = _weighted(batch, method.weights, models.one_row_in)
   key = jax.random.fold_in(state.key, state.step)
@@ -49,28 +55,29 @@ def train_step(
     seen = models.seen(params, frozen)
     return method.loss(models, *seen, part, part_key, now)
 
-  params, opt_state = dict(state.params), dict(state.opt_state)
+  params, opt_state, moved = dict(state.params), dict(state.opt_state), {}
   logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}
   for names in method.updates:
-    moving = {name: params[name] for name in names}
+    whole = with_whole_modules(params)
+    moving = {name: whole[name] for name in names}
     total, metrics, grads = _accumulate(
-      loss, moving, params, batch, key, microbatches, models.one_row_in
+      loss, moving, whole, batch, key, microbatches, models.one_row_in
     )
     # Of passes in sequence, each figure is that of the one that moved its tree.
     for figure, value in (metrics | {"loss": total}).items():
       if figures.owner(figure) in names or figure not in logged:
         logged[figure] = value
     for name in names:
-      params[name], opt_state[name], norms = _updated(
+      logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
+      params[name], opt_state[name], moved[f"{name}_update_norm"] = _updated(
         optimizers[name], grads[name], opt_state[name], params[name]
       )
-      logged |= {f"{name}_{kind}_norm": norm for kind, norm in norms.items()}
   _, base = models.seen(params, frozen)
-  logged |= _adapter_norms(models, base, params.get("adapter", {}))
+  moved |= _adapter_norms(models, base, params.get("adapter", {}))
   at = progress(state.step + 1, steps)
-  carried = method.carry(state.carried, logged, at)
+  carried = method.carry(state.carried, logged | moved, at)
   new = TrainState(state.step + 1, params, opt_state, state.key, carried)
-  return _if_finite(new, state, logged, batch)
+  return _if_finite(new, state, logged, moved, batch)
 
 
 def _adapter_norms(
@@ -89,26 +96,32 @@ def _updated(
   grads: PyTree,
   opt_state: PyTree,
   params: PyTree,
-) -> tuple[PyTree, PyTree, Metrics]:
-  """(parameters, optimiser's state, norms of gradient and update) of one tree."""
+) -> tuple[PyTree, PyTree, Float[Array, ""]]:
+  """(parameters, optimiser's state, norm of the update) of one tree."""
   updates, opt_state = optimizer.update(grads, opt_state, params)
-  norms = {"grad": optax.tree.norm(grads), "update": optax.tree.norm(updates)}
-  return optax.apply_updates(params, updates), opt_state, norms
+  return optax.apply_updates(params, updates), opt_state, optax.tree.norm(updates)
 
 
 def _if_finite(
-  new: TrainState, old: TrainState, logged: Metrics, batch: Batch
+  new: TrainState, old: TrainState, logged: Metrics, moved: Metrics, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-  """The new state, or the old one's trees if a figure is not finite."""
+  """The new state, or the old one's trees if a figure is not finite.
+
+  What is known of the update itself, `moved`, decides on no other number: all updates
+  would have to wait for the last one, and fill as much memory as the parameters.
+  """
   finite = jnp.isfinite(sum(logged.values()))
-  keep = functools.partial(jnp.where, finite)
+
+  def keep(new: Shaped[Array, "..."], old: Shaped[Array, "..."]):
+    return jnp.where(finite & jnp.isfinite(new), new, old)
+
   new = new.replace(
     params=jax.tree.map(keep, new.params, old.params),
     opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
     carried=jax.tree.map(keep, new.carried, old.carried),
   )
-  return new, logged | {
-    "finite": finite.astype(jnp.float32),
+  return new, logged | moved | {
+    "finite": (finite & jnp.isfinite(sum(moved.values()))).astype(jnp.float32),
     "tokens": jnp.sum(batch.segment_ids != 0, dtype=jnp.float32),
     "trained_tokens": jnp.sum(batch.mask, dtype=jnp.float32),
   }
@@ -156,7 +169,7 @@ def _accumulate(
   def value(moving: dict[str, PyTree], part: Batch, index: Any):
     return loss(params | moving, part, jax.random.fold_in(key, index))
 
-  gradient = jax.value_and_grad(value, has_aux=True)
+  gradient = _gradient(value)
   if microbatches == 1:
     (total, metrics), grads = gradient(moving, batch, 0)
     return total, metrics, grads
@@ -178,6 +191,16 @@ def _accumulate(
   index = jnp.arange(microbatches)
   ((total, metrics), grads), _ = jax.lax.scan(body, zeros, (parts, index))
   return total, metrics, grads
+
+
+def _gradient(value: Callable[..., Any]) -> Callable[..., Any]:
+  """`value` and its gradients, each where its parameter is."""
+
+  def call(*args: Any):
+    found, grads = jax.value_and_grad(value, has_aux=True)(*args)
+    return found, as_parameters(grads)
+
+  return call
 
 
 def compile_step(

@@ -9,7 +9,14 @@ import re
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  Sharding,
+)
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Int, PyTree
 
@@ -65,7 +72,9 @@ def described(mesh: Mesh) -> str:
   return f"mesh {' x '.join(sizes) or 'of one device'}"
 
 
-def shardings(tree: PyTree, mesh: Mesh, whole: bool = False) -> PyTree[NamedSharding]:
+def shardings(
+  tree: PyTree, mesh: Mesh | AbstractMesh, whole: bool = False
+) -> PyTree[NamedSharding]:
   """A NamedSharding for every leaf (array or ShapeDtypeStruct), by its path.
 
   whole: whether fsdp leaves the tree whole, as it does a frozen teacher that fits.
@@ -76,7 +85,7 @@ def shardings(tree: PyTree, mesh: Mesh, whole: bool = False) -> PyTree[NamedShar
 
 
 def spec(
-  path: str, shape: tuple[int, ...], mesh: Mesh, whole: bool = False
+  path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, whole: bool = False
 ) -> PartitionSpec:
   """The first matching rule, without the axes that do not divide their dimension.
 
@@ -95,7 +104,7 @@ def spec(
 
 
 def place(
-  mesh: Mesh, path: str, shape: tuple[int, ...], whole: bool = False
+  mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...], whole: bool = False
 ) -> NamedSharding:
   """Where the rules put the parameter of this path; whole: without fsdp."""
   return NamedSharding(mesh, spec(path, shape, mesh, whole))
@@ -191,3 +200,29 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh, group: int = 1) 
       f"{microbatches} times the {ways} devices that rows are split over "
       f"(mesh.data x mesh.fsdp){groups}"
     )
+
+
+def as_parameters(tree: PyTree[Array]) -> PyTree[Array]:
+  """Inside jit: each leaf where the parameter of its path lives, if there is a mesh.
+
+  Of gradients, so that their sum over devices is scattered, and never whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(AXES) <= set(mesh.axis_names):
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+
+
+def with_whole_modules(tree: PyTree[Array]) -> PyTree[Array]:
+  """Inside jit: the low-rank factors in it on every device, if there is a mesh.
+
+  They are small, and gathered once they keep all layers from waiting for them.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+
+  def whole(path: KeyPath, leaf: Array) -> Array:
+    small = re.search(r"/(down|up)$", path_name(path))
+    return jax.lax.with_sharding_constraint(leaf, PartitionSpec()) if small else leaf
+
+  return jax.tree_util.tree_map_with_path(whole, tree)
