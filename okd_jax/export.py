@@ -12,7 +12,7 @@ from okd_jax.evaluation.figures import score_by
 from okd_jax.run import card, checkpoint, export
 from okd_jax.run.build import Shapes, build_shapes
 from okd_jax.run.state import TrainState
-from okd_jax.runtime import cli
+from okd_jax.runtime import cli, mirror
 from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
   """Exports as the arguments say; a UserError if there is no such checkpoint."""
   args = _parser().parse_args(arguments)
   card.check_name(args.push_to_hub, args.public)
-  workdir = Workdir(local(args.workdir))
+  workdir = Workdir(mirror.fetched(args.workdir))
   if not workdir.checkpoints.is_dir() or not workdir.config.exists():
     raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")
   shapes = build_shapes(read.saved(workdir.config), workdir)

@@ -9,7 +9,8 @@ DIR gets config.json, metrics.jsonl, checkpoints/, student/ (a Hugging Face fold
 adapter/ (PEFT format, if teachers adapt; teacher/ and blocks.json instead where blocks
 of the teacher learned) and report.html. --profile adds profile/, a trace of the 3rd to
 the 7th step from here on, to be opened at ui.perfetto.dev or in TensorBoard; the run's
-results stay as they are.
+results stay as they are. DIR may be on a store, gs://BUCKET/RUN or whatever fsspec
+opens: the run then works in a copy under ~/.cache/okd_jax, kept equal to it.
 
 Several processes, on one machine or many, make one run. On a TPU pod, under SLURM, in
 an indexed Kubernetes job (with the extra k8s) and under Open MPI they find each other;
@@ -25,8 +26,7 @@ from okd_jax.config.describe import help_page
 from okd_jax.errors import UserError
 from okd_jax.run import distill
 from okd_jax.run.stop import Stopped, Terminated
-from okd_jax.runtime import cli
-from okd_jax.runtime.files import local
+from okd_jax.runtime import cli, mirror
 from okd_jax.runtime.workdir import writes
 
 
@@ -43,9 +43,13 @@ def main(arguments: list[str]) -> None:
   config = read.read(rest)
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
-  with cli.devices(args), Terminated() as stop:
+  with (
+    cli.devices(args),
+    mirror.opened(args.workdir) as workdir,
+    Terminated() as stop,
+  ):
     try:
-      *_, result = distill.run(config, local(args.workdir), stop, args.profile)
+      *_, result = distill.run(config, workdir, stop, args.profile)
     except Stopped:
       print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
       sys.exit(Terminated.STATUS)

@@ -22,6 +22,7 @@ from okd_jax.models.formats.card import licence
 from okd_jax.models.formats.parts import Where, on_default_device
 from okd_jax.models.formats.weights import Params
 from okd_jax.models.transformer import Decoder, logits
+from okd_jax.runtime import mirror
 from okd_jax.runtime.files import local
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -209,12 +210,12 @@ def even_layers(total: int, n: int) -> list[int]:
 
 
 def place_of(path: str | os.PathLike) -> Path:
-  """The .gguf file or the HF folder that `path` means; of the hub it is fetched.
+  """The .gguf file or the HF folder that `path` means; of the hub or a store fetched.
 
   Raises:
     UserError: where there is none.
   """
-  place = local(path)
+  place = mirror.fetched(str(path), checkpoints=False)
   if place.is_file():
     if place.suffix != ".gguf":
       raise UserError(f"{path} is a file, but no .gguf; name the model's folder")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from okd_jax.errors import UserError
+from okd_jax.runtime import mirror
 from okd_jax.runtime.sharding import shardings
 
 _log = logging.getLogger(__name__)
+Place = Path | epath.Path
 _policies = ocp.training.preservation_policies
 
 
@@ -30,7 +33,7 @@ class Checkpoints:
   highest.
   """
 
-  def __init__(self, folder: Path, keep: int, best=None, read_only: bool = False):
+  def __init__(self, folder: Place, keep: int, best=None, read_only: bool = False):
     if keep < 1:
       raise UserError(f"checkpoint.keep={keep} must be at least 1")
     policies = [_policies.LatestN(keep)]
@@ -42,7 +45,7 @@ class Checkpoints:
       _set_aside_unreadable(folder)
     self._best = best
     self._checkpointer = ocp.training.Checkpointer(
-      folder.absolute(),
+      folder.absolute() if isinstance(folder, Path) else folder,
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=_policies.AnyPreservationPolicy(policies),
       # A reader must not sweep away what a run is just writing.
@@ -73,6 +76,7 @@ class Checkpoints:
     parts = {"state": _as_tree(state), "data": data} | (
       {"sampler": sampler} if sampler else {}
     )
+    mirror.push()  # figures of earlier steps are there before the checkpoint is
     started = self._checkpointer.save_checkpointables_async(
       step, parts, overwrite=True, metrics=metrics
     )
@@ -100,7 +104,7 @@ class Checkpoints:
       if damaged:
         # Orbax takes no step below its newest: what is damaged must go first.
         for late in damaged:
-          _set_aside(Path(self._checkpointer.directory) / str(late))
+          _set_aside(epath.Path(self._checkpointer.directory) / str(late))
         self._checkpointer.reload()
       return _filled(state, restored["state"]), step, restored.get("sampler")
     raise UserError(
@@ -149,7 +153,7 @@ def _filled(state: Any, saved: Any) -> Any:
   return state.replace(**saved) if dataclasses.is_dataclass(state) else saved
 
 
-def _set_aside_unreadable(folder: Path) -> None:
+def _set_aside_unreadable(folder: Place) -> None:
   """Renames checkpoints whose own metadata is damaged: Orbax would not even start."""
   for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
     try:
@@ -159,7 +163,7 @@ def _set_aside_unreadable(folder: Path) -> None:
       _set_aside(path.parent)
 
 
-def _set_aside(path: Path) -> None:
+def _set_aside(path: Place) -> None:
   """Renames a checkpoint to damaged-N, or damaged-N-2, …, so that nothing is lost."""
   names = (f"damaged-{path.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 1000))])
   aside = next(a for a in map(path.with_name, names) if not a.exists())
@@ -169,7 +173,7 @@ def _set_aside(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(
-  folder: Path, keep: int, best=None, read_only=False
+  folder: Place, keep: int, best=None, read_only=False
 ) -> Iterator[Checkpoints]:
   """Checkpoints that are flushed and closed on the way out."""
   checkpoints = Checkpoints(folder, keep, best, read_only)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from okd_jax.teachers.load import adapter_digest
 
 _log = logging.getLogger(__name__)
 
-# How a run is watched and kept is not what it computes.
+# How a run is watched and kept is not what it computes; neither is the mesh that it
+# goes on on.
 _FREE = ("train.log_every", "train.tensorboard", "train.wandb", "checkpoint.keep")
 
 
@@ -44,7 +46,12 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
   by_steps = wanted["train"]["steps"] > 0
   length = "train.steps" if by_steps else "train.epochs"
   free = (*_FREE, "train.epochs") if by_steps else _FREE
-  changed = [row for row in _differences(saved, wanted) if row[0] not in free]
+  saved, wanted = _placeless(saved), _placeless(wanted)
+  changed = [
+    row
+    for row in _differences(saved, wanted)
+    if row[0] not in free and not row[0].startswith("mesh.")
+  ]
   grown = [key for key, before, now in changed if key == length and now > before > 0]
   different = [
     f"{key}={before!r} there, {now!r} here"
@@ -58,6 +65,17 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
     )
   _check_method_file(wanted["method"]["file"], workdir)
   return "".join(grown)
+
+
+def _placeless(config: Any) -> Any:
+  """The configuration with 'stages/NAME' for the folder of a stage, wherever it lies.
+
+  A workdir may be moved, and lies elsewhere in every process that has a copy of it.
+  """
+  if isinstance(config, dict):
+    return {key: _placeless(value) for key, value in config.items()}
+  found = re.search(r"stages/[^/]+$", config) if isinstance(config, str) else None
+  return found[0] if found else config
 
 
 def _check_method_file(file: str, workdir: Workdir) -> None:

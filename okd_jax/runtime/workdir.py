@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 
 from okd_jax.errors import UserError
-from okd_jax.runtime import files
+from okd_jax.runtime import files, mirror
 
 _MADE_FROM = "made_from.json"
 
@@ -87,8 +88,8 @@ class Workdir:
     return self.path / "width.json"
 
   @property
-  def checkpoints(self) -> Path:
-    return self.path / "checkpoints"
+  def checkpoints(self) -> "Path | epath.Path":
+    return mirror.checkpoints_of(self.path)
 
   @property
   def student(self) -> Path:
@@ -152,9 +153,11 @@ def writes() -> bool:
 
 
 def barrier(name: str) -> None:
-  """Waits for the other processes."""
+  """Waits for the other processes, and sees what they have written till then."""
+  mirror.push()
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f"okd_jax {name}")
+    mirror.pull()
 
 
 # What was made from what
