@@ -6,15 +6,13 @@ in blocks. A position is a small dict: where the block began, and how far in it 
 Every process reads all of it, so that batches do not depend on how many there are.
 """
 
-import asyncio
 import collections
 import concurrent.futures
 import copy
 import dataclasses
 import functools
 import itertools
-import json
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from okd_jax.errors import UserError
 
 BLOCK = 1024  # rows that are shuffled among themselves
 _RECORDS = 64  # texts that are tokenised at once
-_POSITION = "position.json"
 # Branches of the seed's draws: in which order shards come, and rows of a block.
 _SHARDS, _ROWS = 0, 1
 
@@ -191,7 +188,6 @@ class Stream:
   has it; its rows are numbered in the order in which they are read, block after block.
 
   own: which rows of a batch are this process's; None: all.
-  writes: whether this process is the one that saves the position.
   """
 
   def __init__(
@@ -201,7 +197,6 @@ class Stream:
     batch_size: int,
     pad_id: int,
     own: Int[np.ndarray, " M"] | None = None,
-    writes: bool = True,
   ):
     if batch_size < 1:
       raise ValueError(f"batch size {batch_size} is none")
@@ -210,7 +205,6 @@ class Stream:
     self._corpus = dataclasses.replace(corpus, tokenizer=tokenizer)
     self._size, self._pad = batch_size, pad_id
     self._own = np.arange(batch_size) if own is None else own
-    self._writes = writes
     self._ahead = concurrent.futures.ThreadPoolExecutor(1, "okd_jax stream")
     self._recent: collections.deque = collections.deque(maxlen=3)
     self.set_state({"begin": Begin().state(), "at": 0})
@@ -260,23 +254,6 @@ class Stream:
     self._blocks = self._corpus.blocks(self._begin)
     self._now: Block | None = None
     self._next: concurrent.futures.Future | None = None
-
-  async def save(self, directory: Any) -> Awaitable[None]:
-    """Orbax's way to ask for the position; later steps do not change what is saved."""
-    return self._save(directory, json.dumps(self.get_state()))
-
-  async def _save(self, directory: Any, state: str) -> None:
-    folder = await directory.await_creation()
-    if self._writes:  # the others' is the same
-      await asyncio.to_thread((folder / _POSITION).write_text, state)
-
-  async def load(self, directory: Any) -> Awaitable[None]:
-    """Orbax's way to set it."""
-    return self._load(directory)
-
-  async def _load(self, directory: Any) -> None:
-    text = await asyncio.to_thread((directory / _POSITION).read_text)
-    self.set_state(json.loads(text))
 
   def _next_row(self) -> tuple[int, Texts]:
     if self._at == BLOCK:

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from okd_jax.data.position import Position
 from okd_jax.errors import UserError
 from okd_jax.runtime import mirror
 from okd_jax.runtime.sharding import shardings
@@ -73,7 +74,7 @@ class Checkpoints:
     `data` is the loader's iterator, whose position is saved; `sampler` a tree of
     arrays, what sampled text needs to go on.
     """
-    parts = {"state": _as_tree(state), "data": data} | (
+    parts = {"state": _as_tree(state), "data": Position(data)} | (
       {"sampler": sampler} if sampler else {}
     )
     mirror.push()  # figures of earlier steps are there before the checkpoint is
@@ -124,7 +125,7 @@ class Checkpoints:
       _as_tree(state),
       _as_tree(shardings(state, mesh)),
     )
-    wanted = {"state": abstract} | ({} if data is None else {"data": data})
+    wanted = {"state": abstract} | ({} if data is None else {"data": Position(data)})
     if sampler:
       wanted["sampler"] = sampler
     return self._checkpointer.load_checkpointables(step, wanted)

@@ -12,7 +12,6 @@ from okd_jax.data.stream import Corpus, Stream
 from okd_jax.run.data import Data, Pack, read_part, sizes
 from okd_jax.run.outline import Outline
 from okd_jax.runtime import sharding
-from okd_jax.runtime.workdir import writes
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +46,6 @@ def stream_data(settings: Settings, outline: Outline, mesh: Mesh) -> Data:
     batch_size=settings.train.batch_size,
     pad_id=PAD_ID,
     own=sharding.own_rows(settings.train.batch_size, mesh),
-    writes=writes(),
   )
   first = [text for row in stream.first() for text in row]
   _log.info(

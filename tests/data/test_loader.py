@@ -8,6 +8,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from okd_jax.data import Example, eval_batches, pad_row, train_loader
+from okd_jax.data.position import Position
 
 LENGTH, PAD = 8, 0
 
@@ -84,12 +85,24 @@ def test_restarting_at_the_exact_next_batch(steps):
       np.testing.assert_array_equal(value, batch[name])
 
 
-def test_orbax_saves_the_position(tmp_path):
+def test_orbax_reads_positions_as_grain_itself_saves_them(tmp_path):
+  """Runs that were begun so go on, on any number of processes."""
   iterator = loader()
   take(iterator, 4)
   ocp.save_checkpointables(tmp_path / "c", {"data": iterator})
+  [file] = (tmp_path / "c/data").glob("process_*.json")
+  file.rename(file.with_name("process_1-of-2.json"))
   restarted = loader()
-  ocp.load_checkpointables(tmp_path / "c", {"data": restarted})
+  ocp.load_checkpointables(tmp_path / "c", {"data": Position(restarted)})
+  assert take(restarted, 5) == take(iterator, 5)
+
+
+def test_orbax_saves_the_position(tmp_path):
+  iterator = loader()
+  take(iterator, 4)
+  ocp.save_checkpointables(tmp_path / "c", {"data": Position(iterator)})
+  restarted = loader()
+  ocp.load_checkpointables(tmp_path / "c", {"data": Position(restarted)})
   assert isinstance(restarted, grain.DatasetIterator)
   assert take(restarted, 5) == take(iterator, 5)
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from okd_jax.data import make_tokenizer, stream
+from okd_jax.data.position import Position
 from okd_jax.data.shard import make_shard
 from okd_jax.data.sources import shards_of
 from okd_jax.data.stream import BLOCK, Corpus, Stream
@@ -203,9 +204,9 @@ def test_processes_see_together_what_one_sees(processes):
 def test_orbax_saves_the_position(tmp_path):
   loader = batches(corpus())
   take(loader, 5)
-  ocp.save_checkpointables(tmp_path / "c", {"data": loader})
+  ocp.save_checkpointables(tmp_path / "c", {"data": Position(loader)})
   again = batches(corpus())
-  ocp.load_checkpointables(tmp_path / "c", {"data": again})
+  ocp.load_checkpointables(tmp_path / "c", {"data": Position(again)})
   assert all(map(same, take(again, 7), take(loader, 7)))
 
 
