@@ -4,6 +4,7 @@ By arithmetic (`accounts`), and for TPUs by their compiler, which libtpu brings 
 it says what the step stores and sends. How long that takes is arithmetic either way.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,14 +18,15 @@ from jax.sharding import AxisType, Mesh
 from okd_jax.bench import measure
 from okd_jax.bench.accounts import Account, account
 from okd_jax.bench.collectives import collectives
+from okd_jax.bench.groups import axes_along, groups_of
 from okd_jax.bench.layouts import Layout, asked, candidates, laid_out, stand_in
 from okd_jax.bench.roofline import (
   EXAMPLES,
   Sent,
   Topology,
-  axes_of,
   link_seconds,
   roofline,
+  span_of,
 )
 from okd_jax.errors import UserError
 from okd_jax.run.ahead import Ahead, ahead, notes
@@ -186,7 +188,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
   """
   cli.need("libtpu", "tpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody's machine is asked
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   sides = "x".join(map(str, topology.sides))
   # Else each core of a v4 would be a device; of v5p that is the default.
   how = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
@@ -212,7 +214,7 @@ def as_json(plan: Planned) -> dict[str, Any]:
 def _memory(found: Account, program: jax.stages.Compiled) -> dict[str, int]:
   """The parts by shapes, and the compiler's own temporaries and total.
 
-  'arguments' is its sum of the parts that lie there beforehand, 'layout' what its tiles
+  'arguments' is its sum of the parts that lie there beforehand, 'tiling' what its tiles
   of arrays add to these.
   """
   parts = {name: size for name, size in found.memory.items() if name != "temporaries"}
@@ -222,19 +224,28 @@ def _memory(found: Account, program: jax.stages.Compiled) -> dict[str, int]:
   total = sizes["arguments"] + sizes["temporaries"] + new
   code = analysis.generated_code_size_in_bytes
   own = {"temporaries": sizes["temporaries"], "new outputs": new, "program": code}
-  tiles = {"layout": sizes["arguments"] - sum(parts.values())}
+  tiles = {"tiling": sizes["arguments"] - sum(parts.values())}
   arguments = {"arguments": sizes["arguments"]}
   return parts | tiles | own | arguments | {"total": total + code}
 
 
 def _sent(program: jax.stages.Compiled, layout: Layout) -> Iterator[Sent]:
-  mesh = layout.mesh
-  everybody = int(np.prod(layout[:3]))
-  for each in collectives(program.as_text()):
-    axes, span = axes_of(each.ways, mesh)
-    ways = each.ways or everybody
-    what = _source(each.source)
-    yield Sent(each.kind, what, axes, each.bytes, each.times, each.in_loop, ways, span)
+  """What the program sends; a group of which nothing is told are all devices."""
+  text, mesh = program.as_text(), layout.mesh
+  groups = groups_of(text)
+  for each in collectives(text):
+    axes = axes_along(groups.get(each.name, ()), mesh)
+    ways = math.prod(mesh[axis] for axis in axes)
+    yield Sent(
+      each.kind,
+      _source(each.source),
+      "+".join(axes),
+      each.bytes,
+      each.times,
+      each.in_loop,
+      ways,
+      span_of(axes, mesh),
+    )
 
 
 def _source(name: str) -> str:

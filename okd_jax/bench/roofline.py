@@ -7,7 +7,6 @@ documented bandwidth a chip in both directions, over its ports and directions. W
 torus closes: "How to Scale Your Model", Austin et al. 2025, chapter 2.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from okd_jax.errors import UserError
 
 GIB = 2**30
+_PASSES = {"all-reduce": 2}
 _NODE = 8  # GPUs that NVLink joins
 EXAMPLES = "v5e:2x4, v5e:4x4, v6e:2x4, v4:2x2x4, v5p:4x4x4, gpu:h100x8"
 
@@ -124,12 +124,13 @@ def link_seconds(sent: Sequence[Sent], topology: Topology) -> float:
   """How long all of it takes, one after the other.
 
   A gather or a scatter of n parts passes (n - 1) / n of its bytes through each device,
-  a sum twice as much.
+  a sum twice as much, a permutation all of them.
   """
   total = 0.0
   for each in sent:
     if each.ways > 1:
-      share = (each.ways - 1) / each.ways * (2 if each.kind == "all-reduce" else 1)
+      share = _PASSES.get(each.kind, 1) * (each.ways - 1) / each.ways
+      share = 1.0 if each.kind == "collective-permute" else share
       passed = each.bytes * max(each.times, 1) * share
       total += passed / topology.rate(each.ways, each.span)
   return total
@@ -193,22 +194,9 @@ def topology_of(name: str) -> Topology:
   return Topology(name, kind, tuple(map(int, counts)))
 
 
-def axes_of(ways: int, mesh: Mapping[str, int]) -> tuple[str, int]:
-  """(axes of a mesh whose devices number `ways`, span); ('', ways) if not just one."""
-  names = [axis for axis, size in mesh.items() if size > 1]
-  ways = ways or math.prod(mesh.values())
-  found = [
-    axes
-    for count in range(1, len(names) + 1)
-    for axes in itertools.combinations(names, count)
-    if math.prod(mesh[axis] for axis in axes) == ways
-  ]
-  if len(found) != 1:
-    return "", ways
-  return "+".join(found[0]), span_of(found[0], mesh)
-
-
 def span_of(axes: Sequence[str], mesh: Mapping[str, int]) -> int:
   """Devices from the first to the last of a group along these axes."""
   names = list(mesh)
+  if not axes:
+    return 1
   return math.prod(mesh[name] for name in names[names.index(axes[0]) :])
