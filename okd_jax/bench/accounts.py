@@ -26,6 +26,9 @@ from okd_jax.run.ahead import Ahead, frozen_shardings
 from okd_jax.runtime import sharding
 
 _LOGITS = 4 * (256 << 20)  # of two models with their gradients, a chunk of each
+# Gradients, updates and moments that wait until all are known to be finite; in
+# programs for v5e it was four times the trained weights.
+_GUARDED = 4
 _UPDATE = 7  # times a trained weight's float32 passes: four are read, three written
 
 
@@ -187,7 +190,7 @@ def _temporaries(run: Ahead, layout: Layout, uses: list[_Use]) -> int:
   """An estimate: gradients and updates, activations, a layer at work, logits."""
   tokens, itemsize = _tokens(run, layout), jnp.dtype(run.settings.train.dtype).itemsize
   params = run.plan.abstract.params
-  total = 2 * _bytes(params, sharding.shardings(params, stand_in(layout)))
+  total = _GUARDED * _bytes(params, sharding.shardings(params, stand_in(layout)))
   for use in uses:
     kept = _kept(use, layout.remat, layout.tensor) * use.config.num_layers
     total += use.backward * kept * tokens * itemsize

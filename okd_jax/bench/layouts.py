@@ -47,7 +47,8 @@ class Layout(NamedTuple):
   def flags(self) -> str:
     """The configuration's flags that ask for it."""
     keys = [f"mesh.{axis}={size}" for axis, size in self.mesh.items()]
-    keys += [f"train.remat={self.remat}", f"train.microbatches={self.microbatches}"]
+    keys += [f"mesh.teacher={self.teacher}", f"train.remat={self.remat}"]
+    keys += [f"train.microbatches={self.microbatches}"]
     return " ".join(f"--config.{key}" for key in keys)
 
   def __str__(self) -> str:

@@ -79,13 +79,22 @@ def _collectives(sent: Sequence[Sent]) -> str:
   rows = []
   for (kind, axes, loop), members in groups.items():
     calls = sum(each.times for each in members)
-    size = sum(each.bytes * max(each.times, 1) for each in members)
-    told = "?" if any(not each.times for each in members) else ""
+    size = sum(each.bytes * each.times for each in members)
     largest = max(each.bytes for each in members)
     where = "loop" if loop else "once"
-    figures = (f"{calls}{told}", f"{largest / 1e6:.2f}", f"{size / 1e6:.1f}{told}")
+    figures = (str(calls), f"{largest / 1e6:.2f}", f"{size / 1e6:.1f}")
     rows.append((kind, axes, where, *figures))
-  return _table(("collective", "axes", "where", "calls", "largest MB", "all MB"), rows)
+  heads = ("collective", "axes", "where", "calls", "largest MB", "all MB")
+  return _table(heads, rows) + "\n\n" + _largest(sent)
+
+
+def _largest(sent: Sequence[Sent], most: int = 6) -> str:
+  """The calls that send most, and what they are for."""
+  rows = [
+    (each.kind, each.axes, f"{each.times} x {each.bytes / 1e6:.2f}", each.what[:40])
+    for each in sent[:most]
+  ]
+  return _table(("most of all", "axes", "calls x MB", "for"), rows)
 
 
 def _times(plan: Planned) -> str:

@@ -34,6 +34,8 @@ from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
 from okd_jax.runtime import cli, sharding
 
+# Else each core of a v4 would be a device, as in no run; of v5p that is the default.
+_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
 _KERNELS = {True: "cudnn", False: "splash"}  # by whether there are GPUs
 
 
@@ -109,7 +111,9 @@ class Planner:
       return plain._replace(by="compiler", fits=False, error=_first(error))
     elapsed = time.perf_counter() - begun
     memory = _memory(found, program)
-    sent = _merged(_sent(program, layout))
+    train, length = run.settings.train, run.settings.data.max_length
+    chunks = -(-length // train.loss_chunk) * layout.microbatches
+    sent = _merged(_sent(program, layout, chunks))
     fits = memory["total"] <= self.topology.chip.hbm
     times = self._roofline(found, sent)
     return Planned(layout, "compiler", memory, found.useful, sent, times, fits, elapsed)
@@ -188,13 +192,15 @@ def tpu_devices(topology: Topology) -> list[Any]:
   """
   cli.need("libtpu", "tpu")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody's machine is asked
+  # Neither is used, but it would complain of what it did not find.
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   sides = "x".join(map(str, topology.sides))
-  # Else each core of a v4 would be a device; of v5p that is the default.
-  how = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened
   name = f"{topology.kind}:{sides}"
   try:
-    found = topologies.get_topology_desc(name, platform="tpu", **how).devices
+    own = _CONFIGS.get(topology.kind, {})
+    found = topologies.get_topology_desc(name, platform="tpu", **own).devices
   except jax.errors.JaxRuntimeError as error:
     raise UserError(
       f"--topology={topology.name} is none that libtpu knows ({_first(error)}); name "
@@ -229,8 +235,11 @@ def _memory(found: Account, program: jax.stages.Compiled) -> dict[str, int]:
   return parts | tiles | own | arguments | {"total": total + code}
 
 
-def _sent(program: jax.stages.Compiled, layout: Layout) -> Iterator[Sent]:
-  """What the program sends; a group of which nothing is told are all devices."""
+def _sent(program: jax.stages.Compiled, layout: Layout, chunks: int) -> Iterator[Sent]:
+  """What the program sends; a group of which nothing is told are all devices.
+
+  chunks: of the loss, at most. Its loop alone does not know how often it runs.
+  """
   text, mesh = program.as_text(), layout.mesh
   groups = groups_of(text)
   for each in collectives(text):
@@ -241,7 +250,7 @@ def _sent(program: jax.stages.Compiled, layout: Layout) -> Iterator[Sent]:
       _source(each.source),
       "+".join(axes),
       each.bytes,
-      each.times,
+      each.times or chunks,
       each.in_loop,
       ways,
       span_of(axes, mesh),
@@ -261,7 +270,7 @@ def _merged(sent: list[Sent] | Iterator[Sent]) -> list[Sent]:
     alike = each._replace(times=0)
     found[alike] = found.get(alike, 0) + each.times
   merged = [each._replace(times=times) for each, times in found.items()]
-  return sorted(merged, key=lambda each: -each.bytes * max(each.times, 1))
+  return sorted(merged, key=lambda each: -each.bytes * each.times)
 
 
 def _size(tree: Any) -> int:

@@ -16,7 +16,9 @@ from okd_jax.errors import UserError
 
 GIB = 2**30
 _PASSES = {"all-reduce": 2}
+_WHOLE = {"collective-permute": 1.0}
 _NODE = 8  # GPUs that NVLink joins
+_NAME = re.compile(r"gpu:([a-z]+\d+)x(\d+)|(\w+):(\d+(?:x\d+){0,2})")
 EXAMPLES = "v5e:2x4, v5e:4x4, v6e:2x4, v4:2x2x4, v5p:4x4x4, gpu:h100x8"
 
 
@@ -104,7 +106,7 @@ class Sent(NamedTuple):
   what: whose, in a word or two.
   axes: of the mesh, '' where they are not known.
   bytes: of one call: the operand or the result, whichever is larger.
-  times: calls by a step; 0 where nobody can tell.
+  times: calls by a step.
   in_loop: whether it is called in a loop.
   ways: devices that take part in one.
   span: see `Topology.rate`.
@@ -130,8 +132,8 @@ def link_seconds(sent: Sequence[Sent], topology: Topology) -> float:
   for each in sent:
     if each.ways > 1:
       share = _PASSES.get(each.kind, 1) * (each.ways - 1) / each.ways
-      share = 1.0 if each.kind == "collective-permute" else share
-      passed = each.bytes * max(each.times, 1) * share
+      share = _WHOLE.get(each.kind, share)
+      passed = each.bytes * each.times * share
       total += passed / topology.rate(each.ways, each.span)
   return total
 
@@ -180,12 +182,10 @@ def topology_of(name: str) -> Topology:
   Raises:
     UserError: with examples, for one that is not known.
   """
-  family, _, rest = name.partition(":")
-  family = "tpu7x" if family == "v7x" else family
-  gpus = re.fullmatch(r"([a-z]+\d+)x(\d+)", rest) if family == "gpu" else None
-  sides = re.fullmatch(r"\d+(x\d+){0,2}", rest)
-  kind, counts = (gpus[1], gpus[2:3]) if gpus else (family, rest.split("x"))
-  known = (gpus or sides) and kind in CHIPS and (CHIPS[kind].closes == 0) == bool(gpus)
+  found = _NAME.fullmatch(name.replace("v7x:", "tpu7x:"))
+  gpu, gpus, tpu, sides = found.groups() if found else ("",) * 4
+  kind, counts = (gpu, [gpus]) if gpu else (tpu, sides.split("x"))
+  known = kind in CHIPS and (CHIPS[kind].closes == 0) == bool(gpu)
   if not known or not all(int(count) for count in counts):
     raise UserError(
       f"--topology={name} is not known; name one such as {EXAMPLES} (chips: "

@@ -5,7 +5,7 @@ batches have a shape and no rows, and the mesh may be of devices that are not he
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import huggingface_hub
 import jax
@@ -26,7 +26,7 @@ from okd_jax.models.formats.known import known
 from okd_jax.run.cast import Cast, shapes
 from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline, teacher_paths
-from okd_jax.run.plan import Plan, make_plan
+from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.step import compile_step
 from okd_jax.runtime import sharding
 from okd_jax.runtime.files import local
@@ -97,7 +97,7 @@ def ahead(job: Job, shape: Outline) -> Ahead:
   # Whole, for any mesh: `compiled` says where each part lies.
   cast = dataclasses.replace(cast, frozen=frozen)
   plan = make_plan(job, cast, rows=1)
-  return Ahead(job, cast, plan, frozen, _batch(job, plan, frozen))
+  return Ahead(job, cast, plan, frozen, _batch(job, cast, plan))
 
 
 def outline(settings: Settings, vocab_size: int) -> Outline:
@@ -238,7 +238,7 @@ def _stored(
   return jax.eval_shape(make)
 
 
-def _batch(job: Job, plan: Plan, frozen: dict[str, PyTree]) -> Batch:
+def _batch(job: Job, cast: Cast, plan: Plan) -> Batch:
   """Whole rows, and beside them what the method asks for, as shapes."""
   settings, text = job.settings, job.method.sequences
   size = settings.train.batch_size, settings.data.max_length
@@ -247,16 +247,26 @@ def _batch(job: Job, plan: Plan, frozen: dict[str, PyTree]) -> Batch:
   batch = rows
   if text.prepare:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    now = at_start(job.method.knobs)
+    now, apply = at_start(job.method.knobs), make_models(job, _traceable(cast))
 
     def prepare(params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Batch:
-      seen = plan.models.seen(params, frozen)
-      return text.prepare(plan.models, *seen, batch, key, now)
+      return text.prepare(apply, *apply.seen(params, frozen), batch, key, now)
 
-    batch = jax.eval_shape(prepare, plan.abstract.params, frozen, batch, key)
+    batch = jax.eval_shape(prepare, plan.abstract.params, cast.frozen, batch, key)
   beside = {"gold": rows} if text.gold else {}
   if text.own_tokens:
     beside["other_tokens"] = rows
   if text.beforehand and text.source != "teacher":
     beside["answers"] = dict.fromkeys(text.beforehand, rows)
   return batch.replace(**beside)
+
+
+def _traceable(cast: Cast) -> Cast:
+  """The cast with attention that needs no device's libraries to have a shape."""
+
+  def plain(decoders: Mapping[str, Decoder]) -> dict[str, Decoder]:
+    return {name: each.clone(attention="xla") for name, each in decoders.items()}
+
+  student = cast.student.clone(attention="xla")
+  teachers, adapted = plain(cast.teachers), plain(cast.adapted)
+  return dataclasses.replace(cast, student=student, teachers=teachers, adapted=adapted)
