@@ -8,10 +8,9 @@ Compiles the real training step from shapes alone, for any TPU that libtpu knows
 and how long these take at the hardware's best. Of GPUs, gpu:h100x8, all is
 arithmetic. Models are read from their config.json; a stage's model is the one that the
 stage starts from. --search ranks meshes, where the teacher lies, remat and microbatches
-by arithmetic, compiles the best few and names the best.
+by arithmetic, compiles the best three (--compile=N: so many; 0: none) and names the
+best. --vocab_size=N is that of models drawn at random, of which nothing else says it.
 """
-
-import logging
 
 import jax
 
@@ -44,13 +43,9 @@ def main(arguments: list[str]) -> None:
   jax.config.update("jax_platforms", "cpu")  # no device of this machine is used
   job = check(without_stages(read.read(rest)))
   planner = planning.Planner(job, outline(job.settings, args.vocab_size), topology)
-  count = 0 if topology.of_gpus else args.compile
   plans = planner.search() if args.search else [planner.by_arithmetic(planner.asked())]
-  for i, plan in enumerate(plans[:count]):
-    logging.getLogger("okd_jax").info("compiling %s", plan.layout)
-    plans[i] = planner.by_compiler(plan.layout)
-  tried = plans[:count] or plans[:1]
-  best = min(tried, key=lambda plan: plan.order)
+  plans = planner.compile_best(plans, 0 if topology.of_gpus else args.compile)
+  best = plans[0]
   about = planner.about()
   print(plan_text.text(about, plans, best), flush=True)
   if args.output:

@@ -4,6 +4,7 @@ By arithmetic (`accounts`), and for TPUs by their compiler, which libtpu brings 
 it says what the step stores and sends. How long that takes is arithmetic either way.
 """
 
+import logging
 import math
 import os
 import time
@@ -33,6 +34,8 @@ from okd_jax.run.ahead import Ahead, ahead, notes
 from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
 from okd_jax.runtime import cli, sharding
+
+_log = logging.getLogger(__name__)
 
 # Else each core of a v4 would be a device, as in no run; of v5p that is the default.
 _CONFIGS = {"v4": {"chip_config_name": "megacore"}}
@@ -138,6 +141,19 @@ class Planner:
         f"{self.topology.count} devices of {self.topology.name}; make it a multiple"
       )
     return sorted(best.values(), key=lambda plan: plan.order)
+
+  def compile_best(self, plans: list[Planned], count: int) -> list[Planned]:
+    """The plans with the first `count` compiled, and more until one of them fits.
+
+    Those that were compiled come first, the best at the front.
+    """
+    made: list[Planned] = []
+    for plan in plans[: 3 * count]:
+      if len(made) >= count and any(each.fits for each in made):
+        break
+      _log.info("compiling %s", plan.layout)
+      made.append(self.by_compiler(plan.layout))
+    return sorted(made, key=lambda plan: plan.order) + plans[len(made) :]
 
   def about(self) -> dict[str, Any]:
     """What is planned, in figures."""

@@ -1,7 +1,5 @@
 """The arithmetic of a plan, by numbers made by hand."""
 
-import doctest
-
 import pytest
 
 from okd_jax.bench import groups
@@ -78,8 +76,6 @@ def test_a_roofline_by_hand():
 
 
 def test_groups_of_devices():
-  failed, tried = doctest.testmod(groups)
-  assert tried and not failed
   first = groups.first_group
   assert first("replica_groups={{0,2},{4,6}}, to_apply=x") == (0, 2)
   assert first("replica_groups=[4,2]<=[8], dimensions={0}") == (0, 1)
