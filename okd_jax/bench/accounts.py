@@ -26,6 +26,7 @@ from okd_jax.run.ahead import Ahead, frozen_shardings
 from okd_jax.runtime import sharding
 
 _LOGITS = 4 * (256 << 20)  # of two models with their gradients, a chunk of each
+_LANES = 128  # of a TPU's vectors
 # Gradients, updates and moments that wait until all are known to be finite; in
 # programs for v5e it was four times the trained weights.
 _GUARDED = 4
@@ -174,25 +175,33 @@ def _wide(config: ModelConfig) -> tuple[int, int, int]:
   return heads, keys, mlp
 
 
-def _kept(use: _Use, remat: bool, tensor: int) -> float:
-  """Numbers that a layer keeps of a token for the backward pass."""
+def _kept(use: _Use, remat: bool, tensor: int, lanes: int) -> float:
+  """Numbers that a layer keeps of a token for the backward pass.
+
+  The residual stream twice, what enters query, key and value, and what attention's
+  kernel and the MLP's activation need; of trained products also what enters them.
+
+  lanes: channels to which the kernel's arrays of heads are filled up.
+  """
   config, width = use.config, use.config.hidden_size
   if remat:
     return width
   heads, keys, mlp = _wide(config)
-  inner = 2 * heads + 2 * keys + mlp * (2 if config.gated_mlp else 1)
+  filled = -(-config.head_dim // lanes) * lanes / config.head_dim
+  inner = filled * 2 * (heads + keys) + mlp * (2 if config.gated_mlp else 1)
   if not use.trained:
     return 3 * width + inner / tensor
-  return 4 * width + (inner + mlp) / tensor
+  return 4 * width + (heads + inner + mlp) / tensor
 
 
 def _temporaries(run: Ahead, layout: Layout, uses: list[_Use]) -> int:
   """An estimate: gradients and updates, activations, a layer at work, logits."""
   tokens, itemsize = _tokens(run, layout), jnp.dtype(run.settings.train.dtype).itemsize
+  lanes = _LANES if run.settings.train.attention == "splash" else 1
   params = run.plan.abstract.params
   total = _GUARDED * _bytes(params, sharding.shardings(params, stand_in(layout)))
   for use in uses:
-    kept = _kept(use, layout.remat, layout.tensor) * use.config.num_layers
+    kept = _kept(use, layout.remat, layout.tensor, lanes) * use.config.num_layers
     total += use.backward * kept * tokens * itemsize
     heads, keys, mlp = _wide(use.config)
     work = 6 * use.config.hidden_size + (3 * heads + 2 * keys + 3 * mlp) / layout.tensor
