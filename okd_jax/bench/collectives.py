@@ -169,7 +169,7 @@ def _ways(line: str) -> int:
     return len(listed[1].split(","))
   if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
     return int(counted[2])
-  if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+  if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
     axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
     return math.prod(int(part or sizes[axis]) for axis, part in axes)

@@ -26,7 +26,7 @@ TPU = """HloModule jit_f
 }
 
 ENTRY %main (x: f32[2,8]) -> f32[8,8] {
-  %ag = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=8] {'b':(1)4}, dimensions={0}
+  %ag = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=8], device_ids=([2,8]T(1,0)) {'b':(1)4}, dimensions={0}
   %ag-done = f32[8,8]{1,0} all-gather-done(%ag)
   %w = (s32[], bf16[64,8]) while(%t), condition=%cond, body=%body
 }
