@@ -56,6 +56,8 @@ class _Use(NamedTuple):
   tree, where: its weights and their shardings.
   trained: whether they learn.
   backward: the share of forward passes, by rows and layers, that is differentiated.
+  copies: of its layers' weights that XLA makes, where adapted ones are cut off: a slice
+    that a scan reads is an array of its own, for rows that teach and for others.
   """
 
   config: ModelConfig
@@ -63,6 +65,7 @@ class _Use(NamedTuple):
   where: PyTree
   trained: bool
   backward: float
+  copies: int = 0
 
 
 def account(run: Ahead, layout: Layout) -> Account:
@@ -126,12 +129,13 @@ def _uses(run: Ahead, layout: Layout) -> Iterator[_Use]:
   taught = 1 / run.job.one_row_in
   for name, decoder in run.cast.teachers.items():
     tree, config = run.frozen.get(name, own), decoder.config
-    share = 0.0
+    share, below = 0.0, 0
     if name in run.cast.adapted:
       below = run.cast.adapter.trunk_layers(config.num_layers)
       share = taught * (1 - below / config.num_layers)
     where = frozen_shardings(tree, mesh, layout.teacher)
-    yield _Use(config, tree, where, False, share)
+    copies = min(below, 1) * min(run.job.one_row_in, 2)
+    yield _Use(config, tree, where, False, share, copies)
 
 
 def _operations(
@@ -206,8 +210,11 @@ def _temporaries(run: Ahead, layout: Layout, uses: list[_Use]) -> int:
     heads, keys, mlp = _wide(use.config)
     work = 6 * use.config.hidden_size + (3 * heads + 2 * keys + 3 * mlp) / layout.tensor
     total += work * tokens * itemsize
-    if layout.fsdp > 1 and _split(use, "fsdp"):
+    layers = use.config.num_layers * _layer(use, itemsize)
+    split = layout.fsdp if layout.fsdp > 1 and _split(use, "fsdp") else 1
+    if split > 1:
       total += 2 * _layer(use, itemsize) / layout.tensor
+    total += use.copies * layers / layout.tensor / split
     if use.trained:  # a head's gradient is added up in float32, on each device
       total += 4 * use.config.vocab_size * use.config.embed_size
   if _attention_whole(run):

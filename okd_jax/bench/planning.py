@@ -4,6 +4,8 @@ By arithmetic (`accounts`), and for TPUs by their compiler, which libtpu brings 
 it says what the step stores and sends. How long that takes is arithmetic either way.
 """
 
+import functools
+import importlib.util
 import logging
 import math
 import os
@@ -79,6 +81,8 @@ class Planner:
     self._vocab = max(config.vocab_size for config in shapes)
     train, length = job.settings.train, job.settings.data.max_length
     self.tokens = train.batch_size * length
+    self._devices: list[Any] | None = None
+    self._meshes: dict[tuple[int, ...], bool] = {}  # which can be laid on the torus
     self._general = ahead(self._laid_out(asked(job.settings, topology.count)), shape)
 
   def asked(self) -> Layout:
@@ -133,7 +137,7 @@ class Planner:
     best: dict[tuple[Any, ...], Planned] = {}
     for layout in candidates(self.job, shapes, self.topology.count):
       known = best.get(layout[:-1])
-      if known is None or not known.fits:
+      if (known is None or not known.fits) and self._placed(layout):
         plan = self.by_arithmetic(layout)
         if known is None or plan.fits:
           best[layout[:-1]] = plan
@@ -193,9 +197,34 @@ class Planner:
     return ahead(self._laid_out(layout), self.shape)
 
   def _mesh(self, layout: Layout) -> Mesh:
-    devices = tpu_devices(self.topology)
+    """The mesh as a run would make it.
+
+    Raises:
+      UserError: for sizes that JAX cannot lay on the torus.
+    """
+    if self._devices is None:
+      self._devices = tpu_devices(self.topology)
     axes = (AxisType.Auto,) * len(sharding.AXES)
-    return jax.make_mesh(layout[:3], sharding.AXES, axis_types=axes, devices=devices)
+    make = functools.partial(jax.make_mesh, axis_types=axes, devices=self._devices)
+    try:
+      return make(layout[:3], sharding.AXES)
+    except NotImplementedError as error:
+      told = ", ".join(f"mesh.{axis}={size}" for axis, size in layout.mesh.items())
+      raise UserError(
+        f"{told} cannot be laid on {self.topology.name}; make each a product of sides"
+      ) from error
+
+  def _placed(self, layout: Layout) -> bool:
+    """Whether the devices can be a mesh of these sizes; True where nobody can tell."""
+    sizes = layout[:3]
+    if self.topology.of_gpus or importlib.util.find_spec("libtpu") is None:
+      return True
+    if sizes not in self._meshes:
+      try:
+        self._meshes[sizes] = bool(self._mesh(layout).size)
+      except UserError:
+        self._meshes[sizes] = False
+    return self._meshes[sizes]
 
   def _roofline(self, found: Account, sent: list[Sent]) -> dict[str, float]:
     links = link_seconds(sent, self.topology)
