@@ -38,8 +38,8 @@ from okd_jax.run.outline import Outline
 from okd_jax.runtime import cli, sharding
 
 # Of a device's memory, what a program may fill: of v5e's 16 GiB 15.75 are free. An
-# estimate should leave more.
-_FREE, _SURE = 0.98, 0.9
+# estimate should leave more, above all where no compiler looks at it afterwards.
+_FREE, _SURE = 0.98, {True: 0.9, False: 0.97}  # by whether there are GPUs
 _log = logging.getLogger(__name__)
 
 # Else each core of a v4 would be a device, as in no run; of v5p that is the default.
@@ -100,7 +100,7 @@ class Planner:
     """The plan without a compiler."""
     found = account(self._general, layout)
     memory = found.memory | {"total": sum(found.memory.values())}
-    fits = memory["total"] <= _SURE * self.topology.chip.hbm
+    fits = memory["total"] <= _SURE[self.topology.of_gpus] * self.topology.chip.hbm
     sent = _merged(found.sent)
     times = self._roofline(found, sent)
     return Planned(layout, "arithmetic", memory, found.useful, sent, times, fits)
