@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "okd_jax"
 COMMANDS = {"main", "evaluate", "score", "generate", "sample", "export"}
 COMMANDS |= {"prepare", "cache_teacher", "study", "analyze", "lm_eval", "preview"}
+COMMANDS |= {"plan"}
 # From the ground up; a file imports from its own floor and those below it.
 FLOORS = (
   {"errors", "losses"},

@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 MODULES = (
+  "okd_jax.bench.groups",
   "okd_jax.data.encode",
   "okd_jax.data.loader",
   "okd_jax.data.sources",
@@ -21,6 +22,7 @@ MODULES = (
   "okd_jax.losses.ranking",
   "okd_jax.losses.sparse",
   "okd_jax.models.formats.hf",
+  "okd_jax.models.formats.known",
   "okd_jax.models.model",
 )
 

@@ -177,7 +177,9 @@ def build(flags: argparse.Namespace) -> Trial:
   program = _compiled(job, plan, mesh, *takes)
   elapsed, every = time.perf_counter() - begun, job.settings.adapter.every
   held = _compiled(job, plan, mesh, *takes, learns=False) if every > 1 else None
-  return Trial(program, held, every, *takes, elapsed, _operations(job, cast, state))
+  return Trial(
+    program, held, every, *takes, elapsed, operations(job, cast, state, length)
+  )
 
 
 def _compiled(
@@ -227,7 +229,14 @@ def _cast(job: Job, student: ModelConfig, teacher: ModelConfig, mesh: Mesh) -> C
   return dataclasses.replace(cast, frozen=frozen)
 
 
-def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
+def operations(
+  job: Job, cast: Cast, state: TrainState, length: int
+) -> dict[str, float]:
+  """{part: operations} of a step (`flops.step`) of this cast; shapes will do.
+
+  length: tokens that each of a row's sees; half of the row's, if those after it cost
+    nothing.
+  """
   settings, layers, teacher = job.settings, 0, None
   for decoder in cast.teachers.values():
     teacher = decoder.config
@@ -239,7 +248,7 @@ def _operations(job: Job, cast: Cast, state: TrainState) -> dict[str, float]:
     cast.student.config,
     teacher,
     settings.train.batch_size * settings.data.max_length,
-    settings.data.max_length,
+    length,
     in_part=_in_part(cast.student, state),
     adapted_layers=layers,
     module_size=sum(leaf.size for leaf in jax.tree.leaves(adapters)),

@@ -171,7 +171,7 @@ def _student_adapter(settings: StudentSettings, student: Decoder) -> Adapter | N
 
 
 def make_adapter(
-  job: Job, tokenizer: PreTrainedTokenizerBase, choice: Choice | None
+  job: Job, tokenizer: PreTrainedTokenizerBase | None, choice: Choice | None
 ) -> Adapter | None:
   """What the settings put into teachers that learn; None where none does.
 
@@ -188,7 +188,7 @@ def make_adapter(
 
 
 def _prompt_ids(
-  text: str, kind: str, tokenizer: PreTrainedTokenizerBase
+  text: str, kind: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[int, ...]:
   """The tokens whose embeddings a prompt starts from, none if there is no text."""
   if not text:

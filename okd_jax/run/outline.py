@@ -25,13 +25,13 @@ _MADE = re.compile(r"bytes|bpe:.*")
 class Outline:
   """What is known of a run's models before their weights are read.
 
-  tokenizer: the one that all models share.
+  tokenizer: the one that all models share; None where no text is read (`ahead`).
   student: the student's shape.
   teachers: theirs, by name; none where there is no teacher, or what one said is read.
   teacher_tokenizer: the teacher's own, where it does not share the run's.
   """
 
-  tokenizer: PreTrainedTokenizerBase
+  tokenizer: PreTrainedTokenizerBase | None
   student: ModelConfig
   teachers: Mapping[str, ModelConfig]
   teacher_tokenizer: PreTrainedTokenizerBase | None = None

@@ -63,7 +63,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   sizes[sizes == -1] = count // known
   if np.prod(sizes) != count:
     raise UserError(f"{wanted} does not fit the {count} devices at hand")
-  return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
+  try:
+    return jax.make_mesh(tuple(map(int, sizes)), AXES, axis_types=(AxisType.Auto,) * 3)
+  except NotImplementedError as error:  # of a TPU's torus, which is cut along its axes
+    why = str(error).split(".")[0]
+    raise UserError(f"{wanted} does not fit the devices' topology: {why}") from error
 
 
 def described(mesh: Mesh) -> str:
