@@ -109,7 +109,7 @@ def test_bytes_by_hand():
 
 def test_what_is_sent_by_hand():
   """Split by fsdp, layers are gathered twice and their gradients scattered."""
-  made = planner("v5e:2x4", mesh__data=1, mesh__fsdp=8)
+  made = planner("v5e:2x4", mesh__data=1, mesh__fsdp=8, mesh__teacher="fsdp")
   found = made.by_arithmetic(made.asked()).sent
   by_name = {(each.kind, each.what): each for each in found}
   layers = made.shape.student.num_layers

@@ -72,9 +72,7 @@ def asked(settings: Settings, count: int) -> Layout:
     told = ", ".join(f"mesh.{a}={s}" for a, s in zip(sharding.AXES, sizes, strict=True))
     raise UserError(f"{told} does not fit the {count} devices of the topology")
   train = settings.train
-  # Of a configuration that does not say: by the rules of what is trained.
-  teacher = vars(mesh).get("teacher", "fsdp")
-  return Layout(*sizes, teacher, train.remat, train.microbatches)
+  return Layout(*sizes, mesh.teacher, train.remat, train.microbatches)
 
 
 def divides(layout: Layout, job: Job) -> bool:

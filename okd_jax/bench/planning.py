@@ -182,12 +182,13 @@ class Planner:
     }
 
   def _decided(self, layout: Layout) -> Layout:
-    """With 'replicate' or 'fsdp' for 'auto': the first if it fits by arithmetic."""
+    """With 'replicate' or 'fsdp' for 'auto', as a run on such devices decides."""
     if layout.teacher != "auto":
       return layout
-    whole = layout._replace(teacher="replicate")
-    fits = self.by_arithmetic(whole).fits
-    return whole if fits else layout._replace(teacher="fsdp")
+    sizes = dict(zip(sharding.AXES, layout[:3], strict=True))
+    limit = int(self.topology.chip.hbm)
+    whole = lies_whole(self.job.settings, self.shape.teachers, sizes, limit)
+    return layout._replace(teacher="replicate" if whole else "fsdp")
 
   def _laid_out(self, layout: Layout) -> Job:
     kernel = _KERNELS[self.topology.of_gpus]

@@ -39,7 +39,7 @@ def load_teachers(
   """
   if settings.teacher.itself:
     return {}
-  whole = lies_whole(settings, shapes, mesh)
+  whole = lies_whole(settings, shapes, mesh.shape)
   if settings.teacher.model.wanted and not settings.teachers:
     return {n: _random(shape, settings, mesh, whole) for n, shape in shapes.items()}
   adapter = settings.teacher.adapter
@@ -58,17 +58,21 @@ def load_teachers(
 
 
 def lies_whole(
-  settings: Settings, shapes: Mapping[str, ModelConfig], mesh: Mesh, limit: int = 0
+  settings: Settings,
+  shapes: Mapping[str, ModelConfig],
+  sizes: Mapping[str, int],
+  limit: int = 0,
 ) -> bool:
   """Whether fsdp leaves frozen teachers whole on every device (`mesh.teacher`).
 
+  sizes: of the mesh's axes, by name.
   limit: bytes of a device; by default those of the devices at hand.
   """
-  if settings.mesh.teacher != "auto" or mesh.shape["fsdp"] == 1:
+  if settings.mesh.teacher != "auto" or sizes["fsdp"] == 1:
     return settings.mesh.teacher == "replicate"
   size = 1 if settings.quantizes else jnp.dtype(settings.teacher_dtype).itemsize
   leaves = [x for shape in shapes.values() for x in parameter_shapes(shape).values()]
-  own = sum(leaf.size for leaf in leaves) * size / mesh.shape["tensor"]
+  own = sum(leaf.size for leaf in leaves) * size / sizes["tensor"]
   return own <= _SHARE * (limit or machine.device_bytes())
 
 
