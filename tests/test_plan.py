@@ -152,7 +152,7 @@ def test_a_search_tries_what_makes_sense():
 
 
 def test_layouts_in_words():
-  assert asked(planner("v5e:2x4").job.settings, 8) == Layout(8, 1, 1, "fsdp", False, 1)
+  assert asked(planner("v5e:2x4").job.settings, 8) == Layout(8, 1, 1, "auto", False, 1)
   layout = Layout(2, 4, 1, "replicate", True, 2)
   assert str(layout) == "data2 fsdp4 teacher replicate remat x2"
   assert "--config.mesh.fsdp=4 " in layout.flags()

@@ -36,6 +36,7 @@ from okd_jax.run.ahead import Ahead, ahead, notes
 from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
 from okd_jax.runtime import cli, sharding
+from okd_jax.teachers.load import lies_whole
 
 # Of a device's memory, what a program may fill: of v5e's 16 GiB 15.75 are free. An
 # estimate should leave more, above all where no compiler looks at it afterwards.
