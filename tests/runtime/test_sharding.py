@@ -57,3 +57,58 @@ def test_online_modules_are_split_too():
 def test_batch_that_does_not_spread(size, parts):
   with pytest.raises(UserError, match="train.batch_size="):
     sharding.check_batch(size, parts, sharding.make_mesh(8, 1, 1))
+
+
+SIZES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 1, 8)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_batch_is_put_together_from_each_process_rows(sizes, processes, monkeypatch):
+  """Guards a tensor axis across processes: these have the same rows.
+
+  Each process is played in turn; what its devices hold is what the rows of the whole
+  batch have there.
+  """
+  mesh, whole = sharding.make_mesh(*sizes), np.arange(16 * 3).reshape(16, 3)
+  where = sharding.batch_sharding(mesh)
+  everywhere = where.devices_indices_map(whole.shape)
+  mine, held, seen = set(), {}, set()
+  monkeypatch.setattr(
+    type(where),
+    "addressable_devices_indices_map",
+    lambda self, shape: {
+      d: i for d, i in self.devices_indices_map(shape).items() if d in mine
+    },
+  )
+
+  def make(shape, where, part):
+    assert shape == whole.shape
+    held.update({device: part(everywhere[device]) for device in mine})
+    return jax.numpy.zeros(())
+
+  monkeypatch.setattr(jax, "make_array_from_callback", make)
+  for own in np.split(np.array(jax.devices()), processes):
+    mine = set(own.tolist())
+    rows = sharding.own_rows(16, mesh)
+    sharding.put_batch(whole[rows], mesh)
+    seen |= set(rows.tolist())
+    assert len(rows) < 16 or processes == 1 or sizes[0] * sizes[1] < processes
+  assert seen == set(range(16)) and len(held) == 8
+  for device, values in held.items():
+    np.testing.assert_array_equal(values, whole[everywhere[device]])
+
+
+def test_rows_that_do_not_spread_evenly():
+  with pytest.raises(ValueError, match="12 rows cannot be divided among 8 devices"):
+    sharding.own_rows(12, sharding.make_mesh(8, 1, 1))
+
+
+def test_frozen_trees_may_lie_whole():
+  mesh, shape = sharding.make_mesh(1, 4, 2), (3, 8, 16)
+  path = "layers/mlp/up/kernel"
+  assert sharding.spec(path, shape, mesh) == P(None, "fsdp", "tensor")
+  whole = sharding.place(mesh, path, shape, whole=True)
+  assert whole.spec == P(None, None, "tensor")
+  assert sharding.described(mesh) == "mesh fsdp=4 x tensor=2"
+  assert sharding.described(sharding.make_mesh(8, 1, 1)) == "mesh data=8"
