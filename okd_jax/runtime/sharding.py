@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import KeyPath
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from okd_jax.errors import UserError
 
@@ -160,3 +160,27 @@ def with_whole_modules(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.lax.with_sharding_constraint(leaf, PartitionSpec()) if small else leaf
 
   return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def by_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+  """Inside jit: `x` divided as the rows of a batch are, where they come out even.
+
+  Without that word XLA may divide activations as the weights are, by channels, and
+  then has to gather all of them to come back.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  if not set(AXES) <= set(mesh) or len(x) % (mesh["data"] * mesh["fsdp"]):
+    return x
+  return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def with_whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+  """Inside jit: `table` as a lookup by rows of a batch wants it.
+
+  Columns that lie on several devices would be looked up for all rows of the batch.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  if not set(AXES) <= set(mesh):
+    return table
+  shared = None if len(table) % mesh["tensor"] else "tensor"
+  return jax.lax.with_sharding_constraint(table, PartitionSpec(shared, None))
