@@ -182,19 +182,19 @@ class Decoder(nn.Module):
     """Input vectors of tokens at positions; declares the head beside them."""
     config = self.config
     init = nn.initializers.normal(config.init_std)
-    make = functools.partial(_Table, dtype=self.dtype, embedding_init=init)
+    make = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=init)
     embed = make(config.vocab_size, config.embed_size, name="embed")
-    x = embed(tokens)
+    x = _looked_up(embed, tokens)
     if mix is not None:
       share = mix.share.astype(self.dtype)[..., None]
-      x = share * x + (1 - share) * embed(mix.tokens)
+      x = share * x + (1 - share) * _looked_up(embed, mix.tokens)
     if config.embed_scale != 1:
       x *= jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_size != config.hidden_size:
       x = self._projection("widen", config.hidden_size)(x)
     if config.position == "learned":
       places = make(config.max_length, config.hidden_size, name="position_embed")
-      x += places(positions)
+      x += _looked_up(places, positions)
     if not config.tie_embeddings:
       self.param("head", init, (config.vocab_size, config.embed_size))
     return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
@@ -270,12 +270,12 @@ class Decoder(nn.Module):
       yield adapted if run.modules else plain, run
 
 
-class _Table(nn.Embed):
-  """An `nn.Embed` whose rows are whole where they are looked up."""
-
-  def __call__(self, ids: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L D"]:
-    table = with_whole_rows(self.embedding.astype(self.dtype))
-    return jnp.take(table, ids, axis=0)
+def _looked_up(
+  embed: nn.Embed, ids: Int[Array | np.ndarray, "B L"]
+) -> Float[Array, "B L D"]:
+  """`embed` of ids, its rows whole where they are looked up."""
+  table = embed.embedding.astype(embed.dtype)
+  return jnp.take(with_whole_rows(table, f"{embed.name}/embedding"), ids, axis=0)
 
 
 class _Common(NamedTuple):

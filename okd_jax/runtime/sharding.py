@@ -174,13 +174,15 @@ def by_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
   return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def with_whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
-  """Inside jit: `table` as a lookup by rows of a batch wants it.
+def with_whole_rows(table: Float[Array, "V D"], path: str) -> Float[Array, "V D"]:
+  """Inside jit: the table of this path as a lookup by rows of a batch wants it.
 
   Columns that lie on several devices would be looked up for all rows of the batch.
+  The gradient is scattered over them before it meets another one of the same table.
   """
   mesh = jax.sharding.get_abstract_mesh().shape
   if not set(AXES) <= set(mesh):
     return table
-  shared = None if len(table) % mesh["tensor"] else "tensor"
-  return jax.lax.with_sharding_constraint(table, PartitionSpec(shared, None))
+  as_stored = spec(path, table.shape, jax.sharding.get_abstract_mesh())
+  table = jax.lax.with_sharding_constraint(table, as_stored)
+  return jax.lax.with_sharding_constraint(table, PartitionSpec(as_stored[0], None))
