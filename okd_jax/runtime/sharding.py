@@ -174,7 +174,9 @@ def by_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
   return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def with_whole_rows(table: Float[Array, "V D"], path: str) -> Float[Array, "V D"]:
+def with_whole_rows(
+  table: Float[Array | np.ndarray, "V D"], path: str
+) -> Float[Array | np.ndarray, "V D"]:
   """Inside jit: the table of this path as a lookup by rows of a batch wants it.
 
   Columns that lie on several devices would be looked up for all rows of the batch.
