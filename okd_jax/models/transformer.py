@@ -15,7 +15,8 @@ Notable features:
   a pass may stop below some layer and go on from there later, even in a decoder of
     nothing but the layers above.
 
-No sharding annotations here: `sharding.py` does it by parameter path.
+Of shardings one is said here, that the residual stream is divided by rows (`by_rows`);
+`sharding.py` says all others, by parameter path.
 """
 
 import functools
@@ -44,6 +45,7 @@ from okd_jax.models.attention import (
 )
 from okd_jax.models.block import Block, Norm, Stores
 from okd_jax.models.config import ModelConfig
+from okd_jax.runtime.sharding import by_rows, with_whole_rows
 
 __all__ = [
   "Cache",
@@ -125,7 +127,7 @@ class Decoder(nn.Module):
       x = self._embed(tokens, positions, mix)
     else:
       x = hidden.astype(self.dtype)
-    x, cache = self._layers(x, segment_ids, positions, cache, start, stop)
+    x, cache = self._layers(by_rows(x), segment_ids, positions, cache, start, stop)
     if stop < total and not self.is_initializing():
       return x, cache
     return self._last(x), cache
@@ -182,17 +184,17 @@ class Decoder(nn.Module):
     init = nn.initializers.normal(config.init_std)
     make = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=init)
     embed = make(config.vocab_size, config.embed_size, name="embed")
-    x = embed(tokens)
+    x = _looked_up(embed, tokens)
     if mix is not None:
       share = mix.share.astype(self.dtype)[..., None]
-      x = share * x + (1 - share) * embed(mix.tokens)
+      x = share * x + (1 - share) * _looked_up(embed, mix.tokens)
     if config.embed_scale != 1:
       x *= jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_size != config.hidden_size:
       x = self._projection("widen", config.hidden_size)(x)
     if config.position == "learned":
       places = make(config.max_length, config.hidden_size, name="position_embed")
-      x += places(positions)
+      x += _looked_up(places, positions)
     if not config.tie_embeddings:
       self.param("head", init, (config.vocab_size, config.embed_size))
     return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
@@ -268,6 +270,14 @@ class Decoder(nn.Module):
       yield adapted if run.modules else plain, run
 
 
+def _looked_up(
+  embed: nn.Embed, ids: Int[Array | np.ndarray, "B L"]
+) -> Float[Array, "B L D"]:
+  """`embed` of ids, its rows whole where they are looked up."""
+  table = embed.embedding.astype(embed.dtype)
+  return jnp.take(with_whole_rows(table, f"{embed.name}/embedding"), ids, axis=0)
+
+
 class _Common(NamedTuple):
   """What is the same in all layers of one pass."""
 
@@ -312,7 +322,7 @@ def _step(
       lambda h: jnp.sum(jnp.square(h.astype(jnp.float32)) * real, (0, 1)),
       seen["intermediates"],
     )
-  return (x, virtual, None if stores is None else written), sums
+  return (by_rows(x), virtual, None if stores is None else written), sums
 
 
 def _init_stack(block: Block, collection: str, key: Array, count: int) -> Tree:

@@ -18,7 +18,7 @@ from jax.sharding import (
   Sharding,
 )
 from jax.tree_util import KeyPath
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from okd_jax.errors import UserError
 
@@ -230,3 +230,31 @@ def with_whole_modules(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.lax.with_sharding_constraint(leaf, PartitionSpec()) if small else leaf
 
   return jax.tree_util.tree_map_with_path(whole, tree)
+
+
+def by_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+  """Inside jit: `x` divided as the rows of a batch are, where they come out even.
+
+  Without that word XLA may divide activations as the weights are, by channels, and
+  then has to gather all of them to come back.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  if not set(AXES) <= set(mesh) or len(x) % (mesh["data"] * mesh["fsdp"]):
+    return x
+  return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def with_whole_rows(
+  table: Float[Array | np.ndarray, "V D"], path: str
+) -> Float[Array | np.ndarray, "V D"]:
+  """Inside jit: the table of this path as a lookup by rows of a batch wants it.
+
+  Columns that lie on several devices would be looked up for all rows of the batch.
+  The gradient is scattered over them before it meets another one of the same table.
+  """
+  mesh = jax.sharding.get_abstract_mesh().shape
+  if not set(AXES) <= set(mesh):
+    return table
+  as_stored = spec(path, table.shape, jax.sharding.get_abstract_mesh())
+  table = jax.lax.with_sharding_constraint(table, as_stored)
+  return jax.lax.with_sharding_constraint(table, PartitionSpec(as_stored[0], None))
