@@ -117,8 +117,11 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start_several(workdir, *changes, processes=2, devices=1):
-  """The processes of one debug run, started and not waited for."""
+def start_several(workdir, *changes, processes=2, devices=1, last=()):
+  """The processes of one debug run, started and not waited for.
+
+  last: flags of the last one alone.
+  """
   coordinator = f"--coordinator=localhost:{free_port()}"
   arguments = ["--config=configs/debug.py", f"--workdir={workdir}", *QUICK, *changes]
   return [
@@ -129,6 +132,7 @@ def start_several(workdir, *changes, processes=2, devices=1):
         coordinator,
         f"--processes={processes}",
         f"--process={number}",
+        *(last if number == processes - 1 else ()),
       ),
       cwd=ROOT,
       env=environment(devices),

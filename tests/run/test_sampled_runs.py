@@ -3,13 +3,10 @@
 import collections
 import json
 import re
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from commands import QUICK, ROOT, environment, rows, second_half, train
+from commands import QUICK, rows, second_half, train, train_several
 
 
 @pytest.mark.parametrize(
@@ -79,32 +76,7 @@ def test_two_processes_sample_and_train_as_one(tmp_path):
   changes = [*QUICK, "--config.method.name=gkd", "--config.method.replay=True"]
   changes += ["--config.method.sampled_share=1.0"]
   train(tmp_path / "one", *changes)
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
-  script = f"""
-import runpy, sys
-import jax
-number = int(sys.argv.pop(1))
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize("localhost:{port}", 2, number)
-runpy.run_module("okd_jax.main", run_name="__main__")
-"""
-  arguments = ["--config=configs/debug.py", f"--workdir={tmp_path / 'two'}", *changes]
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-c", script, str(number), *arguments],
-      cwd=ROOT,
-      env=environment(2),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for number in range(2)
-  ]
-  for process in processes:
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-3000:]
+  train_several(tmp_path / "two", *changes, devices=2)
   for kind, names in {
     "train": ("loss", "sampled_length", "replay_age"),
     "eval": ("loss", "forward_kl"),
