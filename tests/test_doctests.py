@@ -12,6 +12,8 @@ MODULES = (
   "okd_jax.data.sources",
   "okd_jax.data.tokenizer",
   "okd_jax.losses.chunked",
+  "okd_jax.losses.inline",
+  "okd_jax.losses.layout",
   "okd_jax.losses.outputs",
   "okd_jax.losses.per_token",
   "okd_jax.losses.cross_tokenizer",
