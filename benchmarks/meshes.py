@@ -79,10 +79,12 @@ def main(arguments: list[str]) -> None:
 
 
 def _complete(args: argparse.Namespace) -> None:
-  """Fills in what was not asked for; a UserError for a mesh that does not fit."""
+  """Fills in what was not asked for; a UserError for a name or mesh that is wrong."""
   several, count = args.processes > 1, args.processes * args.devices
   kinds = [f"okd@adapter.kind={kind}" for kind in adapters.KINDS]
   args.names = args.names or (OF_SEVERAL if several else [*sorted(METHODS), *kinds])
+  for name in args.names:
+    methods.find(name.partition("@")[0])
   whole = [f"{axis}={count}" for axis in sharding.AXES]
   args.meshes = args.meshes or (whole if several else MESHES)
   for mesh in args.meshes if several else ():
@@ -251,21 +253,21 @@ def _start(args: argparse.Namespace, folder: Path, mesh: str, names: list[str]) 
   if several:
     port = f"--coordinator=localhost:{_free_port()}"
     command += [port, f"--processes={processes}"]
+  logs = [folder / f"process{i}.txt" for i in range(processes)]
   started = [
-    subprocess.Popen(
-      [*command, f"--process={i}"],
-      env=env,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(processes)
+    _process([*command, f"--process={i}"], env, logs[i]) for i in range(processes)
   ]
-  said = [process.communicate()[1].strip().splitlines() for process in started]
-  for process, lines in zip(started, said, strict=True):
-    if process.returncode:
-      log = folder / "failed.txt"
-      log.open("a").write("\n".join([mesh, *lines, ""]))
-  return next((lines[-1] for lines in said if lines), "it ended without a word")
+  failed = [log for process, log in zip(started, logs, strict=True) if process.wait()]
+  lines = [
+    line for log in failed for line in log.read_text().splitlines() if line.strip()
+  ]
+  return lines[-1] if lines else "it ended without a word"
+
+
+def _process(command: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
+  with log.open("w") as file:
+    # Gloo tells stdout about its connections.
+    return subprocess.Popen(command, env=env, stderr=file, stdout=subprocess.DEVNULL)
 
 
 def _free_port() -> int:
