@@ -67,6 +67,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   settings = job.settings
   mesh = sharding.make_mesh(**settings.mesh.sizes)
   _log.info("%s: %s", distributed.found(), sharding.described(mesh))
+  distributed.connect(mesh)
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )

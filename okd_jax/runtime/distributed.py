@@ -12,7 +12,9 @@ Notable features:
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
+import itertools
 import logging
 import os
 import signal
@@ -25,13 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed  # its key-value store has no public name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from okd_jax.errors import UserError
 
 LOST = 1  # exit status where another process has ended
 _BEAT = 1.0  # seconds from one sign of life to the next
 _SILENCE = 20.0  # without one a process is taken for dead
+_MEET = 600  # seconds that processes wait for one another before they connect
 _ALIVE, _ENDED = "okd_jax/alive", "okd_jax/ended"
 _DONE = "done"
 _LONGEST = 500  # characters of an error, as the others hear it
@@ -78,6 +84,32 @@ def found() -> str:
   parts = [f"{processes} processes"] if processes > 1 else []
   parts.append(f"{devices} device{'s' * (devices > 1)} ({kind})")
   return ", ".join(parts)
+
+
+@functools.cache
+def connect(mesh: Mesh) -> None:
+  """Has the processes of each group of a mesh's devices meet; once for every mesh.
+
+  On CPUs, gloo connects a group when its first collective runs and gives up after 30 s.
+  Processes that load and compile side by side may be further apart than that.
+  """
+  if jax.process_count() == 1 or jax.default_backend() != "cpu":
+    return
+  distributed.global_state.client.wait_at_barrier(f"okd_jax {mesh}", _MEET * 1000)
+  axes = [axis for axis, size in mesh.shape.items() if size > 1]
+  groups = [g for n in range(len(axes)) for g in itertools.combinations(axes, n + 1)]
+
+  def sums(x: Float[Array, " 1"]) -> list[Float[Array, " 1"]]:
+    return [jax.lax.psum(x, group) for group in groups]
+
+  where = PartitionSpec(tuple(axes))
+  ones = jax.make_array_from_callback(
+    (mesh.size,), NamedSharding(mesh, where), lambda _: np.ones(1, np.float32)
+  )
+  call = jax.shard_map(
+    sums, mesh=mesh, in_specs=where, out_specs=where, check_vma=False
+  )
+  jax.block_until_ready(jax.jit(call)(ones))
 
 
 def detected(environment: Mapping[str, str]) -> str:
