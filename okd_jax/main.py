@@ -44,9 +44,9 @@ def main(arguments: list[str]) -> None:
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
   with (
+    Terminated() as stop,
     cli.devices(args),
     mirror.opened(args.workdir) as workdir,
-    Terminated() as stop,
   ):
     try:
       *_, result = distill.run(config, workdir, stop, args.profile)

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from okd_jax.config.schema import Settings
-from okd_jax.data import day
+from okd_jax.data import day, rows
 from okd_jax.methods import Method
 from okd_jax.run import checks, ends, identity, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
@@ -18,7 +18,7 @@ from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
 from okd_jax.run.streamed import stream_data
-from okd_jax.runtime import distributed, sharding
+from okd_jax.runtime import agreement, distributed, sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import activity, saliency, trunk
 from okd_jax.teachers.load import load_teachers
@@ -71,12 +71,16 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   sharding.check_batch(
     settings.train.batch_size, settings.train.microbatches, mesh, job.one_row_in
   )
+  identity.check_processes(config.to_dict(), settings)
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, functools.partial(records, settings.data))
   ends.tell(shape, settings.data)
   with day.written_on(identity.kept_day(settings, workdir)):
     data = _read(job, shape, mesh)
     identity.keep_day(shape.tokenizer, settings.data, workdir)
+  agreement.check_same(
+    {"data.train": rows.digest(data.train), "data.eval": rows.digest(data.eval)}
+  )
   cast = make_cast(job, shape, data, mesh, workdir)
   cast = student.with_held(settings, cast, mesh)
   compared = bool(cast.stored) or bool(cast.teachers and not data.other)

@@ -19,8 +19,9 @@ from orbax.checkpoint import v1 as ocp
 
 from okd_jax.data.position import Position
 from okd_jax.errors import UserError
-from okd_jax.runtime import mirror
+from okd_jax.runtime import agreement, mirror
 from okd_jax.runtime.sharding import shardings
+from okd_jax.runtime.workdir import barrier, writes
 
 _log = logging.getLogger(__name__)
 Place = Path | epath.Path
@@ -43,7 +44,9 @@ class Checkpoints:
         _policies.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False)
       )
     if not read_only:
-      _set_aside_unreadable(folder)
+      if writes():
+        _set_aside_unreadable(folder)
+      barrier("checkpoints looked at")
     self._best = best
     self._checkpointer = ocp.training.Checkpointer(
       folder.absolute() if isinstance(folder, Path) else folder,
@@ -83,6 +86,9 @@ class Checkpoints:
     )
     if started is None:
       raise RuntimeError(f"the checkpoint of step {step} was not written")
+    if mirror.copies_checkpoints():
+      self.wait()
+      mirror.push()
 
   def restore(self, state, data, mesh: Mesh, sampler=None) -> tuple[Any, int, Any]:
     """(state, step, sampler) of the newest readable checkpoint; sets `data` to it.
@@ -95,23 +101,33 @@ class Checkpoints:
     """
     damaged = []
     for step in reversed(self.steps()):
+      restored, reason = None, "another process cannot read it"
       try:
         restored = self._load(step, state, data, mesh, sampler)
       except Exception as error:  # Orbax raises many kinds for a damaged file
-        damaged.append(step)
         reason = str(error).split("\n")[0][:200]
+      # All take it, or none does: states of two steps would mix without a word.
+      if agreement.any_of(restored is None):
+        damaged.append(step)
         _log.warning("checkpoint of step %d is damaged (%s)", step, reason)
         continue
-      if damaged:
-        # Orbax takes no step below its newest: what is damaged must go first.
-        for late in damaged:
-          _set_aside(epath.Path(self._checkpointer.directory) / str(late))
-        self._checkpointer.reload()
+      self._leave(damaged)
       return _filled(state, restored["state"]), step, restored.get("sampler")
     raise UserError(
       f"no checkpoint below {self._checkpointer.directory} can be read; "
       "move the folder away to start the run anew"
     )
+
+  def _leave(self, damaged: list[int]) -> None:
+    """Sets steps aside: Orbax takes none below its newest."""
+    if not damaged:
+      return
+    barrier("checkpoints tried")
+    if writes():
+      for step in damaged:
+        _set_aside(epath.Path(self._checkpointer.directory) / str(step))
+    barrier("checkpoints set aside")
+    self._checkpointer.reload()
 
   def restore_step(self, step: int, state, data, mesh: Mesh):
     """The state of exactly this step, placed by the sharding rules."""
@@ -156,7 +172,7 @@ def _filled(state: Any, saved: Any) -> Any:
 
 def _set_aside_unreadable(folder: Place) -> None:
   """Renames checkpoints whose own metadata is damaged: Orbax would not even start."""
-  for path in sorted(folder.glob("*/_CHECKPOINT_METADATA")):
+  for path in sorted(folder.glob("[0-9]*/_CHECKPOINT_METADATA")):
     try:
       json.loads(path.read_bytes())
     except ValueError:

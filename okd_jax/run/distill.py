@@ -182,3 +182,8 @@ def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
   if own.cast.kept:
     activity.write(workdir.width, own.cast.kept)
   barrier("workdir begun")
+  if not workdir.config.exists():
+    raise UserError(
+      f"{workdir.path}: this process does not see what process 0 has written there; "
+      "name a workdir that all processes share"
+    )

@@ -17,6 +17,7 @@ from okd_jax.data import day, prepared
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
+from okd_jax.runtime import agreement
 from okd_jax.runtime.files import local, read_json
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers.load import adapter_digest
@@ -105,6 +106,16 @@ def models_of(settings: Settings) -> dict[str, str]:
   return found
 
 
+def check_processes(config: Mapping[str, Any], settings: Settings) -> None:
+  """Refuses processes with other settings or models than process 0's.
+
+  Raises:
+    UserError: that names what differs.
+  """
+  facts = {f"config.{name}": value for name, value in _placeless(dict(config)).items()}
+  agreement.check_same(facts | {"models": sorted(models_of(settings).values())})
+
+
 def check_models(settings: Settings, workdir: Workdir) -> None:
   """Refuses models that are others now than when the run in the workdir began.
 
@@ -125,7 +136,7 @@ def check_models(settings: Settings, workdir: Workdir) -> None:
 
 
 def kept_day(settings: Settings, workdir: Workdir) -> datetime.date | None:
-  """The day that chat templates write in this run, None where it has not begun.
+  """The day that chat templates write in this run; of a new one process 0's today.
 
   A teacher's cache spoke of rows as they were on its own day, and prepared rows are of
   theirs.
@@ -134,7 +145,11 @@ def kept_day(settings: Settings, workdir: Workdir) -> datetime.date | None:
   for folder in (workdir, *([Workdir(local(cache))] if cache else [])):
     if folder.day.exists():
       return datetime.date.fromisoformat(read_json(folder.day)["day"])
-  return prepared.day_of(settings.data.prepared) if settings.data.prepared else None
+  if settings.data.prepared:
+    return prepared.day_of(settings.data.prepared)
+  # Midnight passes at other times in other places.
+  today = datetime.date.today().toordinal()
+  return datetime.date.fromordinal(agreement.of_first(today))
 
 
 def keep_day(

@@ -60,8 +60,8 @@ class Progress:
     compiled: whether the step waited for its program; it then has a row of its own.
 
     Raises:
-      UserError: if the loss or a gradient is not finite, naming the batch's rows; the
-        step left the state as it was.
+      UserError: if the loss, a gradient or an update is not finite, naming the batch's
+        rows; nothing of the step is ever saved.
     """
     values = {name: float(v) for name, v in jax.device_get(values).items()}
     if not values.pop("finite"):

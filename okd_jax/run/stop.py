@@ -1,13 +1,10 @@
 """When a run is to stop before its end."""
 
-import functools
 import signal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+
+from okd_jax.runtime import agreement
 
 
 class Stopped(Exception):
@@ -22,7 +19,7 @@ class Stop:
 
   def check(self) -> None:
     """Raises Stopped if any process is to stop; all of them call it, all is saved."""
-    if _any(bool(self)):
+    if agreement.any_of(bool(self)):
       raise Stopped
 
 
@@ -64,24 +61,5 @@ class Agreement:
     """
     if jax.process_count() == 1:
       return bool(self._stop)
-    before, self._asked = self._asked, _flag(bool(self._stop))
+    before, self._asked = self._asked, agreement.flag(bool(self._stop))
     return before is not None and bool(before)
-
-
-def _any(own: bool) -> bool:
-  return own if jax.process_count() == 1 else bool(_flag(own))
-
-
-def _flag(own: bool) -> Bool[Array, ""]:
-  """Whether any process says so; on its way, as every result of JAX."""
-  mesh = Mesh(np.array(jax.devices()), "all")
-  where = NamedSharding(mesh, PartitionSpec("all"))
-  said = jax.make_array_from_callback(
-    (mesh.size,), where, lambda index: np.full(len(range(mesh.size)[index[0]]), own)
-  )
-  return _or(mesh)(said)
-
-
-@functools.cache
-def _or(mesh: Mesh):
-  return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))

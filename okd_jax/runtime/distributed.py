@@ -10,6 +10,7 @@ Notable features:
   nothing of it is there in a run of one process.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -22,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,19 @@ from okd_jax.errors import UserError
 LOST = 1  # exit status where another process has ended
 _BEAT = 1.0  # seconds from one sign of life to the next
 _SILENCE = 20.0  # without one a process is taken for dead
+# Of launchers: how many processes there are, beside which one this is.
+_SIZES = {
+  "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+  "PMI_SIZE": "PMI_RANK",
+  "WORLD_SIZE": "RANK",
+}
 _MEET = 600  # seconds that processes wait for one another before they connect
+_NOT_ALL = "start all of them within five minutes, with the same command"
 _ALIVE, _ENDED = "okd_jax/alive", "okd_jax/ended"
 _DONE = "done"
 _LONGEST = 500  # characters of an error, as the others hear it
 _log = logging.getLogger("okd_jax")
+_handlers: list[Any] = []  # of C
 
 
 @contextlib.contextmanager
@@ -63,17 +72,20 @@ def joined(
       found.
   """
   _check(coordinator, processes, process)
-  if not (coordinator or (processes != 1 and detected(os.environ))):
+  if not coordinator and processes != 1 and not detected(os.environ):
+    _refuse_unjoined(os.environ)
+    processes = 1
+  if not coordinator and processes == 1:
     yield
     return
-  _initialize(coordinator, processes, process)
-  if jax.process_count() == 1:
+  if not _initialize(coordinator, processes, process) or jax.process_count() == 1:
     yield
     return
   if jax.process_index():
     _log.setLevel(logging.WARNING)  # process 0 speaks for all
   watch = _Watch(distributed.global_state.client)
-  with _coordinator_watched(watch), watch:
+  _watch_the_coordinator(watch)
+  with watch:
     yield
 
 
@@ -139,6 +151,17 @@ def detected(environment: Mapping[str, str]) -> str:
   return ""
 
 
+def _refuse_unjoined(environment: Mapping[str, str]) -> None:
+  """Refuses to be one of several independent runs in one workdir."""
+  for size, rank in _SIZES.items():
+    if rank in environment and _several(environment, size):
+      raise UserError(
+        f"{size}={environment[size]} says that this is one of several processes, but "
+        "JAX cannot find the others; give --coordinator=HOST:PORT, --processes and "
+        "--process, or --processes=1 for a run by itself"
+      )
+
+
 def _several(environment: Mapping[str, str], name: str) -> bool:
   return environment.get(name, "").isdigit() and int(environment[name]) > 1
 
@@ -160,8 +183,12 @@ def _check(coordinator: str, processes: int, process: int) -> None:
     raise UserError(f"{given}: process is a number from 0 to processes - 1")
 
 
-def _initialize(coordinator: str, processes: int, process: int) -> None:
-  """`jax.distributed.initialize`, whose errors become a sentence."""
+def _initialize(coordinator: str, processes: int, process: int) -> bool:
+  """`jax.distributed.initialize`, whose errors become a sentence.
+
+  Returns:
+    False where the environment has turned out to be of one process.
+  """
   # A recoverable client leaves it to `_Watch` what another one's death means.
   jax.config.update("jax_enable_recoverability", True)
   # All processes agree when to stop through `run.stop`, on any platform.
@@ -174,11 +201,17 @@ def _initialize(coordinator: str, processes: int, process: int) -> None:
       process_id=process,
       cluster_detection_method="deactivate",
     )
+  who = f"{coordinator} (process 0)" if coordinator else "the other processes"
   try:
+    _at_abort(lambda: (2, f"cannot join {who}: {_NOT_ALL}"))
     jax.distributed.initialize(**known)
+    _at_abort(None)
   except (RuntimeError, ValueError, OSError) as error:
-    who = f"{coordinator} (process 0)" if coordinator else "the other processes"
-    raise UserError(f"cannot join {who}: {error}") from error
+    if "should be defined" in str(error):  # TPU chips, and nobody who knows of others
+      return False
+    why = f"{error}; {_NOT_ALL}; --processes=1 is a run by itself"
+    raise UserError(f"cannot join {who}: {why}") from error
+  return True
 
 
 class _Watch:
@@ -195,10 +228,13 @@ class _Watch:
     self._own, self._count = jax.process_index(), jax.process_count()
     self._seen: dict[int, tuple[str, float]] = {}
     self._beats, self._over = 0, threading.Event()
-    self._thread = threading.Thread(target=self._run, daemon=True)
+    self._answered = time.monotonic()  # by process 0, which has the store
+    targets = (self._run, self._watch_the_store)
+    self._threads = [threading.Thread(target=t, daemon=True) for t in targets]
 
   def __enter__(self) -> None:
-    self._thread.start()
+    for thread in self._threads:
+      thread.start()
 
   def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
     if error is None or _agreed(error):
@@ -208,10 +244,19 @@ class _Watch:
     else:
       if _of_collective(error):  # another process has died: `_run` says which
         time.sleep(_SILENCE + 3 * _BEAT)
-      self._tell(" ".join(f"{kind.__name__}: {error}".split())[:_LONGEST])
+      said = " ".join(f"{kind.__name__}: {error}".split())[:_LONGEST]
+      self._tell(f"{_status(error)} {said}")
     self.status = _status(error)
     self._over.set()
-    self._thread.join()
+    for thread in self._threads:
+      thread.join()
+    if error is None:
+      self._leave()
+    else:  # the error is shown first, and a launcher's signal must not cut it off
+      signal.signal(signal.SIGTERM, signal.SIG_IGN)
+      atexit.register(self._leave)
+
+  def _leave(self) -> None:
     self._let_others_go_first()
     with contextlib.suppress(Exception):
       jax.distributed.shutdown()
@@ -233,9 +278,19 @@ class _Watch:
         )
         alive = dict(self._client.key_value_dir_get(_ALIVE))
         ended = dict(self._client.key_value_dir_get(_ENDED))
-      except Exception:  # process 0 is gone: `_coordinator_watched` says so
+      except Exception:  # process 0 is gone: others say so
         continue
+      self._answered = time.monotonic()
       self._look(alive, ended)
+
+  def _watch_the_store(self) -> None:
+    """Ends this process where process 0 neither answers nor is known to be gone.
+
+    A machine that has lost its network says nothing, and a call to it waits.
+    """
+    while not self._over.wait(_BEAT):
+      if time.monotonic() - self._answered > _SILENCE + 3 * _BEAT:
+        self._end("process 0, which coordinates the run, does not answer")
 
   def _look(self, alive: Mapping[str, str], ended: Mapping[str, str]) -> None:
     now = time.monotonic()
@@ -244,14 +299,15 @@ class _Watch:
         continue
       said = ended.get(f"{_ENDED}/{i}", "")
       if said and said != _DONE:
-        self._end(f"process {i} has ended ({said})")
+        status, _, why = said.partition(" ")
+        self._end(f"process {i} has ended ({why})", int(status))
       beat = alive.get(f"{_ALIVE}/{i}", "")
       before, since = self._seen.get(i, (None, now))
       self._seen[i] = (beat, now if beat != before else since)
       if not said and now - self._seen[i][1] > _SILENCE:
         self._end(f"process {i} has been silent for {_SILENCE:.0f} s")
 
-  def _end(self, why: str) -> None:
+  def _end(self, why: str, status: int = LOST) -> None:
     if self._over.is_set():
       return
     _say(
@@ -259,7 +315,7 @@ class _Watch:
       "checkpoint is whole: start all processes again to go on from it"
     )
     self._let_others_go_first()
-    os._exit(LOST)
+    os._exit(status)
 
 
 def _agreed(error: BaseException) -> bool:
@@ -282,38 +338,46 @@ def _say(sentence: str) -> None:
   os.write(2, (sentence + "\n").encode())
 
 
-@contextlib.contextmanager
-def _coordinator_watched(watch: _Watch) -> Iterator[None]:
-  """Says why, where JAX ends this process because process 0 is gone.
-
-  Its client does so by SIGABRT from a thread of its own, on which no handler of
-  Python's runs; one of C's does.
-  """
+def _watch_the_coordinator(watch: _Watch) -> None:
+  """From now on says why, where JAX ends this process because process 0 is gone."""
   if jax.process_index() == 0:
-    yield
     return
   host, _, port = distributed.global_state.coordinator_address.rpartition(":")
   own, count = jax.process_index(), jax.process_count()
 
-  def aborted(number: int) -> None:
+  def say() -> tuple[int | None, str]:
     if watch.status is not None:
-      os._exit(watch.status)
-    if not _answers(host, int(port)):
-      _say(
-        f"error: process {own} of {count} ends, since process 0, which coordinates the "
-        "run, has ended; the last checkpoint is whole: start all processes again to go "
-        "on from it"
-      )
-      os._exit(LOST)
+      return watch.status, ""
+    if _answers(host, int(port)):
+      return None, ""
+    return LOST, (
+      f"process {own} of {count} ends, since process 0, which coordinates the run, has "
+      "ended; the last checkpoint is whole: start all processes again to go on from it"
+    )
 
-  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+  _at_abort(say)
+
+
+def _at_abort(say: Callable[[], tuple[int | None, str]] | None) -> None:
+  """Has this process end in a better way where JAX aborts it; None: it aborts.
+
+  JAX does so from a thread of its own, on which no handler of Python's runs; one of
+  C's does.
+
+  say: (exit status or None to abort, a sentence or none).
+  """
+
+  def aborted(number: int) -> None:
+    status, sentence = say()
+    if sentence:
+      _say(f"error: {sentence}")
+    if status is not None:
+      os._exit(status)
+
   libc = ctypes.CDLL(None)
   libc.signal.restype = ctypes.c_void_p
-  libc.signal(signal.SIGABRT, handler)
-  try:
-    yield
-  finally:
-    libc.signal(signal.SIGABRT, signal.SIG_DFL)
+  _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted))  # never collected
+  libc.signal(signal.SIGABRT, _handlers[-1] if say else signal.SIG_DFL)
 
 
 def _answers(host: str, port: int) -> bool:

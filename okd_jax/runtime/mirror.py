@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import fsspec
 import jax
 from etils import epath
@@ -50,13 +51,36 @@ def opened(place: str) -> Iterator[Path]:
   if mirror.system is None:
     yield mirror.folder
     return
-  mirror.pull(begin=True)
-  _open.append(mirror)
+  with _alone(mirror):
+    mirror.pull(begin=True)
+    _open.append(mirror)
+    try:
+      yield mirror.folder
+    finally:
+      mirror.push()
+      _open.remove(mirror)
+
+
+@contextlib.contextmanager
+def _alone(mirror: "Mirror") -> Iterator[None]:
+  """Refuses a second run of this machine in the same copy."""
+  mirror.folder.parent.mkdir(parents=True, exist_ok=True)
+  lock = filelock.FileLock(f"{mirror.folder}.lock")
   try:
-    yield mirror.folder
+    lock.acquire(timeout=0)
+  except filelock.Timeout:
+    raise UserError(
+      f"{mirror.url}: another run of this machine works in it; wait for its end"
+    ) from None
+  try:
+    yield
   finally:
-    mirror.push()
-    _open.remove(mirror)
+    lock.release()
+
+
+def copies_checkpoints() -> bool:
+  """Whether a run is open whose checkpoints go to a store by `push`."""
+  return any(not mirror.url.startswith(_ORBAX) for mirror in _open)
 
 
 def push() -> None:
@@ -90,7 +114,7 @@ def fetched(place: str, checkpoints: bool = True) -> Path:
   """
   if "://" not in place:
     return local(place)
-  mirror = Mirror(place, checkpoints)
+  mirror = Mirror(place, checkpoints, "read")
   if mirror.system is not None:
     mirror.pull(begin=True)
   if not mirror.folder.exists() or not any(mirror.folder.iterdir()):
@@ -111,9 +135,12 @@ class Mirror:
   """A folder on a store and its copy.
 
   url: of the folder; folder: the copy, or the folder itself where that is a file://.
+  A run and those who read its folder have copies of their own.
   """
 
-  def __init__(self, url: str, checkpoints: bool = True):
+  def __init__(self, url: str, checkpoints: bool = True, use: str = "run"):
+    if url.endswith("://"):
+      raise UserError(f"{url} names no folder")
     self.url, self._checkpoints = url.rstrip("/"), checkpoints
     try:
       self.system, self._root = fsspec.url_to_fs(self.url)
@@ -122,7 +149,7 @@ class Mirror:
     if "file" in _protocols(self.system):
       self.system, self.folder = None, Path(self._root)
       return
-    name = hashlib.sha256(f"{self.url} {checkpoints}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{self.url} {checkpoints} {use}".encode()).hexdigest()[:16]
     place = cache_folder() / "workdirs" / name
     self.folder = place / str(jax.process_index())
     self._list = place / f"{jax.process_index()}.json"
@@ -141,6 +168,8 @@ class Mirror:
     """
     self.folder.mkdir(parents=True, exist_ok=True)
     there = self._there()
+    if not begin and self._known and not there:
+      raise UserError(f"{self.url} is gone; what was in it is in {self.folder}")
     for name, token in there.items():
       known, path = self._known.get(name), self.folder / name
       same = known and known.there == token
@@ -157,23 +186,27 @@ class Mirror:
 
   def push(self) -> None:
     """Puts new and changed files there, and removes what was removed here."""
-    if jax.process_index():
-      names = [n for n in self._here() if f".{jax.process_index()}-of-" in n]
-    else:
-      names = self._here()
-      for name in [n for n in self._known if n not in set(names)]:
-        with contextlib.suppress(FileNotFoundError):
-          self.system.rm_file(f"{self._root}/{name}")
-        del self._known[name]
-    for name in sorted(names, key=lambda n: (n.startswith(_CHECKPOINTS), _is_last(n))):
-      path, known = self.folder / name, self._known.get(name)
-      if known and known.here == _stamp(path):
-        continue
-      stamp, target = _stamp(path), f"{self._root}/{name}"
-      self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
-      self.system.put_file(str(path), target)
-      self._known[name] = _Known(_token(self.system.info(target)), stamp)
+    names, own = self._here(), f".{jax.process_index()}-of-"
+    wanted = [n for n in names if own in n] if jax.process_index() else names
+    for name in sorted(wanted, key=lambda n: (n.startswith(_CHECKPOINTS), _is_last(n))):
+      with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+        self._put(name)
+    # What has taken their place is there by now; first goes what made them whole.
+    gone = [n for n in self._known if n not in set(names)]
+    for name in [] if jax.process_index() else sorted(gone, key=_is_last, reverse=True):
+      with contextlib.suppress(FileNotFoundError):
+        self.system.rm_file(f"{self._root}/{name}")
+      del self._known[name]
     self._write_list()
+
+  def _put(self, name: str) -> None:
+    path, known = self.folder / name, self._known.get(name)
+    stamp, target = _stamp(path), f"{self._root}/{name}"
+    if known and known.here == stamp:
+      return
+    self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
+    self.system.put_file(str(path), target)
+    self._known[name] = _Known(_token(self.system.info(target)), stamp)
 
   def _there(self) -> dict[str, str]:
     """{name: token} of the store's files but for checkpoints that Orbax sees to."""

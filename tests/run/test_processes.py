@@ -93,7 +93,7 @@ def test_an_error_in_one_process_is_told_by_the_others(tmp_path):
   (one, _, told), (two, _, said) = ended(processes)
   assert two == 2 and said.splitlines()[-1].startswith("error: ")
   assert "nowhere.jsonl" in said.splitlines()[-1]
-  assert one == 1 and re.search("since process 1 has ended .UserError: .*nowhere", told)
+  assert one == 2 and re.search("since process 1 has ended .UserError: .*nowhere", told)
 
 
 @pytest.mark.parametrize(

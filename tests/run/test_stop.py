@@ -7,15 +7,16 @@ import jax
 import pytest
 
 from okd_jax.run import stop
+from okd_jax.runtime import agreement
 
 
 def test_alone_a_signal_counts_at_once():
   with stop.Terminated() as asked:
-    agreement = stop.Agreement(asked)
-    assert not agreement.ask()
+    agreed = stop.Agreement(asked)
+    assert not agreed.ask()
     asked.check()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert agreement.ask()
+    assert agreed.ask()
     with pytest.raises(stop.Stopped):
       asked.check()
 
@@ -23,16 +24,16 @@ def test_alone_a_signal_counts_at_once():
 def test_with_others_the_answer_is_one_step_old(monkeypatch):
   """All processes get it at the same step, whoever was asked to stop."""
   asked = stop.Stop()
-  agreement = stop.Agreement(asked)
+  agreed = stop.Agreement(asked)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(stop.Stop, "__bool__", lambda self: self is asked and wanted)
   wanted = False
-  assert not agreement.ask()
+  assert not agreed.ask()
   wanted = True
-  assert not agreement.ask()
+  assert not agreed.ask()
   wanted = False
-  assert agreement.ask()
-  assert not agreement.ask()
+  assert agreed.ask()
+  assert not agreed.ask()
   asked.check()
   wanted = True
   with pytest.raises(stop.Stopped):
@@ -40,4 +41,4 @@ def test_with_others_the_answer_is_one_step_old(monkeypatch):
 
 
 def test_any_device_of_any_process_is_heard():
-  assert bool(stop._flag(True)) and not bool(stop._flag(False))
+  assert bool(agreement.flag(True)) and not bool(agreement.flag(False))

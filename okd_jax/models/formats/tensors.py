@@ -95,7 +95,7 @@ class Tensors:
   def equal(self, one: str, other: str) -> bool:
     """Whether two tensors hold the same; each process of a run compares a share."""
     shape = self.shapes[one]
-    if shape != self.shapes[other]:
+    if not shape or shape != self.shapes[other]:
       return False
     rows, rest = range(0, shape[0], _ROWS), tuple((0, size) for size in shape[1:])
     return all(
