@@ -50,6 +50,12 @@ from okd_jax.runtime.workdir import Workdir
 ONE, NUDGED = "data=1", [f"data=1xnudged={draw}" for draw in (1, 2, 3)]
 MESHES = ("data=8", "fsdp=8", "tensor=2", "tensor=4", "data=2xfsdp=2xtensor=2")
 OF_SEVERAL = ("okd", "gkd", "minillm", "ensemble", "clda")
+# What a method does besides, if asked: a gate, a policy, rows that are replayed.
+VARIANTS = (
+  "ensemble@method.weighting=gated",
+  "ensemble@method.weighting=reinforced",
+  "gkd@method.replay=True@method.sampled_share=1.0",
+)
 VOCABULARY = 261  # which no tensor axis divides
 ROWS, LENGTH, PROMPT = 8, 32, 16
 FAR = 1e-4  # above it, what rounding alone does is measured, too
@@ -82,7 +88,9 @@ def _complete(args: argparse.Namespace) -> None:
   """Fills in what was not asked for; a UserError for a name or mesh that is wrong."""
   several, count = args.processes > 1, args.processes * args.devices
   kinds = [f"okd@adapter.kind={kind}" for kind in adapters.KINDS]
-  args.names = args.names or (OF_SEVERAL if several else [*sorted(METHODS), *kinds])
+  args.names = args.names or (
+    OF_SEVERAL if several else [*sorted(METHODS), *VARIANTS, *kinds]
+  )
   for name in args.names:
     methods.find(name.partition("@")[0])
   whole = [f"{axis}={count}" for axis in sharding.AXES]
@@ -191,6 +199,7 @@ def _trained(run: Run, place: Path, nudged: int) -> Arrays:
   program = compile_step(run.method, *parts, plan.abstract, run.mesh)
   losses, text = [], []
   for step in range(plan.steps):
+    batches.observe(float(step))  # a rising loss, which makes DistiLLM sample
     batch, _ = batches.batch(step, state.params, next(loader))
     state, values = program(state, frozen, batch)
     losses.append(float(values["loss"]))

@@ -86,6 +86,7 @@ class Decoder(nn.Module):
     attention: the kernel, of `kernels.KERNELS`; '' is the platform's.
     only_top: whether these are the top layers of a deeper model, to be entered by
       `hidden` alone.
+    frozen: whether nobody trains the parameters, but for an adapter's.
   """
 
   config: ModelConfig
@@ -95,6 +96,7 @@ class Decoder(nn.Module):
   dropout: float = 0.0
   attention: str = ""
   only_top: bool = False
+  frozen: bool = False
 
   @nn.compact
   def __call__(
@@ -184,17 +186,17 @@ class Decoder(nn.Module):
     init = nn.initializers.normal(config.init_std)
     make = functools.partial(nn.Embed, dtype=self.dtype, embedding_init=init)
     embed = make(config.vocab_size, config.embed_size, name="embed")
-    x = _looked_up(embed, tokens)
+    x = _looked_up(embed, tokens, not self.frozen)
     if mix is not None:
       share = mix.share.astype(self.dtype)[..., None]
-      x = share * x + (1 - share) * _looked_up(embed, mix.tokens)
+      x = share * x + (1 - share) * _looked_up(embed, mix.tokens, not self.frozen)
     if config.embed_scale != 1:
       x *= jnp.asarray(config.embed_scale, self.dtype)
     if config.embed_size != config.hidden_size:
       x = self._projection("widen", config.hidden_size)(x)
     if config.position == "learned":
       places = make(config.max_length, config.hidden_size, name="position_embed")
-      x += _looked_up(places, positions)
+      x += _looked_up(places, positions, not self.frozen)
     if not config.tie_embeddings:
       self.param("head", init, (config.vocab_size, config.embed_size))
     return nn.Dropout(self.dropout, deterministic=self.dropout == 0)(x)
@@ -271,11 +273,12 @@ class Decoder(nn.Module):
 
 
 def _looked_up(
-  embed: nn.Embed, ids: Int[Array | np.ndarray, "B L"]
+  embed: nn.Embed, ids: Int[Array | np.ndarray, "B L"], trained: bool
 ) -> Float[Array, "B L D"]:
   """`embed` of ids, its rows whole where they are looked up."""
   table = embed.embedding.astype(embed.dtype)
-  return jnp.take(with_whole_rows(table, f"{embed.name}/embedding"), ids, axis=0)
+  table = with_whole_rows(table, f"{embed.name}/embedding", trained)
+  return jnp.take(table, ids, axis=0)
 
 
 class _Common(NamedTuple):

@@ -137,7 +137,11 @@ def shapes(job: Job, outline: Outline, choice: Choice | None) -> Cast:
   common = dict(
     dtype=jnp.dtype(train.dtype), remat=train.remat, attention=train.attention
   )
-  teachers = {n: Decoder(shape, **common) for n, shape in outline.teachers.items()}
+  frozen = not job.settings.teacher.itself
+  teachers = {
+    name: Decoder(shape, frozen=frozen, **common)
+    for name, shape in outline.teachers.items()
+  }
   adapter = make_adapter(job, outline.tokenizer, choice)
   wanted = job.settings.adapter.teachers
   adapted = {}

@@ -245,16 +245,19 @@ def by_rows(x: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
 
 
 def with_whole_rows(
-  table: Float[Array | np.ndarray, "V D"], path: str
+  table: Float[Array | np.ndarray, "V D"], path: str, trained: bool = True
 ) -> Float[Array | np.ndarray, "V D"]:
   """Inside jit: the table of this path as a lookup by rows of a batch wants it.
 
   Columns that lie on several devices would be looked up for all rows of the batch.
   The gradient is scattered over them before it meets another one of the same table.
+
+  trained: whether anybody asks for that; a frozen table may lie whole already.
   """
   mesh = jax.sharding.get_abstract_mesh().shape
   if not set(AXES) <= set(mesh):
     return table
   as_stored = spec(path, table.shape, jax.sharding.get_abstract_mesh())
-  table = jax.lax.with_sharding_constraint(table, as_stored)
+  if trained:
+    table = jax.lax.with_sharding_constraint(table, as_stored)
   return jax.lax.with_sharding_constraint(table, PartitionSpec(as_stored[0], None))
