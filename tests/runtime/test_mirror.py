@@ -77,9 +77,46 @@ def test_what_others_write_comes_down_between_two_looks(store):
     mirror.pull()
     assert (folder / "theirs.txt").read_text() == "new there"
     assert (folder / "mine.txt").exists()
+    mirror.push()
     store.rm_file("/bucket/run/theirs.txt")
     mirror.pull()
     assert not (folder / "theirs.txt").exists()
+    store.rm_file("/bucket/run/mine.txt")
+    with pytest.raises(UserError, match="memory://bucket/run is gone; what was in it"):
+      mirror.pull()
+    assert (folder / "mine.txt").exists()
+
+
+def test_what_takes_a_place_is_there_before_the_old_goes(store, monkeypatch):
+  """Guards checkpoint.keep=1: a network that fails leaves one whole checkpoint."""
+  with mirror.opened(URL) as folder:
+    (folder / "checkpoints/2").mkdir(parents=True)
+    (folder / "checkpoints/2/_CHECKPOINT_METADATA").write_text("{}")
+    mirror.push()
+    shutil.move(folder / "checkpoints/2", folder / "checkpoints/4")
+
+    def fails(self, here, there):
+      raise OSError("no network")
+
+    with monkeypatch.context() as patch:
+      patch.setattr(type(store), "put_file", fails)
+      with pytest.raises(OSError, match="no network"):
+        mirror.push()
+    assert names(store) == ["checkpoints/2/_CHECKPOINT_METADATA"]
+  assert names(store) == ["checkpoints/4/_CHECKPOINT_METADATA"]
+
+
+def test_readers_and_second_runs_leave_a_run_alone(store):
+  with mirror.opened(URL) as folder:
+    (folder / "a.txt").write_text("one")
+    mirror.push()
+    (folder / "metrics.jsonl").write_text("not there yet")
+    other = mirror.fetched(URL)
+    assert other != folder and [p.name for p in other.iterdir()] == ["a.txt"]
+    assert (folder / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match="another run of this machine works in it"):
+      with mirror.opened(URL):
+        raise AssertionError("two runs in one copy")
 
 
 def test_nothing_goes_up_twice(store, monkeypatch):
