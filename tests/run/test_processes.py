@@ -96,6 +96,31 @@ def test_an_error_in_one_process_is_told_by_the_others(tmp_path):
   assert one == 2 and re.search("since process 1 has ended .UserError: .*nowhere", told)
 
 
+def test_processes_that_would_do_different_things_are_refused(tmp_path):
+  """Guards wrong numbers without a word: another learning rate in one process."""
+  wrong = ["--config.optim.lr=0.5"]
+  for status, _, stderr in ended(start_several(tmp_path / "run", last=wrong)):
+    assert status == 2
+    told = stderr.strip().splitlines()[-1]
+    assert re.search("process 1 has another config.optim than process 0", told), told
+  assert not (tmp_path / "run/config.json").exists()
+
+
+def test_all_processes_leave_a_damaged_checkpoint_alike(undisturbed, tmp_path):
+  """Guards states of two steps in one run: all take the one before."""
+  run = shutil.copytree(undisturbed, tmp_path / "run")
+  for name in WHAT:
+    shutil.rmtree(run / name)
+  (run / "report.html").unlink()
+  for path in (run / "checkpoints/60/state/ocdbt.process_0/d").iterdir():
+    path.write_bytes(path.read_bytes()[:20])
+  (one, two) = train_several(run, *LONG)
+  assert "checkpoint of step 60 is damaged" in one[1] and "set aside" in one[1]
+  assert "checkpoint of step 60 is damaged" in two[1]
+  assert (run / "checkpoints/damaged-60").is_dir()
+  assert_same_end(undisturbed, run)
+
+
 @pytest.mark.parametrize(
   "mesh", [{"fsdp": 4}, {"tensor": 4}, {"data": 2, "tensor": 2}], ids=str
 )
