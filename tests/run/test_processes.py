@@ -87,13 +87,15 @@ def test_a_killed_process_takes_the_others_down_by_name(undisturbed, tmp_path, v
 
 
 def test_an_error_in_one_process_is_told_by_the_others(tmp_path):
-  """Here the second one's data are another's: one sentence, and nobody hangs."""
-  wrong = ["--config.data.train=nowhere.jsonl"]
-  processes = start_several(tmp_path / "run", *LONG, last=wrong)
-  (one, _, told), (two, _, said) = ended(processes)
-  assert two == 2 and said.splitlines()[-1].startswith("error: ")
-  assert "nowhere.jsonl" in said.splitlines()[-1]
-  assert one == 2 and re.search("since process 1 has ended .UserError: .*nowhere", told)
+  """Here the second one does not see the first one's workdir: nobody hangs."""
+  last = [f"--workdir={tmp_path / 'other'}"]
+  (one, _, told), (two, _, said) = ended(start_several(tmp_path / "run", last=last))
+  assert two == 2 and one == 2
+  last_line = said.strip().splitlines()[-1]
+  assert re.match(
+    r"error: .*/other: this process does not see what process 0", last_line
+  )
+  assert re.search("since process 1 has ended .UserError: .*does not see", told)
 
 
 def test_processes_that_would_do_different_things_are_refused(tmp_path):
