@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from okd_jax import models
@@ -112,6 +113,8 @@ def check_processes(config: Mapping[str, Any], settings: Settings) -> None:
   Raises:
     UserError: that names what differs.
   """
+  if jax.process_count() == 1:
+    return  # and no model's files are read for nobody
   facts = {f"config.{name}": value for name, value in _placeless(dict(config)).items()}
   agreement.check_same(facts | {"models": sorted(models_of(settings).values())})
 

@@ -346,6 +346,7 @@ def _watch_the_coordinator(watch: _Watch) -> None:
   own, count = jax.process_index(), jax.process_count()
 
   def say() -> tuple[int | None, str]:
+    """(exit status or None, sentence), as `_at_abort` wants them."""
     if watch.status is not None:
       return watch.status, ""
     if _answers(host, int(port)):

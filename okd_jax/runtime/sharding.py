@@ -110,7 +110,7 @@ def spec(
 def place(
   mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...], whole: bool = False
 ) -> NamedSharding:
-  """Where the rules put the parameter of this path; whole: without fsdp."""
+  """Where the rules put the parameter of this path and shape; whole: without fsdp."""
   return NamedSharding(mesh, spec(path, shape, mesh, whole))
 
 

@@ -135,6 +135,13 @@ def check_tensors(
   where: str,
   first: int,
 ) -> None:
+  """Compares a checkpoint's tensors with those that its configuration describes.
+
+  first: the number of the first layer that is wanted.
+
+  Raises:
+    UserError: naming every missing, unexpected and misshapen tensor.
+  """
   needed = {}
   for row in rows:
     theirs = stored_shape(row, wanted)
@@ -161,6 +168,11 @@ def check_tensors(
 def check_tree(
   wanted: Shapes, flat: Mapping[str, jax.Array | np.ndarray | jax.ShapeDtypeStruct]
 ) -> None:
+  """Compares parameters by path with the shapes that a decoder asks for.
+
+  Raises:
+    UserError: naming every missing, unexpected and misshapen parameter.
+  """
   problems = [
     *listing("missing", sorted(set(wanted) - set(flat))),
     *listing("unexpected", sorted(set(flat) - set(wanted))),
