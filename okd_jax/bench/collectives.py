@@ -30,6 +30,7 @@ class Collective(NamedTuple):
   ways: devices that take part in it together; 0 is all.
   times: calls by a run of the program; 0 where a loop does not tell its count.
   source: the JAX operation it came from, '' where XLA says none.
+  apart: whether it is begun and awaited apart, with other work between.
   """
 
   kind: str
@@ -39,32 +40,41 @@ class Collective(NamedTuple):
   ways: int
   times: int
   source: str
+  apart: bool
 
 
 class _Place(NamedTuple):
-  """How a computation is reached from the entry; source: of who calls it."""
+  """How a computation is reached from the entry; source, caller: of who calls it."""
 
   in_loop: bool
   times: int
   source: str
+  caller: str
 
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _OP = re.compile(
   rf"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ({'|'.join(KINDS)})(-start)?\(.*$"
 )
+_NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = ")
 _CALLS = re.compile(
   r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
 )
 _LISTED = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)(?:e\d+m\d+\w*)?\[([\d,]*)\]")
+# How a TPU's compiler writes one that goes on beside products: where it begins, in each
+# of these, and where it is awaited.
+_BEGUN, _AGAIN = (
+  "async-collective-start",
+  re.compile(r"async-collective-done|async_collective_fusion"),
+)
 _TRIPS = re.compile(r'known_trip_count"?[:=]\s*\{"?n"?[:=]\s*"?(\d+)')
 
 
 def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program, in no particular order.
 
-  An asynchronous pair counts once, by its start.
+  One that is begun and awaited apart counts once, by its start.
 
   Args:
     text: of the optimised program, `jax.stages.Compiled.as_text()`; what its entry does
@@ -77,6 +87,7 @@ def collectives(text: str) -> list[Collective]:
   return [
     _read(line[0], *line.groups()[:4], computation, place)
     for computation, place in places.items()
+    if not (_AGAIN.match(computation) or _AGAIN.match(place.caller))
     for line in map(_OP.match, bodies[computation])
     if line
   ]
@@ -102,7 +113,8 @@ def _read(
   if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
     kind = "reduce-scatter"
   source = _source(line) or place.source
-  return Collective(kind, size, place.in_loop, name, ways, place.times, source)
+  apart = bool(start) or place.caller.startswith(_BEGUN)
+  return Collective(kind, size, place.in_loop, name, ways, place.times, source, apart)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -122,7 +134,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _places(bodies: dict[str, list[str]], entry: str) -> dict[str, _Place]:
   """How each computation is reached; of several ways, one through a loop."""
   places: dict[str, _Place] = {}
-  todo = [(entry, _Place(False, 1, ""))]
+  todo = [(entry, _Place(False, 1, "", ""))]
   while todo:
     name, place = todo.pop()
     known = places.get(name)
@@ -139,9 +151,12 @@ def _called(
 ) -> Iterator[tuple[str, _Place]]:
   """(computation, how it is reached) of all that a line calls."""
   calls = dict(_CALLS.findall(line))
-  place = place._replace(source=_source(line) or place.source)
+  name = _NAME.match(line)
+  caller = name[1] if name else ""
+  place = place._replace(source=_source(line) or place.source, caller=caller)
   if "body" in calls:
-    trips = _trips(line, bodies.get(calls["condition"], []))
+    condition, body = (bodies.get(calls[part], []) for part in ("condition", "body"))
+    trips = _trips(line, condition, body)
     place = place._replace(in_loop=True, times=place.times * trips)
   for name in calls.values():
     yield name, place
@@ -150,12 +165,27 @@ def _called(
       yield name.strip().removeprefix("%"), place
 
 
-def _trips(line: str, condition: list[str]) -> int:
-  """How often a loop runs; 0 where neither it nor its condition tells."""
+def _trips(line: str, condition: list[str], body: list[str]) -> int:
+  """How often a loop runs that begins at 0; 0 where nothing tells."""
   if known := _TRIPS.search(line):
     return int(known[1])
-  bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-  return int(bounds[0]) if len(bounds) == 1 else 0
+  bounds = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+  return -(-int(bounds[0]) // _stride(condition, body)) if len(bounds) == 1 else 0
+
+
+def _stride(condition: list[str], body: list[str]) -> int:
+  """What a loop adds to its counter each time; 1 where that cannot be seen."""
+  defined = {found[1]: line for line in body if (found := _NAME.match(line))}
+  counter = re.search(r"get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+  if not counter or not body:
+    return 1
+  root = next(line for line in body if line.startswith("  ROOT "))
+  carried = re.findall(r"%([\w.-]+)", root.partition(" tuple(")[2].partition(")")[0])
+  added = re.search(
+    r" add\(%\S+, %([\w.-]+)\)", defined.get(carried[int(counter[1])], "")
+  )
+  constant = added and re.search(r" constant\((\d+)\)", defined.get(added[1], ""))
+  return int(constant[1]) if constant else 1
 
 
 def _source(line: str) -> str:

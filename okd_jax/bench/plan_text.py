@@ -73,15 +73,17 @@ def _operations(about: dict[str, Any], plan: Planned) -> str:
 def _collectives(sent: Sequence[Sent]) -> str:
   if not sent:
     return "no collectives"
-  groups: dict[tuple[str, str, bool], list[Sent]] = {}
+  groups: dict[tuple[str, str, bool, bool | None], list[Sent]] = {}
   for each in sent:
-    groups.setdefault((each.kind, each.axes or "?", each.in_loop), []).append(each)
+    alike = (each.kind, each.axes or "?", each.in_loop, each.apart)
+    groups.setdefault(alike, []).append(each)
   rows = []
-  for (kind, axes, loop), members in groups.items():
+  for (kind, axes, loop, apart), members in groups.items():
     calls = sum(each.times for each in members)
     size = sum(each.bytes * each.times for each in members)
     largest = max(each.bytes for each in members)
     where = "loop" if loop else "once"
+    where += {True: ", beside work", False: "", None: ""}[apart]
     figures = (str(calls), f"{largest / 1e6:.2f}", f"{size / 1e6:.1f}")
     rows.append((kind, axes, where, *figures))
   heads = ("collective", "axes", "where", "calls", "largest MB", "all MB")
@@ -99,7 +101,8 @@ def _largest(sent: Sequence[Sent], most: int = 6) -> str:
 
 def _times(plan: Planned) -> str:
   found = plan.roofline
-  rows = [(n, f"{1e3 * found[f'{n}_s']:.1f}") for n in ("compute", "hbm", "link")]
+  parts = [n for n in ("compute", "hbm", "link", "link_waited") if f"{n}_s" in found]
+  rows = [(n.replace("_", " "), f"{1e3 * found[f'{n}_s']:.1f}") for n in parts]
   parts = _table(("a step's", "ms"), rows)
   rows = [
     (
@@ -108,7 +111,8 @@ def _times(plan: Planned) -> str:
       f"{found[f'mfu_{name}']:.3f}",
       f"{found[f'tokens_per_s_{name}']:.0f}",
     )
-    for name in ("overlapped", "in_turn")
+    for name in ("overlapped", "scheduled", "in_turn")
+    if f"step_{name}_s" in found
   ]
   return parts + "\n\n" + _table(("if all is", "ms a step", "MFU", "tokens/s"), rows)
 

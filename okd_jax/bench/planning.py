@@ -230,8 +230,12 @@ class Planner:
 
   def _roofline(self, found: Account, sent: list[Sent]) -> dict[str, float]:
     links = link_seconds(sent, self.topology)
+    waited = None
+    if all(each.apart is not None for each in sent):
+      alone = [each for each in sent if not each.apart]
+      waited = link_seconds(alone, self.topology)
     work = found.operations, sum(found.useful.values()), found.traffic
-    return roofline(self.topology, *work, links, self.tokens)
+    return roofline(self.topology, *work, links, self.tokens, waited)
 
 
 def tpu_devices(topology: Topology) -> list[Any]:
@@ -304,6 +308,7 @@ def _sent(program: jax.stages.Compiled, layout: Layout, chunks: int) -> Iterator
       each.in_loop,
       ways,
       span_of(axes, mesh),
+      each.apart,
     )
 
 

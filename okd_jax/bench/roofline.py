@@ -110,6 +110,7 @@ class Sent(NamedTuple):
   in_loop: whether it is called in a loop.
   ways: devices that take part in one.
   span: see `Topology.rate`.
+  apart: whether other work goes on meanwhile; None where no compiler has said it.
   """
 
   kind: str
@@ -120,6 +121,7 @@ class Sent(NamedTuple):
   in_loop: bool
   ways: int
   span: int
+  apart: bool | None = None
 
 
 def link_seconds(sent: Sequence[Sent], topology: Topology) -> float:
@@ -145,10 +147,12 @@ def roofline(
   traffic: float,
   links: float,
   tokens: int,
+  waited: float | None = None,
 ) -> dict[str, float]:
   """Seconds of a step by its parts, if they overlap and if not; MFU and tokens/s.
 
-  MFU: useful operations of all devices by what they could do at their peak.
+  MFU: useful operations of all devices by what they could do at their peak. As
+  scheduled, all overlaps but what is waited for.
 
   Args:
     operations: of a device, those that are done twice counted twice.
@@ -156,6 +160,7 @@ def roofline(
     traffic: bytes that a device reads and writes.
     links: seconds (`link_seconds`).
     tokens: of the whole step.
+    waited: what of `links` the program waits for; None where no compiler has said it.
   """
   chip = topology.chip
   parts = {
@@ -163,11 +168,12 @@ def roofline(
     "hbm_s": traffic / chip.hbm_rate,
     "link_s": links,
   }
+  steps = {"overlapped": max(parts.values()), "in_turn": sum(parts.values())}
   found = dict(parts)
-  for name, step in (
-    ("overlapped", max(parts.values())),
-    ("in_turn", sum(parts.values())),
-  ):
+  if waited is not None:
+    found["link_waited_s"] = waited
+    steps["scheduled"] = max(*list(parts.values())[:2], links - waited) + waited
+  for name, step in steps.items():
     found |= {
       f"step_{name}_s": step,
       f"mfu_{name}": useful / (step * chip.flops * topology.count),

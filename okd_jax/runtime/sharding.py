@@ -4,7 +4,10 @@ The model code carries no annotations. Trained, frozen and optimiser trees follo
 same rules, since an optimiser moment's path ends in its parameter's path.
 """
 
+import functools
+import math
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -26,23 +29,30 @@ AXES = ("data", "fsdp", "tensor")
 # Rows of a batch are split over every device that does not share a row's matmuls.
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# The first rule whose pattern is found in 'a/b/c' holds; the leading axis of stacked
-# layers stays whole, being scanned. Whatever no rule names is replicated.
+# Of the rules whose pattern is found in 'a/b/c', the first that comes out even holds,
+# or else the last one, but for the axes that do not. The leading axis of stacked layers
+# stays whole, being scanned. Whatever no rule names is replicated.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
   # Virtual tokens: few, and every device needs all of them. The rules below are for
   # stacked layers, which `prompt/out/kernel` is not.
   (r"(^|/)(prompt/.+|attention/prefix_(key|value))$", PartitionSpec()),
+  # By rows where it can be: a TPU's compiler scatters a sum over columns only if each
+  # device gets a multiple of 128, and adds up all of it on all devices otherwise.
+  (r"(^|/)(embed/embedding|head)$", PartitionSpec(("tensor", "fsdp"), None)),
   (r"(^|/)(embed/embedding|head)$", PartitionSpec("tensor", "fsdp")),
   (r"position_embed/embedding$", PartitionSpec(None, "fsdp")),
   (r"(widen|narrow)/kernel$", PartitionSpec("fsdp", "tensor")),
   (r"experts_(gate|up)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),
   (r"experts_down/kernel$", PartitionSpec(None, None, "tensor", "fsdp")),
   (r"router/kernel$", PartitionSpec(None, "fsdp", None)),
-  (r"(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
-  (r"(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
-  (r"(query|key|value|gate|up)/(bias|kernel_scale)$", PartitionSpec(None, "tensor")),
+  (r"(^|/)(query|key|value|gate|up)/kernel$", PartitionSpec(None, "fsdp", "tensor")),
+  (r"(^|/)(out|down)/kernel$", PartitionSpec(None, "tensor", "fsdp")),
+  (
+    r"(^|/)(query|key|value|gate|up)/(bias|kernel_scale)$",
+    PartitionSpec(None, "tensor"),
+  ),
   (r"experts_\w+/kernel_scale$", PartitionSpec()),
-  (r"(out|down)/kernel_scale$", PartitionSpec(None, "fsdp")),
+  (r"(^|/)(out|down)/kernel_scale$", PartitionSpec(None, "fsdp")),
   (r"/down$", PartitionSpec(None, "fsdp", None)),
   (r"/up$", PartitionSpec(None, None, "fsdp")),
 )
@@ -91,20 +101,28 @@ def shardings(
 def spec(
   path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, whole: bool = False
 ) -> PartitionSpec:
-  """The first matching rule, without the axes that do not divide their dimension.
-
-  whole: without fsdp.
-  """
+  """What the rules say of a parameter (`RULES`); whole: without fsdp."""
   sizes = {n: s for n, s in mesh.shape.items() if not (whole and n == "fsdp")}
+  found = PartitionSpec()
   for pattern, rule in RULES:
     if re.search(pattern, path) and len(shape) >= len(rule):
-      return PartitionSpec(
-        *(
-          axis if axis in sizes and size % sizes[axis] == 0 else None
-          for axis, size in zip(rule, shape[: len(rule)], strict=True)
-        )
+      axes = [_known(names, sizes) for names in rule]
+      ways = [math.prod(sizes[name] for name in names) for names in axes]
+      even = [size % n == 0 for size, n in zip(shape, ways, strict=False)]
+      found = PartitionSpec(
+        *(a if fits else () for a, fits in zip(axes, even, strict=True))
       )
-  return PartitionSpec()
+      if all(even):
+        break
+  return found
+
+
+def _known(
+  names: str | tuple[str, ...] | None, sizes: Mapping[str, int]
+) -> tuple[str, ...]:
+  """The axes of one entry of a rule that the mesh has."""
+  names = (names,) if isinstance(names, str) else names or ()
+  return tuple(name for name in names if name in sizes)
 
 
 def place(
@@ -257,7 +275,7 @@ def with_whole_rows(
   mesh = jax.sharding.get_abstract_mesh().shape
   if not set(AXES) <= set(mesh):
     return table
-  as_stored = spec(path, table.shape, jax.sharding.get_abstract_mesh())
+  where = functools.partial(spec, path, table.shape, jax.sharding.get_abstract_mesh())
   if trained:
-    table = jax.lax.with_sharding_constraint(table, as_stored)
-  return jax.lax.with_sharding_constraint(table, PartitionSpec(as_stored[0], None))
+    table = jax.lax.with_sharding_constraint(table, where())
+  return jax.lax.with_sharding_constraint(table, where(whole=True))

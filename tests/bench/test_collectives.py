@@ -35,8 +35,57 @@ ENTRY %main (x: f32[2,8]) -> f32[8,8] {
 
 def test_what_a_tpu_writes():
   gather, scatter = sorted(collectives(TPU))
-  assert gather == ("all-gather", 256, False, "ag", 4, 1, "")
-  assert scatter == ("reduce-scatter", 1024, True, "all-reduce.7", 4, 6, "jit(f)/dot")
+  assert gather == ("all-gather", 256, False, "ag", 4, 1, "", True)
+  found = ("reduce-scatter", 1024, True, "all-reduce.7", 4, 6, "jit(f)/dot", False)
+  assert scatter == found
+
+
+# A gather begun before a loop, which goes on beside the products in it.
+BESIDE = """HloModule jit_f
+
+%begin (x: f32[2,8]) -> f32[8,8] {
+  %ag.1 = f32[8,8]{1,0} all-gather(%x), channel_id=5, replica_groups={{0,1,2,3}}
+}
+
+%async_collective_fusion.3 (x: f32[2,8]) -> f32[8,8] {
+  %dot = f32[8,8]{1,0} convolution(%x, %x)
+  %ag.2 = f32[8,8]{1,0} all-gather(%x), channel_id=5, replica_groups={{0,1,2,3}}
+}
+
+%end (x: f32[2,8]) -> f32[8,8] {
+  %ag.3 = f32[8,8]{1,0} all-gather(%x), channel_id=5, replica_groups={{0,1,2,3}}
+}
+
+%body (p: (f32[2,8], u32[])) -> (f32[2,8], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %x = f32[2,8]{1,0} get-tuple-element(%p), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %cp = (f32[2,8]{1,0}, f32[2,8]{1,0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %moved = f32[2,8]{1,0} collective-permute-done(%cp)
+  %fusion.3 = f32[8,8]{1,0} fusion(%x), kind=kOutput, calls=%async_collective_fusion.3
+  %next = u32[]{:T(128)} add(%i, %two)
+  ROOT %carry = (f32[2,8]{1,0}, u32[]{:T(128)}) tuple(%moved, /*index=1*/%next)
+}
+
+%cond (p: (f32[2,8], u32[])) -> pred[] {
+  %bound = u32[]{:T(128)} constant(7)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %async-collective-start.1 = f32[8,8]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  %w = (f32[2,8], u32[]) while(%t), condition=%cond, body=%body
+  %async-collective-done.1 = f32[8,8]{1,0} fusion(%w), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_one_that_goes_on_beside_products_counts_once():
+  """And a loop that counts in twos runs half as often."""
+  gather, permute = sorted(collectives(BESIDE))
+  assert gather == ("all-gather", 256, False, "ag.1", 4, 1, "", True)
+  assert permute == ("collective-permute", 64, True, "cp", 0, 4, "", True)
 
 
 def test_a_program_for_eight_devices():

@@ -73,6 +73,9 @@ def test_a_roofline_by_hand():
   assert found["mfu_overlapped"] == 0.75
   assert found["mfu_in_turn"] == pytest.approx(0.75 / 1.75)
   assert found["tokens_per_s_overlapped"] == 1000
+  assert "step_scheduled_s" not in found  # no program, no schedule
+  waits = roofline(one, flops, 0.75 * flops, rate / 2, 1.5, 1000, waited=0.25)
+  assert waits["step_scheduled_s"] == 1.5  # 1.25 of links beside 1 of compute
 
 
 def test_groups_of_devices():

@@ -26,7 +26,7 @@ def test_every_matrix_is_split_both_ways():
   shapes = parameter_shapes(ModelConfig(tie_embeddings=False))
   for path, leaf in shapes.items():
     spec = sharding.spec(path, leaf.shape, mesh)
-    named = {axis for axis in spec if axis}
+    named = set(jax.tree.leaves(tuple(spec)))
     if path.endswith(("kernel", "embedding", "head")):
       assert named == {"fsdp", "tensor"}, path
     else:
@@ -44,6 +44,22 @@ def test_optimiser_moments_follow_their_parameters():
 def test_an_axis_that_does_not_divide_is_left_whole():
   mesh = sharding.make_mesh(1, 4, 2)
   assert sharding.spec("query/kernel", (2, 6, 8), mesh) == P(None, None, "tensor")
+
+
+@pytest.mark.parametrize(
+  "size, rule",
+  [
+    ((32, 12), P(("tensor", "fsdp"), None)),
+    ((30, 12), P("tensor", "fsdp")),
+    ((31, 12), P(None, "fsdp")),
+    ((31, 6), P(None, None)),
+  ],
+)
+def test_a_vocabulary_is_split_by_rows_where_they_come_out_even(size, rule):
+  mesh = sharding.make_mesh(1, 4, 2)
+  assert sharding.spec("head", size, mesh) == rule
+  whole = P("tensor" if size[0] % 2 == 0 else None, None)
+  assert sharding.spec("head", size, mesh, whole=True) == whole
 
 
 def test_online_modules_are_split_too():
