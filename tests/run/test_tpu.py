@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from okd_jax import methods, models
 from okd_jax.bench import measure
+from okd_jax.bench.collectives import collectives
 from okd_jax.config.schema import OptimSettings
 from okd_jax.data.batch import Batch
 from okd_jax.models import Decoder, kernels
@@ -48,12 +49,12 @@ def make_mesh(devices, *sizes: int) -> Mesh:
   )
 
 
-def decoders(kernel: str, dtype, remat: bool) -> dict[str, Decoder]:
+def decoders(kernel: str, dtype, remat: bool, vocab: int) -> dict[str, Decoder]:
   """GPT-2's widths, four layers to two, so that attention is what fills the memory."""
   shape = functools.partial(
     models.preset,
     "gpt2",
-    vocab_size=VOCAB,
+    vocab_size=vocab,
     hidden_size=768,
     num_heads=12,
     max_length=LENGTH,
@@ -67,9 +68,9 @@ def decoders(kernel: str, dtype, remat: bool) -> dict[str, Decoder]:
   }
 
 
-def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False):
+def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False, vocab=VOCAB):
   """A whole step of okd; nothing of it is ever in memory."""
-  cast = decoders(kernel, dtype, remat)
+  cast = decoders(kernel, dtype, remat, vocab)
   method = methods.build("okd", {})
   settings = OptimSettings(lr=1e-4, schedule="constant", weight_decay=1e-2, clip=1.0)
   rate = optim.schedule(settings, 100)
@@ -145,3 +146,20 @@ def test_splash_attention_takes_heads_of_any_size(devices, head_dim, dtype):
     with jax.set_mesh(mesh):
       program = gradient.lower(*qkv, segment_ids).compile()
     assert program.as_text().count("tpu_custom_call") >= 3  # out, dq, dk and dv
+
+
+def test_under_fsdp_a_layer_waits_for_one_kernel_at_most(devices):
+  """Of student and teacher alike, the weights of a product come during the one before.
+
+  And no gradient is added up whole: each device gets its part, of tables, too.
+  """
+  mesh = make_mesh(devices, 1, 4, 1)
+  program = compiled(mesh, "splash", remat=True, vocab=50304)
+  found = [each for each in collectives(program.as_text()) if each.bytes > 10**5]
+  in_layers = [each for each in found if each.in_loop and "layers" in each.source]
+  waited = [each for each in in_layers if not each.apart]
+  assert len(in_layers) > 20
+  assert len(waited) <= 1 and all(each.bytes <= 2 * 768**2 for each in waited)
+  assert "all-reduce" not in {each.kind for each in found}
+  scattered = [each.bytes for each in found if each.kind == "reduce-scatter"]
+  assert sum(size >= 2 * 50304 * 768 for size in scattered) == 2  # lookup and head
