@@ -281,7 +281,7 @@ def test_broken_tables(name, tmp_path):
 def test_a_zst_file_that_was_cut_off(cut, tmp_path):
   """The library's own stream reader ends there in silence."""
   path = tmp_path / "a.jsonl.zst"
-  content = zstandard.compress(lines([{"text": f"{i * 7919}"} for i in range(200_000)]))
+  content = zstandard.compress(lines([{"text": f"{i * 7919}"} for i in range(30_000)]))
   path.write_bytes(content[:-cut])
   fails(path, f"{path}: cannot be read", "zstd frame")
   path.write_bytes(b"not zstd")

@@ -186,6 +186,7 @@ def test_gradients_reach_student_and_module_through_the_gather(source, tmp_path)
       np.testing.assert_allclose(found, size, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_stored_teacher_is_the_live_one(source, tmp_path):
   run = built(hinted(source), tmp_path / "live")
   cache_teacher.write(run, tmp_path / "store", 0, "float32")
