@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import inspect
 import json
 import logging
@@ -18,7 +19,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.runtime.files import local, read_json
 
@@ -137,8 +137,13 @@ def saved(path: Path) -> ConfigDict:
   known = json.loads(json.dumps(defaults().to_dict()))
   config = ConfigDict(_filled(values, known))
   if file := config.method.file:
-    methods.load_file(file)
+    _methods().load_file(file)
   return config
+
+
+def _methods() -> types.ModuleType:
+  """The registry: imported here, since --help and wrong keys do without JAX."""
+  return importlib.import_module("okd_jax.methods")
 
 
 def _filled(values: Any, known: Any) -> Any:
@@ -257,6 +262,7 @@ def _fspath(value: Any) -> Any:
 
 def add_method_file(config: ConfigDict, file: str) -> None:
   """Runs a file of somebody's methods and adds what their knobs are to `config`."""
+  methods = _methods()
   methods.load_file(file)
   ours, section = defaults().method, config.method
   theirs = {k: v for k, v in methods.defaults().items() if k not in ours}
@@ -274,6 +280,7 @@ def _leave_behind(config: ConfigDict, changes: Mapping[str, Any]) -> None:
 
   Only knobs that the new method does not read, and none that `changes` names.
   """
+  methods = _methods()
   section, known = config.method, methods.defaults()
   left = methods.unread(section.name, section.to_dict(), config.adapter.kind)
   left = [key for key in left if f"method.{key}" not in changes]

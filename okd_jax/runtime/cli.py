@@ -11,10 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
-
 from okd_jax.errors import UserError
-from okd_jax.runtime import distributed
 from okd_jax.runtime.files import cache_folder
 
 
@@ -61,6 +58,8 @@ def devices(args: argparse.Namespace) -> Iterator[None]:
   Raises:
     UserError: as `distributed.joined` does.
   """
+  from okd_jax.runtime import distributed  # needs JAX, as no flag does
+
   with distributed.joined(args.coordinator, args.processes, args.process):
     use_compilation_cache()
     yield
@@ -208,6 +207,8 @@ def use_compilation_cache() -> None:
   Not for several simulated devices: such programs hang when they come out of the
   cache (jax 0.10.2; BUILD_NOTES.md, 2026-11-22).
   """
+  import jax
+
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     jax.config.update("jax_enable_compilation_cache", False)
     return

@@ -12,12 +12,10 @@ from jaxtyping import Int
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
 from okd_jax.text import rollout, speculative
+from okd_jax.text.defaults import DRAFT_TOKENS, NEW_TOKENS, RAW
 from okd_jax.text.source import Side, decoder_source
 
 _log = logging.getLogger(__name__)
-
-NEW_TOKENS = 128
-RAW = "raw"  # the template of who wants none
 
 
 def complete(
@@ -75,7 +73,7 @@ def _continue(
     source = decoder_source(side.decoder)
     [completion] = rollout.generate(source, side.variables, [tokens], **settings)
     return completion.tokens
-  settings["draft_tokens"] = draft_tokens or speculative.DRAFT_TOKENS
+  settings["draft_tokens"] = draft_tokens or DRAFT_TOKENS
   found = speculative.generate(side, small, tokens, **settings)
   _log.info("%s", _told(found))
   return found.tokens
