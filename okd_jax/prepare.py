@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> None:
   args, rest = _parser().parse_known_args(arguments)
   output, place = args.output, local(args.workdir or f"{args.output}/train")
   config = stages(read.read(rest), place)[-1].config
-  # From here on all is needed, which takes seconds to import.
-  from okd_jax.data import day, prepared, sources
+  from okd_jax.data import day, prepared  # heavy, from here on
+  from okd_jax.data.sources import shards_of
   from okd_jax.run.data import making, records
   from okd_jax.run.job import check
   from okd_jax.run.outline import outline
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
   with day.written_on(prepared.day_of(output)):
     for part in filter(parts.get, prepared.PARTS):
       made = making(data, shape, prompts, held_out=part == "eval")
-      new = prepared.write(output, part, sources.shards_of(parts[part]), made, processes)
+      new = prepared.write(output, part, shards_of(parts[part]), made, processes)
       print(f"{output}/{part}: {'written' if new else 'is there already'}")
   if trained:
     Workdir(local(output)).keep_folder("tokenizer", shape.tokenizer.save_pretrained)

@@ -27,11 +27,17 @@ _SAMPLES = 5  # prompts whose answers are kept
 
 
 def write(run: Run, workdir: Workdir, step: int) -> None:
-  """Writes sizes, data and, of this part of the run that begins at `step`, where.
+  """Writes sizes, data, and what this part of the run, from `step` on, is of.
 
-  A part like the one before it is none of its own.
+  That is its machine, versions, commit and command. A part like the one before it is
+  none of its own.
   """
-  part = {"machine": machine.machine(), "versions": machine.versions()}
+  part = {
+    "machine": machine.machine(),
+    "versions": machine.versions(),
+    "commit": machine.commit(),
+    "command": machine.command(),
+  }
   kept = read_json(workdir.about)["parts"] if workdir.about.exists() else []
   parts = [old for old in kept if old["step"] < step]
   if not parts or {**parts[-1], "step": 0} != {**part, "step": 0}:
