@@ -46,12 +46,19 @@ class Bound(NamedTuple):
       return f"a list, each {self._replace(kind=self.of, of='')}" if self.of else LIST
     if self.kind not in (WHOLE, NUMBER) or math.isinf(self.most):
       return self.kind
+    if math.isinf(self.least):
+      return f"{self.kind} of at most {_plain(self.most)}"
     return f"{self.kind} from {_plain(self.least)} to {_plain(self.most)}"
 
 
 def whole(least: int, most: int) -> Bound:
   """A whole number between the two, or one of them."""
   return Bound(WHOLE, least, most)
+
+
+def at_most(most: int) -> Bound:
+  """A whole number, of which others say how small it may be."""
+  return Bound(WHOLE, most=most)
 
 
 def number(least: float, most: float) -> Bound:

@@ -16,8 +16,22 @@ _DEEP = f"it is nested more than {DEPTH} levels deep"
 
 
 def local(path: str | os.PathLike) -> Path:
-  """A path as people write it: a ~ at its front is their home."""
-  return Path(path).expanduser()
+  """A path as people write it: a ~ at its front is their home.
+
+  Raises:
+    UserError: for what no file can be called, or the home of nobody.
+  """
+  name = os.fspath(path)
+  try:
+    if b"\0" in os.fsencode(name):
+      raise UserError(f"{name!r} cannot be a path: it holds a NUL byte")
+    return Path(path).expanduser()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{name!r} cannot be a path: {error.reason}") from error
+  except RuntimeError:
+    raise UserError(
+      f"{name}: there is no such user; write ./{name} for a file of that name"
+    ) from None
 
 
 def cache_folder() -> Path:

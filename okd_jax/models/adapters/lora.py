@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from okd_jax.errors import UserError
 from okd_jax.models.adapters.base import Tree
 from okd_jax.models.adapters.layers import TopLayers
-from okd_jax.models.bounds import LIST, TEXT, Bound, number, whole
+from okd_jax.models.bounds import LIST, TEXT, Bound, at_most, number
 from okd_jax.models.config import MOST_LAYERS, ModelConfig
 from okd_jax.models.product import project
 
@@ -37,10 +37,10 @@ class Lora(TopLayers):
 
   kind: ClassVar[str] = "lora"
   bounds: ClassVar[Mapping[str, Bound]] = {
-    "rank": whole(-(1 << 16), 1 << 16),
+    "rank": at_most(1 << 16),
     "scale": number(-1e6, 1e6),
     "targets": Bound(LIST, of=TEXT),
-    "layers": whole(-MOST_LAYERS, MOST_LAYERS),
+    "layers": at_most(MOST_LAYERS),
   }
   rank: int = 32
   scale: float = 1.0

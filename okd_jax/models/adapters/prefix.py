@@ -10,11 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from okd_jax.models.adapters.layers import TopLayers
-from okd_jax.models.bounds import Bound, whole
+from okd_jax.models.bounds import Bound, at_most
 from okd_jax.models.config import MOST_LAYERS
 
 STD = 0.02  # of virtual tokens at the start
-MOST_TOKENS = whole(-(1 << 16), 1 << 16)  # `length_problems` has words for 0
+MOST_TOKENS = at_most(1 << 16)  # `length_problems` has words for 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Prefix(TopLayers):
   kind: ClassVar[str] = "prefix"
   bounds: ClassVar[Mapping[str, Bound]] = {
     "length": MOST_TOKENS,
-    "layers": whole(-MOST_LAYERS, MOST_LAYERS),
+    "layers": at_most(MOST_LAYERS),
   }
   length: int = 16
   layers: int = 0

@@ -13,7 +13,7 @@ from okd_jax.models.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 # An underscore within a word is no mark-up, and names of files are full of them.
-_MARKS = re.compile(r"[\\`*\[\]()<>#|!&~]|(?<!\w)_|_(?!\w)")
+_MARKS = re.compile(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)")
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -92,7 +92,7 @@ def _plain(text: str) -> str:
   """Text as Markdown shows it letter by letter: no mark-up, no cell or row of its own.
 
   >>> print(_plain("a|b <img>"), _plain("[x](y)"), _plain("c_d.jsonl"))
-  a\\|b \\<img\\> \\[x\\]\\(y\\) c_d.jsonl
+  a\\|b \\<img\\> \\[x\\](y) c_d.jsonl
   """
   line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
   return _MARKS.sub(r"\\\g<0>", line)
