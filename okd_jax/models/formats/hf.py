@@ -154,9 +154,11 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase | None
       "package is needed: pip install okd-jax[sentencepiece]"
     )
   try:
-    return transformers.AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True, trust_remote_code=False
     )
+    tokenizer("a")  # some of what is wrong shows only now
+    return tokenizer
   except Exception as error:  # tokenizers raises bare Exception for a bad file
     raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
