@@ -7,10 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from flax import traverse_util
 
 from okd_jax import models
 from okd_jax.data import make_tokenizer, rows
@@ -58,7 +58,10 @@ def materials() -> Materials:
     vocab_size=320, hidden_size=8, num_layers=2, num_heads=2, max_length=64
   )
   tokenizer = make_tokenizer("bpe:300", [Record("text", "f", text="the cat " * 9)])
-  params = models.init(config, jax.random.key(0))
+  draw = np.random.default_rng(0)  # where `models.init` would compile
+  shapes = models.parameter_shapes(config)
+  flat = {name: draw.normal(size=x.shape).astype("f4") for name, x in shapes.items()}
+  params = traverse_util.unflatten_dict(flat, sep="/")
   lora = adapters.Lora(rank=2)
   tree = {
     "layers": {
