@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from okd_jax.config.bounds import beyond
 from okd_jax.config.players import (
   INT8,
   AdapterSettings,
@@ -296,6 +297,10 @@ def _sections(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:
       found[name] = _section(_SECTIONS[name], config[name].to_dict())
     except UserError as error:
       problems.append(str(error))
+  if problems:
+    raise UserError("; ".join(problems))
+  for name in [*names, "method"]:
+    problems += beyond(name, config[name].to_dict())
   if problems:
     raise UserError("; ".join(problems))
   return found

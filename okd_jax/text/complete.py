@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jaxtyping import Int
 
@@ -147,13 +146,12 @@ def _chat_tokens(model: Model, prompt: str) -> list[int]:
   """The prompt as a user's turn, and the opening of the answer."""
   if not model.tokenizer.chat_template:
     raise UserError("the model's tokenizer has no chat template; set --template=raw")
+  # Here, because the data pipeline takes half a second to import.
+  from okd_jax.data.chat_template import text_of
+
   messages = [{"role": "user", "content": prompt}]
-  try:
-    text = model.tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=True
-    )
-  except (jinja2.TemplateError, TypeError, ValueError) as error:
-    raise UserError(f"the chat template refuses the prompt ({error})") from error
+  what = "the chat template refuses the prompt"
+  text = text_of(model.tokenizer, messages, what, prompt=True)
   return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
