@@ -17,7 +17,7 @@ from okd_jax.run.evaluator import Evaluator
 from okd_jax.run.progress import Progress
 from okd_jax.run.state import TrainState
 from okd_jax.run.step import compile_step
-from okd_jax.run.stop import Agreement, Stop, Stopped
+from okd_jax.run.stop import Agreement, Stopped
 from okd_jax.run.trace import Trace
 from okd_jax.runtime import metrics, sharding
 from okd_jax.runtime.workdir import Workdir
@@ -93,7 +93,6 @@ def train(
   kept: trunk.Kept | None,
   *,
   config: Mapping[str, Any],
-  stop: Stop,
   profile: bool = False,
 ) -> tuple[TrainState, int, int]:
   """Trains to the end; (the last state, its step, the step that is to be exported).
@@ -103,7 +102,7 @@ def train(
 
   Raises:
     UserError: for a loss that is not finite.
-    Stopped: if `stop` came true.
+    Stopped: if the run's `stop` came true, everything being saved.
   """
   kept = kept and _whole(run, kept)
   batches = Batches(run, beforehand.answers(run, workdir), kept)
@@ -114,13 +113,13 @@ def train(
   try:
     evaluations = Evaluations(judged, workdir, writer, batches)
     run = _begin(run, evaluations, checkpoints, batches, kept, place)
-    stop.check()
+    run.stop.check()  # before anything is compiled
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)
     with Progress(run, writer, place.step) as progress, trace:
       state, step = _loop(
-        run, place, checkpoints, batches, evaluations, Agreement(stop), progress, trace
+        run, place, checkpoints, batches, evaluations, progress, trace
       )
-    stop.check()
+    run.stop.check()
     chosen = checkpoints.best_step()
     writer.write(step, "export", {"exported_step": chosen})
   finally:
@@ -157,7 +156,8 @@ def _begin(
 
 def _whole(run: Run, kept: trunk.Kept) -> trunk.Kept:
   """The trunk with what is still missing of it computed."""
-  kept = trunk.complete(run.cast, run.data, run.settings, run.mesh, kept)
+  where = run.mesh, kept
+  kept = trunk.complete(run.cast, run.data, run.settings, *where, run.stop.heard)
   seen, rows = run.plan.steps * run.settings.train.batch_size, len(run.data.packs)
   if seen < 2 * rows:
     _log.warning(
@@ -217,13 +217,13 @@ def _loop(
   checkpoints: Checkpoints,
   batches: Batches,
   evaluations: Evaluations,
-  agreement: Agreement,
   progress: Progress,
   trace: Trace,
 ) -> tuple[TrainState, int]:
   """Trains to the last step, or to where patience ends: (state, step), all saved."""
   state, step, loader = place
   programs, frozen, pending = _Programs(run), run.cast.frozen, None
+  agreement = Agreement(run.stop)
   while step < run.plan.steps and not evaluations.stalled():
     trace.begin(step + 1, state)
     rows = next(loader)
@@ -240,17 +240,31 @@ def _loop(
       progress.read(*pending)  # never save beyond a step that was not finite
       pending = scores = None
       if due:
-        with progress.paused():
-          scores = evaluations(step, state.params)
-        progress.show_scores(scores)
+        scores, stopping = _scored(evaluations, step, state, progress)
       checkpoints.save(step, state, loader, scores, batches.state())
-    if pending is None and (stopping or agreement.ask()):
+    if pending is None and (stopping := stopping or agreement.ask()):
       checkpoints.wait()
-      raise Stopped
+      raise Stopped(stopping)
   if step < run.plan.steps:
     evaluations.say_stalled()
   checkpoints.wait()
   return state, step
+
+
+def _scored(
+  evaluations: Evaluations, step: int, state: TrainState, progress: Progress
+) -> tuple[dict[str, float] | None, int]:
+  """(the scores, 0), or (None, the signal) where the run is to stop in the middle.
+
+  The state is saved in either case; what goes on from it evaluates first.
+  """
+  try:
+    with progress.paused():
+      scores = evaluations(step, state.params)
+  except Stopped as stopped:
+    return None, stopped.number
+  progress.show_scores(scores)
+  return scores, 0
 
 
 class _Programs:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def fill(
   mesh: Mesh,
   length: int,
   batch_size: int,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
   """Computes those rows of `examples` that `kept` lacks.
 
@@ -43,6 +44,7 @@ def fill(
   frozen: the teacher's parameters, on `mesh`.
   length: what rows are padded to.
   batch_size: rows at once, rounded up to what the mesh splits.
+  heard: what the batches go through one by one; it may raise before any of them.
   """
   todo, total = set(kept.missing()), len(examples)
   barrier("listed")  # before anyone writes, so that all agree on what is missing
@@ -54,7 +56,7 @@ def fill(
     for first in range(0, total, _BATCHES * size):
       rows = range(first, min(first + _BATCHES * size, total))
       if missing := todo.intersection(rows):
-        own = _compute_rows(examples, compute, where, rows, size, length, mesh)
+        own = _compute_rows(examples, compute, where, rows, size, length, mesh, heard)
         if new := {row: own[row] for row in sorted(own) if row in missing}:
           kept.write(list(new), list(new.values()))
         bar.update(len(missing))
@@ -87,10 +89,11 @@ def _compute_rows(
   size: int,
   length: int,
   mesh: Mesh,
+  heard: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[int, dict]:
   """{row: its arrays} of those rows that this process computed."""
   own = {}
-  for first in range(rows.start, rows.stop, size):
+  for first in heard(range(rows.start, rows.stop, size)):
     mine = first + sharding.own_rows(size, mesh)
     # The last batch is filled up with its last row, which is nobody's twice.
     # As the teacher reads them: the same answers, after its own prompts.

@@ -13,7 +13,7 @@ Notable features:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -168,6 +168,7 @@ def generate(
   choose: Choose = draw,
   no_repeat_ngram: int = 0,
   sharding: jax.sharding.Sharding | None = None,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[Completion]:
   """Continues every prompt; the results are in the prompts' order.
 
@@ -176,6 +177,7 @@ def generate(
     default its index. Give the global index where the prompts are a part of a whole.
   no_repeat_ngram: as in `sample`.
   sharding: of a batch's leading axis, where the batch is to be spread over devices.
+  heard: what the batches go through one by one; it may raise before any of them.
 
   Raises:
     UserError: a prompt is empty or too long for the model, or a setting is unusable.
@@ -187,7 +189,7 @@ def generate(
   eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
   settings = (key, traced(sampling), eos_ids, np.int32(pad_id))
   completions = {}
-  for chosen, size in in_batches(prompts, batch_size, sharding):
+  for chosen, size in heard(in_batches(prompts, batch_size, sharding)):
     some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
     inputs = left_padded(some, rows[chosen], size, room, sharding)
     out = sample(source, variables, *inputs, *settings, choose=choose, **limits)
