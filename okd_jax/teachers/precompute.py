@@ -42,9 +42,8 @@ def fill(
   compute: (frozen, batch) -> {name: [B, L, ...]}.
   where: the array of a batch that is true, or above 0, where a row has values.
   frozen: the teacher's parameters, on `mesh`.
-  length: what rows are padded to.
-  batch_size: rows at once, rounded up to what the mesh splits.
-  heard: what the batches go through one by one; it may raise before any of them.
+  length: of a row; batch_size: rows at once, rounded up to what the mesh splits.
+  heard: what the batches pass through; it may raise before any of them.
   """
   todo, total = set(kept.missing()), len(examples)
   barrier("listed")  # before anyone writes, so that all agree on what is missing

@@ -36,10 +36,8 @@ def write(
   Args:
     parts: rows by part, 'train' and, if any are held out, 'eval'.
     frozen: the teacher's parameters.
-    k: tokens kept a position; 0 is all of them.
-    dtype: of the log-probabilities.
-    vocab_size: ids that count: those that student and teacher both have.
-    heard: as in `precompute.fill`.
+    k: tokens kept a position, 0 for all of them; dtype: of the log-probabilities.
+    vocab_size: ids that both models have; heard: as in `precompute.fill`.
 
   Returns:
     The stores by part, each a folder of that name in `folder`.
@@ -47,11 +45,8 @@ def write(
   k, kept = min(k or vocab_size, vocab_size), {}
   record = _recorder(teacher, settings, k, dtype, vocab_size)
   made_by = {"k": k, "dtype": dtype, "vocab_size": vocab_size} | load.dtypes(settings)
-  how = {
-    "length": settings.data.form.teacher_length,
-    "batch_size": settings.eval.batch_size,
-    "heard": heard,
-  }
+  how = {"length": settings.data.form.teacher_length, "heard": heard}
+  how["batch_size"] = settings.eval.batch_size
   for part, examples in parts.items():
     about = load.stored_key(settings, examples) | made_by
     kept[part] = store.begin(folder / part, len(examples), about)

@@ -36,10 +36,8 @@ def answer_prompts(
   Every process calls it, and all of them answer every row together. The file has a
   line of token ids a prompt.
 
-  variables: what `source` reads, or what makes them, called only if an answer is
-    missing.
-  about: whatever else the answers depend on: the model and the seed.
-  heard: as in `rollout.generate`.
+  variables: what `source` reads, or what makes them, called if an answer is missing.
+  about: whatever else the answers depend on; heard: as in `rollout.generate`.
 
   Raises:
     UserError: if there are answers to something else, or a damaged file.
@@ -50,8 +48,7 @@ def answer_prompts(
   generate(source, None, [], key, **settings)  # Refuses before anything is written.
 
   def ask(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[Completion]:
-    own = settings | {"rows": rows, "heard": heard}
-    return generate(source, given(), prompts, key, **own)
+    return generate(source, given(), prompts, key, rows=rows, heard=heard, **settings)
 
   asked = {"prompts": digest(prompts), "max_new_tokens": max_new_tokens}
   asked |= {name: float(value) for name, value in sampling._asdict().items()}
