@@ -9,11 +9,12 @@ from jaxtyping import PyTree
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.evaluation import figures
 from okd_jax.evaluation.tokens import STUDENT, TEACHER
-from okd_jax.run import about, beforehand
+from okd_jax.run import about, beforehand, nonfinite
 from okd_jax.run.batches import Batches
 from okd_jax.run.build import Run
 from okd_jax.run.checkpoint import Checkpoints
 from okd_jax.run.evaluator import Evaluator
+from okd_jax.run.nonfinite import NotFinite
 from okd_jax.run.progress import Progress
 from okd_jax.run.state import TrainState
 from okd_jax.run.step import compile_step
@@ -47,7 +48,7 @@ class Evaluations:
     writer: metrics.Writer,
     batches: Batches,
   ):
-    self._settings, self._steps = run.settings.eval, run.plan.steps
+    self._run, self._settings, self._steps = run, run.settings.eval, run.plan.steps
     self._evaluator = Evaluator(run)
     self._writer, self._batches = writer, batches
     self._samples = about.Samples(run, workdir)
@@ -57,12 +58,13 @@ class Evaluations:
     """Scores the frozen teachers, which are whole, as they are at the first step."""
     found = self._evaluator.teachers(params)
     for name, scores in found.items():
+      nonfinite.check_scores(f"teacher {name}", scores, _trees(self._run, params))
       self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
       self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
 
   def go_on_with(self, run: Run, kept: trunk.Kept) -> None:
     """From now on the teacher is the top of itself that `run` has."""
-    self._evaluator = Evaluator(run, kept.eval)
+    self._run, self._evaluator = run, Evaluator(run, kept.eval)
 
   def due(self, step: int) -> bool:
     every = self._settings.every
@@ -71,6 +73,8 @@ class Evaluations:
 
   def __call__(self, step: int, params: Mapping[str, PyTree]) -> dict[str, float]:
     scores = self._evaluator(params)
+    if not step:
+      nonfinite.check_scores("the student", scores, _trees(self._run, params))
     self._samples.student(step, self._evaluator.said.get((STUDENT, ""), {}))
     self._writer.write(step, "eval", scores)
     self.scores[step] = scores
@@ -101,7 +105,7 @@ def train(
     kept: where the teacher's trunk is kept, if it is; config: for trackers to show.
 
   Raises:
-    UserError: for a loss that is not finite.
+    UserError: for what is not finite, in a step or before the first one.
     Stopped: if the run's `stop` came true, everything being saved.
   """
   kept = kept and _whole(run, kept)
@@ -232,12 +236,13 @@ def _loop(
     state, values = train_step(state, frozen, batch)
     step += 1
     if pending:
-      progress.read(*pending)
+      _read(pending, run, state, checkpoints, progress)
     pending = (step, rows["all_rows"], values, drawn, new)
     stopping = agreement.ask()
     due = evaluations.due(step) and not stopping
     if stopping or due or step % run.settings.checkpoint.every == 0:
-      progress.read(*pending)  # never save beyond a step that was not finite
+      # Never save beyond a step that was not finite.
+      _read(pending, run, state, checkpoints, progress)
       pending = scores = None
       if due:
         scores, stopping = _scored(evaluations, step, state, progress)
@@ -249,6 +254,32 @@ def _loop(
     evaluations.say_stalled()
   checkpoints.wait()
   return state, step
+
+
+def _read(
+  pending: tuple,
+  run: Run,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  progress: Progress,
+) -> None:
+  """Reads a step; a UserError with all that can be told if it is not finite."""
+  try:
+    progress.read(*pending)
+  except NotFinite as found:
+    checkpoints.wait()
+    where, trees = run.data.where(found.rows), _trees(run, state.params)
+    raise nonfinite.error(found, where, trees, checkpoints.steps()) from None
+
+
+def _trees(run: Run, params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """All weights that take part in a step, by what people call them."""
+  frozen = {
+    f"the teacher {name}" if len(run.cast.teachers) > 1 else "the teacher": tree
+    for name, tree in run.cast.frozen.items()
+    if name != STUDENT
+  }
+  return frozen | {f"the {name}": tree for name, tree in params.items()}
 
 
 def _scored(
