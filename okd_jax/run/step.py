@@ -56,6 +56,7 @@ def train_step(
     return method.loss(models, *seen, part, part_key, now)
 
   params, opt_state, norms = dict(state.params), dict(state.opt_state), {}
+  sound = []
   logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}
   for names in method.updates:
     whole = with_whole_modules(params)
@@ -69,12 +70,15 @@ def train_step(
         logged[figure] = value
     for name in names:
       logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
-      given = optimizers[name], grads[name], opt_state[name], params[name]
-      norms[f"{name}_update_norm"] = _update_norm(*given)
-      params[name], opt_state[name] = _updated(*given)
-  finite = jnp.isfinite(sum(logged.values()) + sum(norms.values()))
+      own = opt_state[name], params[name]
+      sound.append(_finite_if_sound(optimizers[name], *own))
+      params[name], opt_state[name], norms[f"{name}_update_norm"] = _updated(
+        optimizers[name], grads[name], *own
+      )
+  finite = jnp.isfinite(sum(logged.values()) + sum(sound))
   params = _kept(finite, params, state.params)
   opt_state = _kept(finite, opt_state, state.opt_state)
+  finite &= jnp.isfinite(sum(norms.values()))
   _, base = models.seen(params, frozen)
   logged |= norms | _adapter_norms(models, base, params.get("adapter", {}))
   carried = method.carry(state.carried, logged, progress(state.step + 1, steps))
@@ -94,24 +98,22 @@ def _adapter_norms(
   }
 
 
-def _update_norm(
-  optimizer: optax.GradientTransformation,
-  grads: PyTree,
-  opt_state: PyTree,
-  params: PyTree,
+def _finite_if_sound(
+  optimizer: optax.GradientTransformation, opt_state: PyTree, params: PyTree
 ) -> Float[Array, ""]:
-  """The norm of a tree's update; infinite if any number that it leads to is not finite.
+  """A number that is finite if an update by finite gradients will be.
 
-  Whether it may be done must be known before any of it is. So it is computed twice: to
-  look at it, which leaves nothing behind but a number a leaf, and to store it, array by
-  array. All in one, the arrays would wait for the last one, and fill as much memory as
-  the parameters. The barrier keeps XLA from making one of the two.
+  Whether it may be done must be known before any of it is; if all of it were computed
+  first, it would fill as much memory as the parameters. So this looks at what there is,
+  moments and parameters, and lets the optimiser move ones: a learning rate that is not
+  finite spoils these as it does all others.
   """
-  held = jax.lax.optimization_barrier((grads, opt_state, params))
-  updates, new_state = optimizer.update(*held)
-  made = jax.tree.leaves((new_state, optax.apply_updates(held[2], updates)))
-  sound = [jnp.isfinite(x).all() for x in made]
-  return jnp.where(jnp.stack(sound).all(), optax.tree.norm(updates), jnp.inf)
+  one = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim, x.dtype), params)
+  fresh = jax.tree.map(
+    lambda own, now: own if now.ndim else now, optimizer.init(one), opt_state
+  )
+  leaves = jax.tree.leaves((params, opt_state, optimizer.update(one, fresh, one)))
+  return sum(x.sum() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _updated(
@@ -119,15 +121,19 @@ def _updated(
   grads: PyTree,
   opt_state: PyTree,
   params: PyTree,
-) -> tuple[PyTree, PyTree]:
-  """(parameters, optimiser's state) of one tree."""
+) -> tuple[PyTree, PyTree, Float[Array, ""]]:
+  """(parameters, optimiser's state, norm of the update) of one tree."""
   updates, opt_state = optimizer.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state
+  return optax.apply_updates(params, updates), opt_state, optax.tree.norm(updates)
 
 
 def _kept(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
-  """The new tree, or the old one to the last bit."""
-  return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+  """The new tree, or the old one to the last bit; never a number that is not finite."""
+
+  def keep(new: Shaped[Array, "..."], old: Shaped[Array, "..."]):
+    return jnp.where(finite & jnp.isfinite(new), new, old)
+
+  return jax.tree.map(keep, new, old)
 
 
 def _counted(

@@ -149,7 +149,7 @@ def test_an_update_that_is_not_finite_is_never_stored():
   """
   setup = Setup("sft", lr=np.inf)
   state, metrics = setup.step(setup.state, setup.frozen, make_batch())
-  assert metrics["finite"] == 0 and np.isinf(metrics["student_update_norm"])
+  assert metrics["finite"] == 0 and not np.isfinite(metrics["student_update_norm"])
   assert np.isfinite(metrics["student_grad_norm"]) and np.isfinite(metrics["loss"])
   chex.assert_trees_all_equal(state.params, setup.state.params)
   chex.assert_trees_all_equal(state.opt_state, setup.state.opt_state)
@@ -342,32 +342,29 @@ def test_whatever_is_not_finite_moves_nothing_and_is_counted(counting, where, de
   before = jax.tree.map(np.array, (bad.params, bad.opt_state))
   if devices == 8:
     with jax.set_mesh(mesh):
-      own = jax.device_put(bad, sharding.shardings(bad, mesh))
+      own = jax.tree.map(jnp.copy, bad)  # which is donated
+      own = jax.device_put(own, sharding.shardings(bad, mesh))
       frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
       rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
       new, metrics = step(own, frozen, rows)
   else:
     new, metrics = step(bad, frozen, batch)
   assert metrics["finite"] == 0 and metrics["skipped"] == 1 and new.skipped == 1
-  assert not np.isfinite(metrics[figure]) and new.step == state.step + 1
+  assert not np.isfinite(metrics[figure]) and new.step == 1
   chex.assert_trees_all_equal(
     jax.tree.map(np.array, (new.params, new.opt_state)), before
   )
 
 
 def test_a_run_goes_on_after_what_it_skipped(counting):
-  """Only rows with the teacher's broken token are lost: as if they had not come."""
+  """As if the step had not come: its trees, moments and their count are as before."""
   setup, state, steps, _ = counting
-  base = setup.frozen["teacher"]
-  embedding = base["embed"]["embedding"].at[31].set(jnp.inf)
-  broken = {"teacher": base | {"embed": base["embed"] | {"embedding": embedding}}}
-  sound = make_batch()
-  sound = sound.replace(tokens=jnp.minimum(sound.tokens, 30))
-  bad = sound.replace(tokens=sound.tokens.at[3, 1].set(31))
-  skipped, metrics = steps[1](state, broken, bad)
+  _, frozen, _ = poisoned("teacher", state, setup.frozen)
+  skipped, metrics = steps[1](state, frozen, make_batch())
   assert metrics["skipped"] == 1
-  after, metrics = steps[1](skipped, broken, sound)
-  plain, _ = steps[1](state.replace(step=jnp.int32(1)), broken, sound)
+  after, metrics = steps[1](skipped, setup.frozen, make_batch(1))
+  later = state.replace(step=jnp.int32(1))
+  plain, _ = steps[1](later, setup.frozen, make_batch(1))
   assert metrics["skipped"] == 1 and metrics["finite"] == 1
   chex.assert_trees_all_equal(after.params, plain.params)
   chex.assert_trees_all_equal(after.opt_state, plain.opt_state)
