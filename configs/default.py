@@ -220,6 +220,9 @@ def get_config() -> ConfigDict:
   # Positions a row whose logits are in memory at once; 0: as many as fit some MB.
   config.train.loss_chunk = 0
   config.train.log_every = 10  # steps between rows of metrics.jsonl
+  # Where a loss, a gradient or an update is not finite: 'stop', or 'skip:N', leave that
+  # update out, of every tree, and stop after N of them in the whole run.
+  config.train.on_nonfinite = "stop"
   config.train.tensorboard = False  # also write TensorBoard files
   config.train.wandb = ""  # also log to this Weights & Biases project
 

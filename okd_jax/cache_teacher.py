@@ -6,7 +6,7 @@
 Of each token that counts: the K likeliest ids, their log-probabilities and the mass of
 the rest, at method.temperature; rows to train on in DIR/train, those held out in
 DIR/eval. The configuration is the run's own; where it names stages, --workdir is the
-run that has finished them. Killed and run again, it goes on with the missing rows.
+run that has finished them. Stopped and run again, it goes on with the missing rows.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from okd_jax.config import read
 from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
 from okd_jax.run.build import Run, build
+from okd_jax.run.stop import Signalled
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
 from okd_jax.runtime.workdir import Workdir
@@ -30,8 +31,8 @@ def main(arguments: list[str]) -> None:
   own = stages(read.read(rest), local(args.workdir or args.output))[-1]
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
-  with cli.devices(args):
-    run = build(own.config, Workdir(own.workdir))
+  with cli.devices(args), Signalled() as stop:
+    run = build(own.config, Workdir(own.workdir), stop)
     write(run, local(args.output), args.k, args.dtype)
 
 
@@ -46,12 +47,11 @@ def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
     raise UserError("only another teacher's words on rows, no data.stream, are stored")
   [(name, teacher)] = run.cast.teachers.items()
   parts = {"train": run.data.train} | ({"eval": run.data.eval} if run.data.eval else {})
-  size, frozen = min(run.cast.vocab_sizes), run.cast.frozen[name]
-  options = {"k": k, "dtype": dtype, "vocab_size": size}
+  size = min(run.cast.vocab_sizes)
+  given = teacher, run.cast.frozen[name], run.settings, run.mesh
+  options = {"k": k, "dtype": dtype, "vocab_size": size, "heard": run.stop.heard}
   with jax.set_mesh(run.mesh):
-    return record.write(
-      parts, teacher, frozen, run.settings, run.mesh, folder, **options
-    )
+    return record.write(parts, *given, folder, **options)
 
 
 def _parser() -> cli.Parser:

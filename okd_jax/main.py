@@ -19,13 +19,11 @@ elsewhere say where process 0 is, how many there are, and which one this is, fro
 scripts that start them.
 """
 
-import sys
-
 from okd_jax.config import read
 from okd_jax.config.describe import help_page
 from okd_jax.errors import UserError
 from okd_jax.run import distill
-from okd_jax.run.stop import Stopped, Terminated
+from okd_jax.run.stop import Signalled
 from okd_jax.runtime import cli, mirror
 from okd_jax.runtime.workdir import writes
 
@@ -44,15 +42,11 @@ def main(arguments: list[str]) -> None:
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
   with (
-    Terminated() as stop,
     cli.devices(args),
+    Signalled() as stop,
     mirror.opened(args.workdir) as workdir,
   ):
-    try:
-      *_, result = distill.run(config, workdir, stop, args.profile)
-    except Stopped:
-      print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-      sys.exit(Terminated.STATUS)
+    *_, result = distill.run(config, workdir, stop, args.profile)
     if writes():
       print(result, flush=True)
 

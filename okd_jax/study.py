@@ -15,7 +15,7 @@ from okd_jax.analysis import comparison, study_report, tables
 from okd_jax.config import study as studies
 from okd_jax.errors import UserError
 from okd_jax.run import study as runs
-from okd_jax.run.stop import Stopped, Terminated
+from okd_jax.run.stop import Signalled
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
 
@@ -27,16 +27,12 @@ def main(arguments: list[str]) -> None:
   study = studies.select(whole, flags.arms, flags.seeds)
   jobs = studies.jobs(study, local(flags.workdir))
   cli.use_compilation_cache()
-  with Terminated() as stop:
-    try:
-      if flags.run:
-        runs.run(study, _named(jobs, flags.run), stop)
-        return
-      command = [sys.executable, "-m", "okd_jax.study", *arguments]
-      runs.run_all(jobs, command, stop, flags.jobs)
-    except Stopped:
-      print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-      sys.exit(Terminated.STATUS)
+  with Signalled() as stop:
+    if flags.run:
+      runs.run(study, _named(jobs, flags.run), stop)
+      return
+    command = [sys.executable, "-m", "okd_jax.study", *arguments]
+    runs.run_all(jobs, command, stop, flags.jobs)
   results = {job.name: runs.measured(job) for job in jobs if job.arm}
   found = comparison.compare(study, results)
   study_report.write(study, found, local(flags.workdir))

@@ -442,8 +442,8 @@ BUGS = (
     "the trunk of other rows beside the held-out ones",
     "planted",
     "okd_jax/run/loop.py",
-    "self._evaluator = Evaluator(run, kept.eval)",
-    "self._evaluator = Evaluator(run, kept.train)",
+    "self._evaluator = run, Evaluator(run, kept.eval)",
+    "self._evaluator = run, Evaluator(run, kept.train)",
     "tests/teachers/test_trunk.py -m slow -k drops",
   ),
   Bug(

@@ -65,6 +65,7 @@ class History:
   teachers: the frozen teachers', which never change, by name; the only one's is ''.
   exported: the step of the exported student, or None.
   lost: how often each figure was not finite and is therefore missing.
+  skipped: the steps whose update was left out (train.on_nonfinite).
   """
 
   teachers: Mapping[str, Figures]
@@ -72,6 +73,7 @@ class History:
   train: Rows
   exported: int | None
   lost: Mapping[str, int]
+  skipped: Sequence[int] = ()
 
   @property
   def teacher(self) -> Figures:
@@ -105,6 +107,7 @@ def read_history(workdir: Path) -> History:
     train=dict(sorted(kinds["train"].items())),
     exported=exported[-1] if exported else None,
     lost=dict(sorted(lost.items())),
+    skipped=sorted(kinds["skipped"]),
   )
 
 

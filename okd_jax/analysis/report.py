@@ -200,6 +200,14 @@ def _caveats(history: History, end: Figures, config: Mapping) -> Iterator[str]:
     yield "The teacher reads other tokens: only ROUGE-L compares it with the student."
   if "rougeL" not in end:
     yield "No answers were generated: nothing here judges the student's own text."
+  if history.skipped:
+    steps = ", ".join(map(str, history.skipped[:8])) + ", …" * (
+      len(history.skipped) > 8
+    )
+    yield (
+      f"⚠ {len(history.skipped)} updates were skipped, since something in them was not "
+      f"finite (train.on_nonfinite): steps {steps}."
+    )
   if history.lost:
     names = ", ".join(f"{name} ({count}×)" for name, count in history.lost.items())
     yield f"⚠ Figures that were not finite are left out: {names}."

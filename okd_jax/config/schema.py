@@ -3,6 +3,7 @@ itself. Users write a ConfigDict; whatever is below `config` gets these.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -118,11 +119,22 @@ class TrainSettings(Section):
   dropout: float = 0.0
   loss_chunk: int = 0
   log_every: int = 10
+  on_nonfinite: str = "stop"
   tensorboard: bool = False
   wandb: str = ""
 
+  @property
+  def skips(self) -> int:
+    """How many updates may be left out because something is not finite."""
+    return int(self.on_nonfinite.partition(":")[2] or 0)
+
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
+    if not re.fullmatch(r"stop|skip:[1-9][0-9]{0,8}", self.on_nonfinite):
+      yield (
+        f"train.on_nonfinite={self.on_nonfinite!r} must be 'stop', or 'skip:N' with N "
+        "from 1 up, to leave out up to N updates"
+      )
     yield from least(
       self, "train", steps=0, batch_size=1, loss_chunk=0, log_every=1, seed=0
     )

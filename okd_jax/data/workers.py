@@ -29,6 +29,7 @@ class Worker:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
+      process_group=0,  # what Ctrl-C means to it, whoever started it says
     )
     self.busy = False
     self._write((make, arguments))

@@ -1,7 +1,8 @@
 """A model's answers to held-out prompts, and their scores over seeds."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,8 +26,12 @@ def answer(
   seed: int = 0,
   batch_size: int = 8,
   sharding=None,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[str]:
-  """The model's answer to each example's prompt, cut at EOS, special tokens removed."""
+  """The model's answer to each example's prompt, cut at EOS, special tokens removed.
+
+  heard: as in `rollout.generate`.
+  """
   completions = generate(
     decoder_source(decoder),
     variables,
@@ -37,6 +42,7 @@ def answer(
     eos_ids=ends(decoder, tokenizer, template),
     batch_size=batch_size,
     sharding=sharding,
+    heard=heard,
   )
   return [
     tokenizer.decode(completion.tokens, skip_special_tokens=True)

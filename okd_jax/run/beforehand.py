@@ -62,6 +62,7 @@ def answers_of(run: Run, name: str, workdir: Workdir) -> list[Example]:
 
   Raises:
     UserError: if the file holds answers to other prompts, or is damaged.
+    Stopped: if the run is to stop; what is whole in the file stays.
   """
   sampling = run.method.sequences.student
   found = _asked(run, name, run.data.train, workdir.samples(name), sampling)
@@ -93,6 +94,7 @@ def _asked(
     batch_size=settings.eval.batch_size,
     sharding=sharding.batch_sharding(run.mesh),
     about={"model": model, "seed": settings.train.seed},
+    heard=run.stop.heard,
   )
 
 

@@ -17,6 +17,7 @@ from okd_jax.run.job import Job, check
 from okd_jax.run.outline import Outline, outline
 from okd_jax.run.plan import Plan, make_models, make_plan
 from okd_jax.run.state import TrainState, first_state
+from okd_jax.run.stop import Stop
 from okd_jax.run.streamed import stream_data
 from okd_jax.runtime import agreement, distributed, sharding
 from okd_jax.runtime.workdir import Workdir
@@ -28,7 +29,10 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What one run needs, ready for its loop: what each phase has found."""
+  """What one run needs, ready for its loop: what each phase has found.
+
+  stop: asked between any two batches, whatever is computed.
+  """
 
   job: Job
   mesh: Mesh
@@ -36,6 +40,7 @@ class Run:
   data: Data
   cast: Cast
   plan: Plan
+  stop: Stop
 
   @property
   def settings(self) -> Settings:
@@ -57,12 +62,16 @@ class Run:
     return dataclasses.replace(self, cast=cast, plan=plan)
 
 
-def build(config: ConfigDict, workdir: Workdir) -> Run:
+def build(config: ConfigDict, workdir: Workdir, stop: Stop | None = None) -> Run:
   """Loads the models and the data that a resolved configuration names.
+
+  stop: asked between the phases, and between batches; never by default.
 
   Raises:
     UserError: for whatever is wrong with the configuration, a model or the data.
+    Stopped: if `stop` came true.
   """
+  stop = stop or Stop()
   job = check(config)
   settings = job.settings
   mesh = sharding.make_mesh(**settings.mesh.sizes)
@@ -81,7 +90,8 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   agreement.check_same(
     {"data.train": rows.digest(data.train), "data.eval": rows.digest(data.eval)}
   )
-  cast = make_cast(job, shape, data, mesh, workdir)
+  stop.check()
+  cast = make_cast(job, shape, data, mesh, workdir, stop)
   cast = student.with_held(settings, cast, mesh)
   compared = bool(cast.stored) or bool(cast.teachers and not data.other)
   checks.check_itself(settings, job.method, data.teacher_length > 0)
@@ -90,7 +100,7 @@ def build(config: ConfigDict, workdir: Workdir) -> Run:
   checks.after(settings, job.method, data.train, data.eval, cast.decoders, compared)
   _log.info("attention: %s", kernel(settings, shape.student))
   plan = make_plan(job, cast, len(data.packs))
-  return Run(job, mesh, shape, data, cast, plan)
+  return Run(job, mesh, shape, data, cast, plan, stop)
 
 
 def _read(job: Job, outline: Outline, mesh: Mesh) -> Data:

@@ -31,6 +31,7 @@ from okd_jax.models.adapters import Adapter, Part
 from okd_jax.run.data import Data
 from okd_jax.run.job import Job
 from okd_jax.run.outline import Outline
+from okd_jax.run.stop import Stop
 from okd_jax.runtime import sharding
 from okd_jax.runtime.workdir import Workdir
 from okd_jax.teachers import activity, load, saliency
@@ -100,20 +101,26 @@ class Cast:
 
 
 def make_cast(
-  job: Job, outline: Outline, data: Data, mesh: Mesh, workdir: Workdir
+  job: Job,
+  outline: Outline,
+  data: Data,
+  mesh: Mesh,
+  workdir: Workdir,
+  stop: Stop,
 ) -> Cast:
   """The whole cast, weights of the teachers or what is stored of them included.
 
   Raises:
     UserError: for weights that cannot be read, an adapter that does not fit its
       teacher, or a store of something else.
+    Stopped: if the run is to stop.
   """
   settings = job.settings
   frozen = load.load_teachers(settings, outline.teachers, mesh)
   plain = shapes(job, outline, None)
   choice = saliency.read(workdir.blocks)
   if job.adapter_kind == adapters.Blocks.kind and choice is None:
-    choice = _choose(settings, plain.teachers, frozen, data, mesh)
+    choice = _choose(settings, plain.teachers, frozen, data, mesh, stop)
   stored = {}
   if settings.teacher.cache:
     size = outline.student.vocab_size
@@ -121,7 +128,9 @@ def make_cast(
   whole = shapes(job, outline, choice)
   kept = activity.read(workdir.width)
   if settings.student.narrow and kept is None:
-    kept = _choose_kept(settings, plain.teachers, frozen, data, mesh, outline.student)
+    kept = _choose_kept(
+      settings, plain.teachers, frozen, data, mesh, outline.student, stop
+    )
   return dataclasses.replace(whole, frozen=frozen, stored=stored, kept=kept)
 
 
@@ -214,9 +223,10 @@ def _choose(
   frozen: Mapping[str, PyTree],
   data: Data,
   mesh: Mesh,
+  stop: Stop,
 ) -> Choice:
   [(name, decoder)] = teachers.items()
-  batches = _batches(settings, data.eval, mesh)
+  batches = stop.heard(_batches(settings, data.eval, mesh))
   with jax.set_mesh(mesh):
     found = saliency.block_saliency(
       decoder, frozen[name], batches, mesh, settings.train.loss_chunk
@@ -231,10 +241,11 @@ def _choose_kept(
   data: Data,
   mesh: Mesh,
   student: ModelConfig,
+  stop: Stop,
 ) -> Kept:
   [(name, decoder)] = teachers.items()
   with jax.set_mesh(mesh):
-    batches = _batches(settings, data.train[:_ACTIVE_ROWS], mesh)
+    batches = stop.heard(_batches(settings, data.train[:_ACTIVE_ROWS], mesh))
     squares = activity.mean_squares(decoder, frozen[name], batches, mesh)
   whole = decoder.config
   _log.info(

@@ -88,9 +88,12 @@ class Data(Reading):
     return set(self.facts.train["kinds"])
 
   def where(self, rows: np.ndarray) -> str:
-    """Where some rows of packs come from; a packed one says how many texts it holds."""
+    """Some rows of packs by their numbers, and where they come from.
+
+    A packed one says how many texts it holds.
+    """
     where = self.stream.where if self.stream else self._where
-    named = [where(int(row)) for row in rows[:8]]
+    named = [f"{row} ({where(int(row))})" for row in rows[:8]]
     return ", ".join(named) + (", …" if len(rows) > 8 else "")
 
   def _where(self, row: int) -> str:

@@ -82,7 +82,7 @@ def run(
   Whatever has finished is left alone, whatever was interrupted goes on.
 
   Args:
-    stop: asked between steps; never by default.
+    stop: asked between batches; never by default.
     profile: leave a trace of some steps in each folder's profile/.
 
   Returns:
@@ -93,7 +93,7 @@ def run(
     Stopped: if `stop` came true, everything being saved.
   """
   parts = stages(config, workdir)
-  stop = Stop() if stop is None else stop  # its truth is whether to stop
+  stop = stop or Stop()
   for part in parts:
     try:
       check(part.config)  # of all, before the first of them is trained
@@ -132,7 +132,7 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   if not longer and workdir.report.exists():
     _log.info("%s is finished already; name another workdir to run anew", workdir.path)
     return
-  own = build(part.config, workdir)
+  own = build(part.config, workdir, stop)
   about.check_rows(own, workdir)
   if longer:
     tell_growth(own.settings, own.method)
@@ -151,7 +151,7 @@ def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
   ):
     config = part.config.to_dict()
     state, step, chosen = train(
-      own, workdir, checkpoints, kept, config=config, stop=stop, profile=profile
+      own, workdir, checkpoints, kept, config=config, profile=profile
     )
     if chosen != step:
       state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)

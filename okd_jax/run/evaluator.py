@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 class Evaluator:
   """Everything measured during training, on the held-out rows; compiled once.
 
+  The run's `stop` is asked between batches, and raises Stopped.
+
   trunk: what enters the teacher's top layers, where these are all that is left of it.
   said: everybody's newest answers, by the place that their row came from.
   """
@@ -153,7 +155,7 @@ class Evaluator:
     return evaluate_tokens(
       step,
       variables,
-      map(batch, batches),
+      map(batch, self._run.stop.heard(batches)),
       put=lambda rows: sharding.spread(rows, where),
     )
 
@@ -178,6 +180,7 @@ class Evaluator:
       seed=settings.train.seed,
       batch_size=self._batch_size(),
       sharding=sharding.batch_sharding(self._run.mesh),
+      heard=self._run.stop.heard,
     )
     self.said[who] = {p.where: x for p, x in zip(prompts, texts, strict=True)}
     scores = score(texts, [list(p.references) for p in prompts])

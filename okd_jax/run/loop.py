@@ -9,15 +9,16 @@ from jaxtyping import PyTree
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.evaluation import figures
 from okd_jax.evaluation.tokens import STUDENT, TEACHER
-from okd_jax.run import about, beforehand
+from okd_jax.run import about, beforehand, nonfinite
 from okd_jax.run.batches import Batches
 from okd_jax.run.build import Run
 from okd_jax.run.checkpoint import Checkpoints
 from okd_jax.run.evaluator import Evaluator
+from okd_jax.run.nonfinite import NotFinite
 from okd_jax.run.progress import Progress
 from okd_jax.run.state import TrainState
 from okd_jax.run.step import compile_step
-from okd_jax.run.stop import Agreement, Stop, Stopped
+from okd_jax.run.stop import Agreement, Stopped
 from okd_jax.run.trace import Trace
 from okd_jax.runtime import metrics, sharding
 from okd_jax.runtime.workdir import Workdir
@@ -47,7 +48,7 @@ class Evaluations:
     writer: metrics.Writer,
     batches: Batches,
   ):
-    self._settings, self._steps = run.settings.eval, run.plan.steps
+    self._run, self._settings, self._steps = run, run.settings.eval, run.plan.steps
     self._evaluator = Evaluator(run)
     self._writer, self._batches = writer, batches
     self._samples = about.Samples(run, workdir)
@@ -57,12 +58,13 @@ class Evaluations:
     """Scores the frozen teachers, which are whole, as they are at the first step."""
     found = self._evaluator.teachers(params)
     for name, scores in found.items():
+      nonfinite.check_scores(f"teacher {name}", scores, _trees(self._run, params))
       self._writer.write(0, "teacher", scores, name=name if len(found) > 1 else "")
       self._samples.teacher(name, self._evaluator.said.get((TEACHER, name), {}))
 
   def go_on_with(self, run: Run, kept: trunk.Kept) -> None:
     """From now on the teacher is the top of itself that `run` has."""
-    self._evaluator = Evaluator(run, kept.eval)
+    self._run, self._evaluator = run, Evaluator(run, kept.eval)
 
   def due(self, step: int) -> bool:
     every = self._settings.every
@@ -71,6 +73,8 @@ class Evaluations:
 
   def __call__(self, step: int, params: Mapping[str, PyTree]) -> dict[str, float]:
     scores = self._evaluator(params)
+    if not step:
+      nonfinite.check_scores("the student", scores, _trees(self._run, params))
     self._samples.student(step, self._evaluator.said.get((STUDENT, ""), {}))
     self._writer.write(step, "eval", scores)
     self.scores[step] = scores
@@ -93,7 +97,6 @@ def train(
   kept: trunk.Kept | None,
   *,
   config: Mapping[str, Any],
-  stop: Stop,
   profile: bool = False,
 ) -> tuple[TrainState, int, int]:
   """Trains to the end; (the last state, its step, the step that is to be exported).
@@ -102,8 +105,8 @@ def train(
     kept: where the teacher's trunk is kept, if it is; config: for trackers to show.
 
   Raises:
-    UserError: for a loss that is not finite.
-    Stopped: if `stop` came true.
+    UserError: for what is not finite, in a step or before the first one.
+    Stopped: if the run's `stop` came true, everything being saved.
   """
   kept = kept and _whole(run, kept)
   batches = Batches(run, beforehand.answers(run, workdir), kept)
@@ -114,13 +117,13 @@ def train(
   try:
     evaluations = Evaluations(judged, workdir, writer, batches)
     run = _begin(run, evaluations, checkpoints, batches, kept, place)
-    stop.check()
+    run.stop.check()  # before anything is compiled
     trace = Trace(workdir.profile if profile else None, place.step, run.plan.steps)
     with Progress(run, writer, place.step) as progress, trace:
       state, step = _loop(
-        run, place, checkpoints, batches, evaluations, Agreement(stop), progress, trace
+        run, place, checkpoints, batches, evaluations, progress, trace
       )
-    stop.check()
+    run.stop.check()
     chosen = checkpoints.best_step()
     writer.write(step, "export", {"exported_step": chosen})
   finally:
@@ -157,7 +160,8 @@ def _begin(
 
 def _whole(run: Run, kept: trunk.Kept) -> trunk.Kept:
   """The trunk with what is still missing of it computed."""
-  kept = trunk.complete(run.cast, run.data, run.settings, run.mesh, kept)
+  where = run.mesh, kept
+  kept = trunk.complete(run.cast, run.data, run.settings, *where, run.stop.heard)
   seen, rows = run.plan.steps * run.settings.train.batch_size, len(run.data.packs)
   if seen < 2 * rows:
     _log.warning(
@@ -217,13 +221,13 @@ def _loop(
   checkpoints: Checkpoints,
   batches: Batches,
   evaluations: Evaluations,
-  agreement: Agreement,
   progress: Progress,
   trace: Trace,
 ) -> tuple[TrainState, int]:
   """Trains to the last step, or to where patience ends: (state, step), all saved."""
   state, step, loader = place
   programs, frozen, pending = _Programs(run), run.cast.frozen, None
+  agreement = Agreement(run.stop)
   while step < run.plan.steps and not evaluations.stalled():
     trace.begin(step + 1, state)
     rows = next(loader)
@@ -232,25 +236,66 @@ def _loop(
     state, values = train_step(state, frozen, batch)
     step += 1
     if pending:
-      progress.read(*pending)
+      _read(pending, run, state, checkpoints, progress)
     pending = (step, rows["all_rows"], values, drawn, new)
     stopping = agreement.ask()
     due = evaluations.due(step) and not stopping
     if stopping or due or step % run.settings.checkpoint.every == 0:
-      progress.read(*pending)  # never save beyond a step that was not finite
+      # Never save beyond a step that was not finite.
+      _read(pending, run, state, checkpoints, progress)
       pending = scores = None
       if due:
-        with progress.paused():
-          scores = evaluations(step, state.params)
-        progress.show_scores(scores)
+        scores, stopping = _scored(evaluations, step, state, progress)
       checkpoints.save(step, state, loader, scores, batches.state())
-    if pending is None and (stopping or agreement.ask()):
+    if pending is None and (stopping := stopping or agreement.ask()):
       checkpoints.wait()
-      raise Stopped
+      raise Stopped(stopping)
   if step < run.plan.steps:
     evaluations.say_stalled()
   checkpoints.wait()
   return state, step
+
+
+def _read(
+  pending: tuple,
+  run: Run,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  progress: Progress,
+) -> None:
+  """Reads a step; a UserError with all that can be told if it is not finite."""
+  try:
+    progress.read(*pending)
+  except NotFinite as found:
+    checkpoints.wait()
+    where, trees = run.data.where(found.rows), _trees(run, state.params)
+    raise nonfinite.error(found, where, trees, checkpoints.steps()) from None
+
+
+def _trees(run: Run, params: Mapping[str, PyTree]) -> dict[str, PyTree]:
+  """All weights that take part in a step, by what people call them."""
+  frozen = {
+    f"the teacher {name}" if len(run.cast.teachers) > 1 else "the teacher": tree
+    for name, tree in run.cast.frozen.items()
+    if name != STUDENT
+  }
+  return frozen | {f"the {name}": tree for name, tree in params.items()}
+
+
+def _scored(
+  evaluations: Evaluations, step: int, state: TrainState, progress: Progress
+) -> tuple[dict[str, float] | None, int]:
+  """(the scores, 0), or (None, the signal) where the run is to stop in the middle.
+
+  The state is saved in either case; what goes on from it evaluates first.
+  """
+  try:
+    with progress.paused():
+      scores = evaluations(step, state.params)
+  except Stopped as stopped:
+    return None, stopped.number
+  progress.show_scores(scores)
+  return scores, 0
 
 
 class _Programs:

@@ -62,6 +62,7 @@ def make_plan(job: Job, cast: Cast, rows: int) -> Plan:
     optimizers,
     method.trees,
     method.carried,
+    settings.train.skips > 0,
   )
   models = make_models(job, cast)
   return Plan(models, optimizers, steps, learning_rate, random, jax.eval_shape(random))

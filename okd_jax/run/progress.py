@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.run.build import Run
+from okd_jax.run.nonfinite import NotFinite, terms
 from okd_jax.runtime.metrics import Writer
 from okd_jax.runtime.workdir import writes
 
@@ -60,16 +60,14 @@ class Progress:
     compiled: whether the step waited for its program; it then has a row of its own.
 
     Raises:
-      UserError: if the loss, a gradient or an update is not finite, naming the batch's
-        rows; nothing of the step is ever saved.
+      NotFinite: if a figure, a gradient or an update is not finite, and the step may
+        not be skipped; nothing of it is ever saved.
     """
     values = {name: float(v) for name, v in jax.device_get(values).items()}
-    if not values.pop("finite"):
-      raise UserError(
-        f"step {step}: the loss or a gradient is not finite (loss {values['loss']}); "
-        f"its rows are {self._run.data.where(rows)}; the last checkpoint is sound: "
-        "look at these rows, or lower optim.lr"
-      )
+    finite, skipped = bool(values.pop("finite")), int(values.pop("skipped", 0))
+    updates = step - skipped - (1 if finite else 0)  # before this one
+    if not finite:
+      self._skip(NotFinite(step, rows, values, skipped))
     self._tokens += values["tokens"]
     for name, value in sampled.items():
       self._sampled.setdefault(name, []).append(value)
@@ -81,10 +79,22 @@ class Progress:
       values["tokens_per_s"] = self._tokens / elapsed
       values["step_s"] = elapsed / (step - self._last)
       values |= self._about_sampling(elapsed)
-      values["lr"] = float(str(self._rates[step - 1]))  # 0.0005, not 0.00050000002
+      values["lr"] = float(str(self._rates[updates]))  # 0.0005, not 0.00050000002
       self._tokens, self._since, self._sampled, self._last = 0.0, now, {}, step
       self._writer.write(step, "train", values)
       self._show(step, values)
+
+  def _skip(self, found: NotFinite) -> None:
+    """Tells of a step whose update was left out; raises it if it was one too many."""
+    allowed = self._run.settings.train.skips
+    if found.skipped > allowed or not allowed:
+      raise found
+    self._writer.write(found.step, "skipped", {"skipped": found.skipped})
+    self._print(
+      f"step {found.step}: update {found.skipped} of at most {allowed} skipped, since "
+      f"not finite {terms(found.values)}; its rows are "
+      f"{self._run.data.where(found.rows)}"
+    )
 
   def _about_sampling(self, elapsed: float) -> dict[str, float]:
     """Means since the last row of those steps that have them, and the time's share."""

@@ -22,7 +22,8 @@ class TrainState:
 
   params and opt_state are dicts with the trained trees: 'student'; 'adapter' in methods
   that adapt teachers, a tree by teacher's name; and what else a method trains
-  (`Method.trees`). carried are the numbers of `Method.carried`.
+  (`Method.trees`). carried are the numbers of `Method.carried`. skipped: how many
+  updates were left out, in runs that may leave out some; else None.
   """
 
   step: Int[Array, ""]
@@ -30,6 +31,7 @@ class TrainState:
   opt_state: dict[str, Any]
   key: Key[Array, ""]
   carried: dict[str, Float[Array, ""]] = flax.struct.field(default_factory=dict)
+  skipped: Int[Array, ""] | None = None
 
 
 def init_state(
@@ -37,11 +39,14 @@ def init_state(
   optimizers: Mapping[str, optax.GradientTransformation],
   key: Key[Array, ""],
   carried: Mapping[str, float] | None = None,
+  skips: bool = False,
 ) -> TrainState:
-  """The state of step 0."""
+  """The state of step 0; skips: whether it counts updates that are left out."""
   opt_state = {name: optimizers[name].init(tree) for name, tree in params.items()}
   numbers = {name: jnp.float32(value) for name, value in (carried or {}).items()}
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, key, numbers)
+  zero = jnp.zeros((), jnp.int32)
+  skipped = jnp.zeros((), jnp.int32) if skips else None
+  return TrainState(zero, params, opt_state, key, numbers, skipped)
 
 
 def random_state(
@@ -50,12 +55,14 @@ def random_state(
   optimizers: Mapping[str, optax.GradientTransformation],
   trees: Mapping[str, tuple[Callable[..., PyTree], float]],
   carried: Mapping[str, float] | None = None,
+  skips: bool = False,
 ) -> TrainState:
   """The state of step 0 with a student drawn at random.
 
   Args:
     trees: what a method trains besides (`Method.trees`).
     carried: what it carries from step to step (`Method.carried`).
+    skips: as in `init_state`.
   """
   student_key, adapter_key, key, tree_key = student.keys(seed)
   tokens = jnp.zeros((1, 1), jnp.int32)
@@ -68,7 +75,7 @@ def random_state(
   count, width = len(cast.teachers), cast.student.config.hidden_size
   for i, (name, (init, _)) in enumerate(sorted(trees.items())):
     params[name] = init(jax.random.fold_in(tree_key, i), count, width)
-  return init_state(params, optimizers, key, carried)
+  return init_state(params, optimizers, key, carried, skips)
 
 
 def first_state(

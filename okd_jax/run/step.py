@@ -43,9 +43,9 @@ def train_step(
   Knobs that move reach their ends at the last of `steps`.
 
   Gradients are taken with respect to the moving trees alone, so what is frozen has no
-  gradient buffers. If a loss, a figure or a gradient is not finite, the state comes
-  back unchanged; if only a number of an update is not, that one stays as it was. The
-  metric 'finite' is 0 in either case.
+  gradient buffers. If a loss, a figure, a gradient or a number of an update is not
+  finite, all trees and optimisers' states come back as they were, and the metric
+  'finite' is 0; a state that counts such steps counts one more, 'skipped'.
   """
   batch = _weighted(batch, method.weights, models.one_row_in)
   key = jax.random.fold_in(state.key, state.step)
@@ -55,7 +55,8 @@ def train_step(
     seen = models.seen(params, frozen)
     return method.loss(models, *seen, part, part_key, now)
 
-  params, opt_state, moved = dict(state.params), dict(state.opt_state), {}
+  params, opt_state, norms = dict(state.params), dict(state.opt_state), {}
+  sound = []
   logged = {f"method.{k}": v for k, v in now.items() if isinstance(v, jax.Array)}
   for names in method.updates:
     whole = with_whole_modules(params)
@@ -69,15 +70,21 @@ def train_step(
         logged[figure] = value
     for name in names:
       logged[f"{name}_grad_norm"] = optax.tree.norm(grads[name])
-      params[name], opt_state[name], moved[f"{name}_update_norm"] = _updated(
-        optimizers[name], grads[name], opt_state[name], params[name]
+      own = opt_state[name], params[name]
+      sound.append(_finite_if_sound(optimizers[name], *own))
+      params[name], opt_state[name], norms[f"{name}_update_norm"] = _updated(
+        optimizers[name], grads[name], *own
       )
+  finite = jnp.isfinite(sum(logged.values()) + sum(sound))
+  params = _kept(finite, params, state.params)
+  opt_state = _kept(finite, opt_state, state.opt_state)
+  finite &= jnp.isfinite(sum(norms.values()))
   _, base = models.seen(params, frozen)
-  moved |= _adapter_norms(models, base, params.get("adapter", {}))
-  at = progress(state.step + 1, steps)
-  carried = method.carry(state.carried, logged | moved, at)
-  new = TrainState(state.step + 1, params, opt_state, state.key, carried)
-  return _if_finite(new, state, logged, moved, batch)
+  logged |= norms | _adapter_norms(models, base, params.get("adapter", {}))
+  carried = method.carry(state.carried, logged, progress(state.step + 1, steps))
+  carried = _kept(finite, carried, state.carried)
+  new = TrainState(state.step + 1, params, opt_state, state.key, carried, state.skipped)
+  return _counted(new, finite, logged | _counts(batch))
 
 
 def _adapter_norms(
@@ -91,6 +98,24 @@ def _adapter_norms(
   }
 
 
+def _finite_if_sound(
+  optimizer: optax.GradientTransformation, opt_state: PyTree, params: PyTree
+) -> Float[Array, ""]:
+  """A number that is finite if an update by finite gradients will be.
+
+  Whether it may be done must be known before any of it is; if all of it were computed
+  first, it would fill as much memory as the parameters. So this looks at what there is,
+  moments and parameters, and lets the optimiser move ones: a learning rate that is not
+  finite spoils these as it does all others.
+  """
+  one = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim, x.dtype), params)
+  fresh = jax.tree.map(
+    lambda own, now: own if now.ndim else now, optimizer.init(one), opt_state
+  )
+  leaves = jax.tree.leaves((params, opt_state, optimizer.update(one, fresh, one)))
+  return sum(x.sum() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact))
+
+
 def _updated(
   optimizer: optax.GradientTransformation,
   grads: PyTree,
@@ -102,26 +127,28 @@ def _updated(
   return optax.apply_updates(params, updates), opt_state, optax.tree.norm(updates)
 
 
-def _if_finite(
-  new: TrainState, old: TrainState, logged: Metrics, moved: Metrics, batch: Batch
-) -> tuple[TrainState, Metrics]:
-  """The new state, or the old one's trees if a figure is not finite.
-
-  What is known of the update itself, `moved`, decides on no other number: all updates
-  would have to wait for the last one, and fill as much memory as the parameters.
-  """
-  finite = jnp.isfinite(sum(logged.values()))
+def _kept(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+  """The new tree, or the old one to the last bit; never a number that is not finite."""
 
   def keep(new: Shaped[Array, "..."], old: Shaped[Array, "..."]):
     return jnp.where(finite & jnp.isfinite(new), new, old)
 
-  new = new.replace(
-    params=jax.tree.map(keep, new.params, old.params),
-    opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
-    carried=jax.tree.map(keep, new.carried, old.carried),
-  )
-  return new, logged | moved | {
-    "finite": (finite & jnp.isfinite(sum(moved.values()))).astype(jnp.float32),
+  return jax.tree.map(keep, new, old)
+
+
+def _counted(
+  state: TrainState, finite: Bool[Array, ""], logged: Metrics
+) -> tuple[TrainState, Metrics]:
+  """(state, metrics) with whether the step was taken, and how many were not."""
+  logged["finite"] = finite.astype(jnp.float32)
+  if state.skipped is None:
+    return state, logged
+  state = state.replace(skipped=state.skipped + ~finite)
+  return state, logged | {"skipped": state.skipped.astype(jnp.float32)}
+
+
+def _counts(batch: Batch) -> Metrics:
+  return {
     "tokens": jnp.sum(batch.segment_ids != 0, dtype=jnp.float32),
     "trained_tokens": jnp.sum(batch.mask, dtype=jnp.float32),
   }

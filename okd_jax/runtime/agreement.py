@@ -11,29 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Int
 
 from okd_jax.errors import UserError
 
 
-def flag(own: bool) -> Bool[Array, ""]:
-  """Whether any process says so; on its way, as every result of JAX."""
+def largest(own: int) -> Int[Array, ""]:
+  """The largest number that a process says; on its way, as every result of JAX."""
   mesh = Mesh(np.array(jax.devices()), "all")
   where = NamedSharding(mesh, PartitionSpec("all"))
   said = jax.make_array_from_callback(
-    (mesh.size,), where, lambda index: np.full(len(range(mesh.size)[index[0]]), own)
+    (mesh.size,),
+    where,
+    lambda index: np.full(len(range(mesh.size)[index[0]]), own, np.int32),
   )
-  return _or(mesh)(said)
+  return _max(mesh)(said)
 
 
 @functools.cache
-def _or(mesh: Mesh) -> Callable[[Array], Array]:
-  return jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+def _max(mesh: Mesh) -> Callable[[Array], Array]:
+  return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def any_of(own: bool) -> bool:
   """Whether any process says so; waits for all of them."""
-  return own if jax.process_count() == 1 else bool(flag(own))
+  return own if jax.process_count() == 1 else bool(largest(int(own)))
 
 
 def of_first(number: int) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -186,7 +187,11 @@ def check_places(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """Calls `main(arguments)`; a `UserError` becomes one line and exit status 2."""
+  """Calls `main(arguments)`; a `UserError` becomes one line and exit status 2.
+
+  Ctrl-C becomes one line, too, and 130, in commands and phases that have nothing to
+  save (`run.stop` has the others).
+  """
   logging.basicConfig(
     level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True
   )
@@ -196,6 +201,9 @@ def run(main: Callable[[list[str]], None]) -> None:
   except BrokenPipeError:  # the reader of our output has gone: not our error
     sys.stderr.close()
     sys.exit(141)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
   except (UserError, OSError) as error:  # OSError: a full disk, a file in the way
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

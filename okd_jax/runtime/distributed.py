@@ -253,7 +253,8 @@ class _Watch:
     if error is None:
       self._leave()
     else:  # the error is shown first, and a launcher's signal must not cut it off
-      signal.signal(signal.SIGTERM, signal.SIG_IGN)
+      for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
       atexit.register(self._leave)
 
   def _leave(self) -> None:
@@ -320,7 +321,8 @@ class _Watch:
 
 def _agreed(error: BaseException) -> bool:
   """Whether this is how a run ends that all processes have agreed to stop."""
-  return isinstance(error, SystemExit) and error.code in (0, None, 128 + signal.SIGTERM)
+  asked = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+  return isinstance(error, SystemExit) and error.code in (0, None, *asked)
 
 
 def _status(error: BaseException | None) -> int:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def fill(
   mesh: Mesh,
   length: int,
   batch_size: int,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> None:
   """Computes those rows of `examples` that `kept` lacks.
 
@@ -41,8 +42,8 @@ def fill(
   compute: (frozen, batch) -> {name: [B, L, ...]}.
   where: the array of a batch that is true, or above 0, where a row has values.
   frozen: the teacher's parameters, on `mesh`.
-  length: what rows are padded to.
-  batch_size: rows at once, rounded up to what the mesh splits.
+  length: of a row; batch_size: rows at once, rounded up to what the mesh splits.
+  heard: what the batches pass through; it may raise before any of them.
   """
   todo, total = set(kept.missing()), len(examples)
   barrier("listed")  # before anyone writes, so that all agree on what is missing
@@ -54,7 +55,7 @@ def fill(
     for first in range(0, total, _BATCHES * size):
       rows = range(first, min(first + _BATCHES * size, total))
       if missing := todo.intersection(rows):
-        own = _compute_rows(examples, compute, where, rows, size, length, mesh)
+        own = _compute_rows(examples, compute, where, rows, size, length, mesh, heard)
         if new := {row: own[row] for row in sorted(own) if row in missing}:
           kept.write(list(new), list(new.values()))
         bar.update(len(missing))
@@ -87,10 +88,11 @@ def _compute_rows(
   size: int,
   length: int,
   mesh: Mesh,
+  heard: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> dict[int, dict]:
   """{row: its arrays} of those rows that this process computed."""
   own = {}
-  for first in range(rows.start, rows.stop, size):
+  for first in heard(range(rows.start, rows.stop, size)):
     mine = first + sharding.own_rows(size, mesh)
     # The last batch is filled up with its last row, which is nobody's twice.
     # As the teacher reads them: the same answers, after its own prompts.

@@ -1,7 +1,8 @@
 """A teacher cache: what a teacher says about the rows of a run, written to disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -26,6 +27,7 @@ def write(
   k: int,
   dtype: str,
   vocab_size: int,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, store.Store]:
   """Stores the teacher's top k for every row, or what is missing of it.
 
@@ -34,9 +36,8 @@ def write(
   Args:
     parts: rows by part, 'train' and, if any are held out, 'eval'.
     frozen: the teacher's parameters.
-    k: tokens kept a position; 0 is all of them.
-    dtype: of the log-probabilities.
-    vocab_size: ids that count: those that student and teacher both have.
+    k: tokens kept a position, 0 for all of them; dtype: of the log-probabilities.
+    vocab_size: ids that both models have; heard: as in `precompute.fill`.
 
   Returns:
     The stores by part, each a folder of that name in `folder`.
@@ -44,15 +45,13 @@ def write(
   k, kept = min(k or vocab_size, vocab_size), {}
   record = _recorder(teacher, settings, k, dtype, vocab_size)
   made_by = {"k": k, "dtype": dtype, "vocab_size": vocab_size} | load.dtypes(settings)
-  sizes = {
-    "length": settings.data.form.teacher_length,
-    "batch_size": settings.eval.batch_size,
-  }
+  how = {"length": settings.data.form.teacher_length, "heard": heard}
+  how["batch_size"] = settings.eval.batch_size
   for part, examples in parts.items():
     about = load.stored_key(settings, examples) | made_by
     kept[part] = store.begin(folder / part, len(examples), about)
     precompute.fill(
-      examples, kept[part], record, "mask", frozen=frozen, mesh=mesh, **sizes
+      examples, kept[part], record, "mask", frozen=frozen, mesh=mesh, **how
     )
   return kept
 

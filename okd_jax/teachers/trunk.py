@@ -9,7 +9,7 @@ a method samples have no trunk to keep: there the teacher stays whole.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -105,9 +105,14 @@ def opened(method: Method, cast: Adapted, data: Rows, settings: Settings) -> Kep
 
 
 def complete(
-  cast: Adapted, data: Rows, settings: Settings, mesh: Mesh, kept: Kept
+  cast: Adapted,
+  data: Rows,
+  settings: Settings,
+  mesh: Mesh,
+  kept: Kept,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Kept:
-  """What `opened` gave, with all rows."""
+  """What `opened` gave, with all rows; `heard` as in `precompute.fill`."""
   [(name, decoder)] = cast.teachers.items()
   start = _layers(cast)
 
@@ -126,6 +131,7 @@ def complete(
         mesh=mesh,
         length=settings.data.max_length,
         batch_size=settings.eval.batch_size,
+        heard=heard,
       )
   return kept
 

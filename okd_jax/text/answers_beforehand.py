@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ def answer_prompts(
   batch_size: int,
   sharding: jax.sharding.Sharding | None,
   about: Mapping[str, Any],
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[Int[np.ndarray, " _"]]:
   """One answer to each prompt, from `path` or sampled into it; row i draws from i.
 
   Every process calls it, and all of them answer every row together. The file has a
   line of token ids a prompt.
 
-  variables: what `source` reads, or what makes them, called only if an answer is
-    missing.
-  about: whatever else the answers depend on: the model and the seed.
+  variables: what `source` reads, or what makes them, called if an answer is missing.
+  about: whatever else the answers depend on; heard: as in `rollout.generate`.
 
   Raises:
     UserError: if there are answers to something else, or a damaged file.
@@ -48,7 +48,7 @@ def answer_prompts(
   generate(source, None, [], key, **settings)  # Refuses before anything is written.
 
   def ask(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[Completion]:
-    return generate(source, given(), prompts, key, rows=rows, **settings)
+    return generate(source, given(), prompts, key, rows=rows, heard=heard, **settings)
 
   asked = {"prompts": digest(prompts), "max_new_tokens": max_new_tokens}
   asked |= {name: float(value) for name, value in sampling._asdict().items()}

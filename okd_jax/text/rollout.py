@@ -13,7 +13,7 @@ Notable features:
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -168,14 +168,15 @@ def generate(
   choose: Choose = draw,
   no_repeat_ngram: int = 0,
   sharding: jax.sharding.Sharding | None = None,
+  heard: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> list[Completion]:
   """Continues every prompt; the results are in the prompts' order.
 
-  variables: what `source.apply` reads, sharded or not.
+  variables: what `source.apply` reads; no_repeat_ngram: as in `sample`.
   rows: what sets a prompt's draws apart from another's under the same key; by
     default its index. Give the global index where the prompts are a part of a whole.
-  no_repeat_ngram: as in `sample`.
   sharding: of a batch's leading axis, where the batch is to be spread over devices.
+  heard: what the batches pass through; it may raise before any of them.
 
   Raises:
     UserError: a prompt is empty or too long for the model, or a setting is unusable.
@@ -184,10 +185,9 @@ def generate(
   limits = {"max_new_tokens": max_new_tokens, "no_repeat_ngram": no_repeat_ngram}
   _check(prompts, limits, batch_size, source.max_length, sampling)
   rows = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-  eos_ids = np.asarray(eos_ids, np.int32).reshape(-1)
-  settings = (key, traced(sampling), eos_ids, np.int32(pad_id))
-  completions = {}
-  for chosen, size in in_batches(prompts, batch_size, sharding):
+  ends = np.asarray(eos_ids, np.int32).reshape(-1)
+  settings, completions = (key, traced(sampling), ends, np.int32(pad_id)), {}
+  for chosen, size in heard(in_batches(prompts, batch_size, sharding)):
     some, room = [prompts[i] for i in chosen], source.max_length - max_new_tokens
     inputs = left_padded(some, rows[chosen], size, room, sharding)
     out = sample(source, variables, *inputs, *settings, choose=choose, **limits)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small import built, config
 
-from okd_jax.errors import UserError
+from okd_jax.run.nonfinite import NotFinite
 from okd_jax.run.progress import Progress
 from okd_jax.runtime.metrics import Writer
 
@@ -47,16 +47,34 @@ def follow(run, workdir, packs, values, rows):
 @pytest.mark.parametrize(
   "packs, rows, named",
   [
-    ([[i] for i in range(20)], [4, 0], "a.jsonl:5, a.jsonl:1;"),
-    ([[3], [7, 2, 5]], [1, 0], "a.jsonl:8 and 2 texts with it, a.jsonl:4;"),
-    ([[i] for i in range(20)], range(9), "a.jsonl:7, a.jsonl:8, …;"),
+    ([[i] for i in range(20)], [4, 0], "4 (a.jsonl:5), 0 (a.jsonl:1)"),
+    ([[3], [7, 2, 5]], [1, 0], "1 (a.jsonl:8 and 2 texts with it), 0 (a.jsonl:4)"),
+    ([[i] for i in range(20)], range(9), "6 (a.jsonl:7), 7 (a.jsonl:8), …"),
   ],
 )
-def test_a_step_that_is_not_finite_names_its_rows(run, packs, rows, named, tmp_path):
+def test_a_step_that_is_not_finite_names_its_rows(
+  run, packs, rows, named, tmp_path, capsys
+):
+  """By number and by line; here it is skipped, the first of two."""
+  train = dataclasses.replace(run.settings.train, on_nonfinite="skip:2")
+  run = dataclasses.replace(
+    run,
+    job=dataclasses.replace(
+      run.job, settings=dataclasses.replace(run.settings, train=train)
+    ),
+  )
+  values = {"loss": np.nan, "finite": 0.0, "skipped": 1.0, "tokens": 5.0}
+  row = follow(run, tmp_path, packs, values, rows)
+  assert row == {"step": 7, "kind": "skipped", "skipped": 1.0}
+  said = capsys.readouterr().err
+  assert "step 7: update 1 of at most 2 skipped" in said
+  assert "of the student: loss nan" in said and f"rows are {named}\n" in said
+
+
+def test_a_step_that_is_not_finite_ends_the_run(run, tmp_path):
   values = {"loss": np.nan, "finite": 0.0, "tokens": 5.0}
-  with pytest.raises(UserError) as error:
-    follow(run, tmp_path, packs, values, rows)
-  assert "step 7: " in str(error.value) and f" {named} the last" in str(error.value)
+  with pytest.raises(NotFinite):
+    follow(run, tmp_path, [[0]], values, [0])
   assert not (tmp_path / "metrics.jsonl").read_text()
 
 

@@ -143,12 +143,16 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_an_update_that_is_not_finite_is_never_stored():
-  """With an infinite rate loss and gradients are fine, and the step says it is not."""
+  """With an infinite rate loss and gradients are fine, and the step says it is not.
+
+  None of the optimiser's finite numbers moves either.
+  """
   setup = Setup("sft", lr=np.inf)
   state, metrics = setup.step(setup.state, setup.frozen, make_batch())
-  assert metrics["finite"] == 0
+  assert metrics["finite"] == 0 and not np.isfinite(metrics["student_update_norm"])
   assert np.isfinite(metrics["student_grad_norm"]) and np.isfinite(metrics["loss"])
-  chex.assert_tree_all_finite((state.params, state.opt_state))
+  chex.assert_trees_all_equal(state.params, setup.state.params)
+  chex.assert_trees_all_equal(state.opt_state, setup.state.opt_state)
 
 
 def test_what_is_not_finite_is_found_before_the_update():
@@ -288,3 +292,79 @@ def test_donated_state_leaves_the_teacher_alone():
     for _ in range(2):
       state, metrics = step(state, setup.frozen, batch)
       assert np.isfinite(float(metrics["loss"]))
+
+
+def poisoned(where, state, frozen):
+  """A number that is not finite in one place: (state, frozen, what its figure is)."""
+
+  def spoil(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    place = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[place] = leaves[place].at[(0,) * leaves[place].ndim].set(jnp.nan)
+    return jax.tree.unflatten(structure, leaves)
+
+  if where == "teacher":
+    return state, spoil(frozen), "teacher_nll"
+  if where in state.params:
+    params = state.params | {where: spoil(state.params[where])}
+    figure = {"student": "student_nll", "adapter": "module_loss"}[where]
+    return state.replace(params=params), frozen, figure
+  name = where.removeprefix("optimiser of ")
+  opt_state = state.opt_state | {name: spoil(state.opt_state[name])}
+  return state.replace(opt_state=opt_state), frozen, f"{name}_update_norm"
+
+
+WHERE = ["teacher", "student", "adapter", "optimiser of student"]
+WHERE.append("optimiser of adapter")
+
+
+@pytest.fixture(scope="module")
+def counting():
+  """OKD's step that counts what it skips, on one device and on eight."""
+  setup = Setup("okd")
+  state = setup.state.replace(skipped=jnp.zeros((), jnp.int32))
+  mesh = sharding.make_mesh(2, 4, 1)
+  with jax.set_mesh(mesh):
+    spread = compile_step(
+      setup.method, setup.models, setup.optimizers, 1, 20, state, mesh
+    )
+  return setup, state, {1: jax.jit(setup.train_step), 8: spread}, mesh
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("where", WHERE)
+def test_whatever_is_not_finite_moves_nothing_and_is_counted(counting, where, devices):
+  """In data it is a teacher's token; the step after it goes on from the same bits."""
+  setup, state, steps, mesh = counting
+  step = steps[devices]
+  batch = make_batch()
+  bad, frozen, figure = poisoned(where, state, setup.frozen)
+  before = jax.tree.map(np.array, (bad.params, bad.opt_state))
+  if devices == 8:
+    with jax.set_mesh(mesh):
+      own = jax.tree.map(jnp.copy, bad)  # which is donated
+      own = jax.device_put(own, sharding.shardings(bad, mesh))
+      frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
+      rows = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+      new, metrics = step(own, frozen, rows)
+  else:
+    new, metrics = step(bad, frozen, batch)
+  assert metrics["finite"] == 0 and metrics["skipped"] == 1 and new.skipped == 1
+  assert not np.isfinite(metrics[figure]) and new.step == 1
+  chex.assert_trees_all_equal(
+    jax.tree.map(np.array, (new.params, new.opt_state)), before
+  )
+
+
+def test_a_run_goes_on_after_what_it_skipped(counting):
+  """As if the step had not come: its trees, moments and their count are as before."""
+  setup, state, steps, _ = counting
+  _, frozen, _ = poisoned("teacher", state, setup.frozen)
+  skipped, metrics = steps[1](state, frozen, make_batch())
+  assert metrics["skipped"] == 1
+  after, metrics = steps[1](skipped, setup.frozen, make_batch(1))
+  later = state.replace(step=jnp.int32(1))
+  plain, _ = steps[1](later, setup.frozen, make_batch(1))
+  assert metrics["skipped"] == 1 and metrics["finite"] == 1
+  chex.assert_trees_all_equal(after.params, plain.params)
+  chex.assert_trees_all_equal(after.opt_state, plain.opt_state)

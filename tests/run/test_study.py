@@ -84,8 +84,9 @@ def test_a_stop_ends_the_run_that_goes_on(tmp_path):
   jobs, start = some(tmp_path, "kd:0", "okd:0")
 
   class AtOnce(Stop):
-    def __bool__(self):
-      return bool(notes(tmp_path))
+    @property
+    def number(self):
+      return signal.SIGTERM if notes(tmp_path) else 0
 
   with pytest.raises(Stopped):
     runs.run_all(jobs, start, AtOnce(), 1)

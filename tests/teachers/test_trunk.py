@@ -1,5 +1,7 @@
 """The trunk below the modules: what is kept gives the losses of what is computed."""
 
+import signal
+
 import chex
 import jax
 import numpy as np
@@ -128,10 +130,11 @@ def test_a_run_drops_the_layers_below(tmp_path):
   assert evaluated(one)[-1]["adapted_drift"] > 0
 
   class Once(Stop):
-    """True after the first checkpoint of step 1."""
+    """After the first checkpoint of step 1."""
 
-    def __bool__(self):
-      return (tmp_path / "two/checkpoints/1").exists()
+    @property
+    def number(self):
+      return signal.SIGTERM * (tmp_path / "two/checkpoints/1").exists()
 
   with pytest.raises(Stopped):
     distill.run(okd(**changes), tmp_path / "two", stop=Once())

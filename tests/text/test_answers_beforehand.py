@@ -93,3 +93,35 @@ def test_a_damaged_file_is_refused(tmp_path, content, words):
   path.write_text(content)
   with pytest.raises(UserError, match=words):
     say(path, prompts=[b"a"])
+
+
+class Stop(Exception):
+  pass
+
+
+def stops_before(batch):
+  """Lets so many batches through."""
+
+  def heard(batches):
+    for i, each in enumerate(batches):
+      if i == batch:
+        raise Stop
+      yield each
+
+  return heard
+
+
+def test_a_stop_is_heard_between_two_batches(whole, tmp_path):
+  """Four batches make a piece, which is written at once; whole pieces stay."""
+  path = tmp_path / "teacher.jsonl"
+  asked = []
+
+  def second_piece(batches):
+    asked.append(1)
+    return stops_before(2)(batches) if len(asked) == 2 else iter(batches)
+
+  with pytest.raises(Stop):
+    say(path, heard=second_piece)
+  assert part(path).read_bytes().count(b"\n") == 8 and not path.exists()
+  say(path)
+  assert path.read_bytes() == whole.read_bytes()
