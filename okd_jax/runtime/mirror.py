@@ -29,7 +29,8 @@ from okd_jax.runtime.files import cache_folder, local, remove_folder, write_json
 
 _ORBAX = "gs://"  # where Orbax itself writes
 _CHECKPOINTS = "checkpoints"
-_LAST = ("_CHECKPOINT_METADATA", "report.html")  # they say that the rest is there
+# They say that the rest is there.
+_LAST = ("_CHECKPOINT_METADATA", "finished.json", "report.html")
 _log = logging.getLogger("okd_jax")
 _open: list["Mirror"] = []  # written to
 _read: list["Mirror"] = []

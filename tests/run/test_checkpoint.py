@@ -147,7 +147,7 @@ def test_another_number_of_devices(tmp_path):
   setup, states, _ = saved(tmp_path)
   mesh = sharding.make_mesh(1, 8, 1)
   with checkpoint.opened(tmp_path, 3) as checkpoints:
-    state = checkpoints.restore_step(3, jax.eval_shape(lambda: setup.state), None, mesh)
+    state = checkpoints.restore_step(3, jax.eval_shape(lambda: setup.state), mesh)
   kernel = state.params["student"]["layers"]["mlp"]["up"]["kernel"]
   assert len(kernel.addressable_shards) == 8
   assert kernel.addressable_shards[0].data.size < kernel.size
