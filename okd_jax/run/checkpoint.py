@@ -60,20 +60,21 @@ class Checkpoints:
     self._metrics = _metrics(folder)
     if not read_only:
       _leave_unreadable(folder, self._metrics)
-    self._checkpointer = ocp.training.Checkpointer(
-      folder.absolute() if isinstance(folder, Path) else folder,
-      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-      preservation_policy=_policies.AnyPreservationPolicy(policies),
-      # A reader must not sweep away what a run is just writing, nor stumble over what
-      # is damaged.
-      cleanup_tmp_directories=not read_only,
-      lightweight_initialize=read_only,
-    )
+    self._folder = epath.Path(folder.absolute() if isinstance(folder, Path) else folder)
+    self._checkpointer = None
+    if not read_only:  # it would sweep away what a run is just writing
+      self._checkpointer = ocp.training.Checkpointer(
+        self._folder,
+        save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        preservation_policy=_policies.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
+      )
 
   def steps(self) -> list[int]:
     """The steps that have a whole checkpoint, ascending."""
-    found = (checkpoint.step for checkpoint in self._checkpointer.checkpoints)
-    return [step for step in found if step in self._metrics]
+    if self._checkpointer is None:
+      return sorted(self._metrics)
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
   def best_step(self) -> int:
     """The step whose metrics score highest; the newest where none were scored."""
@@ -82,7 +83,7 @@ class Checkpoints:
   def _by_score(self) -> list[int]:
     """The steps, the best first; behind those that were scored the newest."""
     steps = self.steps()
-    scored = [step for step in steps if self._best and self._metrics[step]]
+    scored = [step for step in steps if self._best and self._metrics.get(step)]
     scored.sort(key=lambda step: self._best(self._metrics[step]), reverse=True)
     return scored + [step for step in reversed(steps) if step not in scored]
 
@@ -102,6 +103,8 @@ class Checkpoints:
     Raises:
       UserError: if this one or the one before it cannot be written.
     """
+    if self._beside:
+      self._beside.check()
     parts = {"state": _as_tree(state)} | ({"sampler": sampler} if sampler else {})
     position, sums = Position(data), checksums.begun(parts)
     sealing = seal.Sealing(sums, data.get_state(), metrics, self._beside)
@@ -166,7 +169,7 @@ class Checkpoints:
     except UserError as error:
       others = ", ".join(str(other) for other in self.steps() if other != step)
       raise UserError(
-        f"{self._place(step)} is damaged; other steps: {others or 'none'}"
+        f"{self._folder / str(step)} is damaged; other steps: {others or 'none'}"
       ) from error
     return _filled(state, found["state"])
 
@@ -186,7 +189,7 @@ class Checkpoints:
         return restored, step, damaged
       damaged.append(step)
       _log.warning("checkpoint of step %d is damaged (%s)", step, reason)
-    raise UserError(_NONE.format(self._checkpointer.directory))
+    raise UserError(_NONE.format(self._folder))
 
   def _leave(self, damaged: list[int]) -> None:
     """Sets steps aside: Orbax takes none below its newest."""
@@ -195,19 +198,19 @@ class Checkpoints:
     barrier("checkpoints tried")
     if writes():
       for step in damaged:
-        _set_aside(self._place(step))
+        _set_aside(self._folder / str(step))
     barrier("checkpoints set aside")
     self._checkpointer.reload()
 
   def _put_back(self, step: int) -> None:
-    sealed = seal.read(self._place(step))
+    sealed = seal.read(self._folder / str(step))
     if sealed and self._beside:
-      seal.put_back(self._beside.workdir, self._place(step), sealed, fixed=False)
+      seal.put_back(self._beside.workdir, self._folder / str(step), sealed, fixed=False)
 
   def _load(
     self, step: int, state: Any, data: Any, mesh: Mesh, sampler: Any
   ) -> dict[str, Any]:
-    sealed = seal.read(self._place(step))
+    sealed = seal.read(self._folder / str(step))
     abstract = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -218,7 +221,7 @@ class Checkpoints:
     wanted = {"state": abstract} | ({} if data is None else {"data": Position(data)})
     if sampler:
       wanted["sampler"] = sampler
-    found = self._checkpointer.load_checkpointables(step, wanted)
+    found = ocp.load_checkpointables(self._folder / str(step), wanted)
     if sealed is None:
       _log.warning("checkpoint of step %d has no checksums: it is taken as it is", step)
       return found
@@ -227,9 +230,6 @@ class Checkpoints:
       if sealed.arrays.get(name) != total:
         raise seal.Damaged(f"array {name} is not as it was written")
     return found
-
-  def _place(self, step: int) -> epath.Path:
-    return epath.Path(self._checkpointer.directory) / str(step)
 
   def wait(self) -> None:
     """Returns when everything is on disk.
@@ -249,16 +249,18 @@ class Checkpoints:
       reason = _no_room(error)
       if not reason:
         raise
-      place = self._checkpointer.directory
-      whole = seal.newest(place)
+      whole = seal.newest(self._folder)
       last = f"that of step {whole[0].name} is whole" if whole else "there is none yet"
       raise UserError(
-        f"a checkpoint below {place} could not be written ({reason}); {last}; make "
-        "room, and the same command goes on"
+        f"a checkpoint below {self._folder} could not be written ({reason}); {last}; "
+        "make room, and the same command goes on"
       ) from None
 
   def close(self) -> None:
-    self._checkpointer.close()
+    """Returns when everything is on disk; nothing can be saved afterwards."""
+    if self._checkpointer is not None:
+      with self._written():
+        self._checkpointer.close()
 
 
 def _as_tree(state: Any) -> Any:

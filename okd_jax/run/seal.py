@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,14 @@ class Seal:
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-  """Of which workdir a checkpoint is, and what its run was made from."""
+  """Of which workdir a checkpoint is, and what its run was made from.
+
+  check: raises a UserError where no more is to be written.
+  """
 
   workdir: Workdir
   identity: Mapping[str, Any]
+  check: Callable[[], None]
 
 
 class Sealing:
@@ -173,10 +177,13 @@ def newest(checkpoints: Place) -> tuple[Place, Seal] | None:
 
 
 def steps(checkpoints: Place) -> list[int]:
-  """The steps with a folder, whole or not."""
+  """The steps with a folder, damaged or not; none of those that were never finished."""
   if not checkpoints.is_dir():
     return []
-  return sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdecimal())
+  found = [path for path in checkpoints.iterdir() if path.name.isdecimal()]
+  if "://" in str(checkpoints):  # nothing can be renamed there: this file comes last
+    found = [path for path in found if (path / "commit_success.txt").exists()]
+  return sorted(int(path.name) for path in found)
 
 
 def put_back(workdir: Workdir, checkpoint: Place, seal: Seal, fixed: bool) -> None:
