@@ -306,6 +306,11 @@ def _leave_unreadable(folder: Place, whole: Collection[int]) -> None:
   barrier("checkpoints set aside")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+  """Not of a full disk: each of Orbax's threads tells of it in a traceback."""
+  return not (record.exc_info and _no_room(record.exc_info[1]))
+
+
 def _no_room(error: BaseException | None) -> str:
   """What an error says of a full disk or a quota, '' if nothing."""
   while error is not None:
@@ -331,8 +336,13 @@ def opened(
   beside: seal.Beside | None = None,
 ) -> Iterator[Checkpoints]:
   """Checkpoints that are flushed and closed on the way out."""
-  checkpoints = Checkpoints(folder, keep, best, read_only, beside)
+  orbax = logging.getLogger("absl")
+  orbax.addFilter(_is_news)
   try:
-    yield checkpoints
+    checkpoints = Checkpoints(folder, keep, best, read_only, beside)
+    try:
+      yield checkpoints
+    finally:
+      checkpoints.close()
   finally:
-    checkpoints.close()
+    orbax.removeFilter(_is_news)

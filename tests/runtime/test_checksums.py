@@ -50,3 +50,12 @@ def test_keys_scalars_and_arrays_of_the_host():
   assert found[0]["['key']"] != found[1]["['key']"]
   assert found[0]["['n']"] != found[1]["['n']"]
   assert found[0]["['h']"] == found[1]["['h']"] != found[2]["['h']"]
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "bool", "int32"])
+def test_it_does_not_count_whether_an_array_is_on_a_device(kind):
+  host = np.arange(6).reshape(2, 3).astype(kind)
+  assert checksums.of(host) == checksums.of(jnp.asarray(host))
+  wide = np.arange(6.0).reshape(2, 3)
+  assert checksums.of(wide)[""].startswith("float64[2, 3] ")
+  assert checksums.of(wide) != checksums.of(np.nextafter(wide, 9))
