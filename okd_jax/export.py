@@ -9,7 +9,7 @@ from okd_jax import models
 from okd_jax.config import read
 from okd_jax.errors import UserError
 from okd_jax.evaluation.figures import score_by
-from okd_jax.run import card, checkpoint, export
+from okd_jax.run import card, checkpoint, export, identity
 from okd_jax.run.build import Shapes, build_shapes
 from okd_jax.run.state import TrainState
 from okd_jax.runtime import cli, mirror
@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
   workdir = Workdir(mirror.fetched(args.workdir))
   if not workdir.checkpoints.is_dir() or not workdir.config.exists():
     raise UserError(f"{workdir.path} is no run: no checkpoints/ or no config.json")
+  identity.growth(read.saved(workdir.config).to_dict(), workdir)  # is it that run's?
   shapes = build_shapes(read.saved(workdir.config), workdir)
   with jax.set_mesh(shapes.mesh):
     state, output = _restored(shapes, workdir, args.step), local(args.output)
@@ -42,13 +43,13 @@ def _restored(shapes: Shapes, workdir: Workdir, step: int | None) -> TrainState:
   settings = shapes.job.settings
   best, keep = score_by(settings.eval.best), settings.checkpoint.keep
   with checkpoint.opened(workdir.checkpoints, keep, best, read_only=True) as found:
-    steps = found.steps()
-    if not steps:
+    if not (steps := found.steps()):
       raise UserError(f"{workdir.checkpoints} holds no whole checkpoint yet")
-    step = found.best_step() if step is None else step
+    if step is None:
+      return found.best(shapes.plan.abstract, shapes.mesh)[0]
     if step not in steps:
       raise UserError(f"--step={step}: the checkpoints at hand are {steps}")
-    return found.restore_step(step, shapes.plan.abstract, None, shapes.mesh)
+    return found.restore_step(step, shapes.plan.abstract, shapes.mesh)
 
 
 def _parser() -> cli.Parser:

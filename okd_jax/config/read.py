@@ -134,8 +134,7 @@ def saved(path: Path) -> ConfigDict:
     values = read_json(path)
   except UserError as error:
     raise UserError(f"{error}; the file is damaged: name another workdir") from error
-  known = json.loads(json.dumps(defaults().to_dict()))
-  config = ConfigDict(_filled(values, known))
+  config = ConfigDict(filled(values))
   if file := config.method.file:
     _methods().load_file(file)
   return config
@@ -144,6 +143,11 @@ def saved(path: Path) -> ConfigDict:
 def _methods() -> types.ModuleType:
   """The registry: imported here, since --help and wrong keys do without JAX."""
   return importlib.import_module("okd_jax.methods")
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A run's configuration; keys younger than the run have their defaults."""
+  return _filled(dict(values), json.loads(json.dumps(defaults().to_dict())))
 
 
 def _filled(values: Any, known: Any) -> Any:

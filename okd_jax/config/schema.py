@@ -174,10 +174,11 @@ class OptimSettings(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Section):
-  """How often, and how many are kept."""
+  """How often, how many are kept, and which are gone on from."""
 
   every: int = 500
   keep: int = 2
+  any_version: bool = False
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""

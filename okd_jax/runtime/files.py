@@ -41,10 +41,15 @@ def cache_folder() -> Path:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes beside `path`, then takes its place; makes the folder if it must."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  """As `write_text`."""
   path = local(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf8")
+  temporary.write_bytes(content)
   os.replace(temporary, path)
 
 
@@ -92,6 +97,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path} holds no JSON object")
   return value
+
+
+def aside(path: Any) -> Any:
+  """Renames a file or folder to damaged-NAME, or damaged-NAME-2, …; where it is now.
+
+  path: a `Path` or an `epath.Path`.
+  """
+  names = (f"damaged-{path.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 1000))])
+  free = next(place for place in map(path.with_name, names) if not place.exists())
+  path.rename(free)
+  return free
 
 
 def remove_folder(folder: Path) -> None:
