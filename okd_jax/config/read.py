@@ -136,8 +136,22 @@ def saved(path: Path) -> ConfigDict:
     raise UserError(f"{error}; the file is damaged: name another workdir") from error
   config = ConfigDict(filled(values))
   if file := config.method.file:
+    _check_own(file, path)
     _methods().load_file(file)
   return config
+
+
+def _check_own(file: str, path: Path) -> None:
+  """Raises a UserError for a method file that came with the workdir itself.
+
+  It is run; whoever got the workdir from somebody else would run that person's.
+  """
+  place, workdir = local(file), path.parent.resolve()
+  if not place.is_absolute() or place.resolve().is_relative_to(workdir):
+    raise UserError(
+      f"{path}: method.file={file} lies in the workdir, from which no program is run; "
+      "move the file elsewhere and write its new path into config.json"
+    )
 
 
 def _methods() -> types.ModuleType:

@@ -1,5 +1,7 @@
 """Settings that say more than one value: what they mean, and what is refused."""
 
+import json
+
 import pytest
 
 from okd_jax.config import read
@@ -95,3 +97,15 @@ def test_int8_is_for_teachers_that_stay():
 def test_numbers_and_names_that_no_run_could_use(flag, message):
   with pytest.raises(UserError, match=message):
     check(read.read(["--config=debug", f"--config.{flag}"]))
+
+
+@pytest.mark.parametrize("place", ["own.py", "run/own.py"])
+def test_no_method_file_of_a_workdir_is_run(tmp_path, place):
+  """Guards I: a workdir may be somebody else's."""
+  (workdir := tmp_path / "run").mkdir()
+  (tmp_path / place).write_text("raise SystemExit('it ran')")
+  config = read.defaults().to_dict()
+  config["method"]["file"] = str(tmp_path / place) if "/" in place else place
+  (workdir / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match="lies in the workdir, from which no program is"):
+    read.saved(workdir / "config.json")
