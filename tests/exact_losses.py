@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 STEPS = 100
 CHANGES = {
-  "data.train": "embedded:eval",
   "data.holdout": 4,
   "data.max_length": 48,
   "data.max_prompt_length": 40,
@@ -39,12 +38,19 @@ CHANGES = {
   "eval.generate": False,
 }
 if __name__ == "__main__":
-  # SSE4.2 is on every x86-64 machine; wider units add in another order, FMA rounds once.
+  # SSE4.2 is everywhere; wider units add in another order, and FMA rounds but once.
   os.environ["XLA_FLAGS"] = (
     "--xla_cpu_max_isa=SSE4_2 --xla_cpu_multi_thread_eigen=false"
   )
   os.environ["JAX_PLATFORMS"] = "cpu"
   sys.path.insert(0, str(ROOT))
+
+
+# Of our own: the standard library's documentation differs from Python to Python.
+ROWS = [
+  {"prompt": f"Count from {i} to {i + 5}: ", "completion": f"{[*range(i, i + 6)]}"}
+  for i in range(40)
+]
 
 
 def golden(version: str) -> Path:
@@ -57,6 +63,9 @@ def measure() -> list[float]:
 
   flags = [f"--config.{key}={value}" for key, value in CHANGES.items()]
   with tempfile.TemporaryDirectory() as folder:
+    data = Path(folder, "rows.jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags.append(f"--config.data.train={data}")
     with contextlib.redirect_stdout(io.StringIO()):
       main.main(["--config=configs/debug.py", f"--workdir={folder}/run", *flags])
     lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()

@@ -375,6 +375,22 @@ BUGS = (
     "tests/run/test_step.py -k not_finite",
   ),
   Bug(
+    "an update that is partly infinite moves the finite numbers",
+    "ours",
+    "okd_jax/run/step.py",
+    "finite = jnp.isfinite(sum(logged.values()) + sum(sound))",
+    "finite = jnp.isfinite(sum(logged.values()))",
+    "tests/run/test_step.py -k never_stored",
+  ),
+  Bug(
+    "skipped updates are not counted",
+    "planted",
+    "okd_jax/run/step.py",
+    "state.skipped + ~finite",
+    "state.skipped",
+    "tests/run/test_step.py -k is_counted",
+  ),
+  Bug(
     "several teachers averaged as logits",
     "ensembles written as one line",
     f"{LOSSES}/mixture.py",

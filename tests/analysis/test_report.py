@@ -359,3 +359,12 @@ def test_online_module_is_mentioned_where_it_was_exported(tmp_path, no_charts):
   assert "format of peft" not in page(folder)
   (folder / "adapter").mkdir()
   assert "format of peft" in page(folder)
+
+
+def test_skipped_updates_are_told(tmp_path, no_charts):
+  rows = whole_run()
+  rows[2:2] = [{"step": n, "kind": "skipped", "skipped": n} for n in (3, 1)]
+  text = page(run(tmp_path, rows))
+  assert (
+    "2 updates were skipped" in text and "(train.on_nonfinite): steps 1, 3." in text
+  )

@@ -7,7 +7,7 @@ A trial trains one of golden_losses.py's variants, made shorter, and sends it SI
 SIGTERM or SIGINT at one or two random moments: while it starts, chooses blocks, fills a
 teacher cache or a trunk, writes answers beforehand, steps, evaluates, saves or exports.
 Then it is started again until it has ended. Losses, held-out figures, student and
-adapter must be those of a run that nobody disturbed, SIGTERM and SIGINT must leave
+adapter must be those of a run that nobody disturbed; SIGTERM and SIGINT must leave
 their status and no traceback.
 
 A run is a process forked from this one, which has imported the package and started
@@ -33,9 +33,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-os.environ.pop("XLA_FLAGS", None)  # one device a process
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".faults/xla"))
+if __name__ == "__main__":
+  sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+  os.environ.pop("XLA_FLAGS", None)  # one device a process
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(TESTS.parent / ".faults/xla"))
 
 from commands import EXPORTED, free_port, losses, rows, same_folder  # noqa: E402
 from golden_losses import QUICK, VARIANTS  # noqa: E402
