@@ -3,6 +3,7 @@
 #   make test            the quick tests; PARITY=1 adds the comparisons with torch
 #   make test-slow       the long ones
 #   make mutants         plants known bugs and shows that the tests catch each
+#   make faults          damages every file of a run, one by one, and goes on with it
 #   make lint            ruff check and format
 # PYTHON=… names the interpreter; by default python3 if it is 3.11 or newer, else the
 # newest one on the PATH.
@@ -22,7 +23,7 @@ PARITY ?=
 # glibc with huge pages: a third less time for small models on CPU (BUILD_NOTES.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow mutants lint clean
+.PHONY: demo test test-slow mutants faults lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m okd_jax.main --config=configs/quickstart.py --workdir=$(RUN)
@@ -35,6 +36,9 @@ test-slow: $(VENV)/.test$(if $(PARITY),-parity)
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutate.py
+
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults.damage
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A run is finished where all is as it left it; what is lost comes from a checkpoint."""
+"""A run is finished where all is as it left it; the rest a checkpoint makes again."""
 
 import pytest
 

@@ -49,7 +49,7 @@ def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):
 def test_a_killed_run_of_this_machine_goes_on_at_once(tmp_path, caplog):
   """Whether its number is nobody's now or somebody else's."""
   caplog.set_level("INFO", logger="okd_jax")
-  killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+  killed = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
   began = lock._began(killed.pid)
   assert began
   killed.kill()
