@@ -2,7 +2,8 @@
 #   make demo            a teacher, an SFT start and an OKD student in a few minutes
 #   make test            the quick tests; PARITY=1 adds the comparisons with torch
 #   make test-slow       the long ones
-#   make faults          kills runs at random moments; an hour and more on two cores
+#   make faults          damages every file of a run, and kills runs at random moments:
+#                        an hour and more on two cores
 #   make mutants         plants known bugs and shows that the tests catch each
 #   make fuzz            5,200 inputs that somebody else may have made, in minutes
 #   make lint            ruff check and format
@@ -36,6 +37,7 @@ test-slow: $(VENV)/.test$(if $(PARITY),-parity)
 	$(BIN)/python -m pytest -m slow
 
 faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults.damage
 	$(BIN)/python tests/faults/kills.py
 
 mutants: $(VENV)/.test

@@ -2,18 +2,23 @@
 
 import argparse
 import contextlib
+import glob
 import importlib.util
 import logging
 import math
 import os
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from okd_jax.errors import UserError
 from okd_jax.runtime.files import cache_folder
+
+_log = logging.getLogger(__name__)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -223,3 +228,24 @@ def use_compilation_cache() -> None:
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  _remove_torn_entries(jax.config.jax_compilation_cache_dir)
+
+
+def _remove_torn_entries(folder: str) -> None:
+  """Has entries removed that JAX finds unreadable, each with a line.
+
+  It compiles such a program anew at every start and never writes over what is there;
+  all that it says is a warning with the program's name, with which its files begin.
+  """
+  shown = warnings.showwarning
+
+  def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+    torn = re.match("Error reading persistent compilation .* '(.+?)': ", str(message))
+    if not torn:
+      shown(message, *rest, **more)
+      return
+    for entry in Path(folder).glob(f"{glob.escape(torn[1])}-*-cache"):
+      entry.unlink(missing_ok=True)
+    _log.warning("%s: what was kept of %s is torn: compiled anew", folder, torn[1])
+
+  warnings.showwarning = show

@@ -25,7 +25,7 @@ from okd_jax.runtime import agreement, files, mirror
 from okd_jax.runtime.workdir import writes
 
 NAME = ".lock"
-_BEAT, _SILENT, _SETTLED = 10.0, 60.0, 0.2  # seconds
+_BEAT, _SILENT, _DYING, _SETTLED = 10.0, 60.0, 3.0, 0.2  # seconds
 _log = logging.getLogger(__name__)
 _own: set[str] = set()  # marks of the locks that this process holds
 
@@ -122,7 +122,7 @@ class _Lock:
       number, mark = there.get("process"), there.get("mark")
       if number == os.getpid():
         return mark in _own
-      return isinstance(number, int) and _began(number) == there.get("began") != ""
+      return isinstance(number, int) and _stays(number, there.get("began"))
     _log.info(
       "%s: a run of another machine (%s); waiting up to %d s for a sign of its life",
       *(self._file, _described(there), _SILENT),
@@ -141,7 +141,7 @@ class _Lock:
     """What the file says; nothing of its own where it is damaged, None without it."""
     try:
       said = json.loads(self._file.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
       return None
     except (OSError, ValueError):
       return {}
@@ -154,6 +154,19 @@ class _Lock:
       files.write_text(self._file, text)
     else:
       self._file.write_text(text)
+
+
+def _stays(number: int, began: Any) -> bool:
+  """Whether a process of this machine is there, and still is a little later.
+
+  One that was killed takes its time to give back its memory.
+  """
+  until = time.monotonic() + _DYING
+  while _began(number) == began != "":
+    if time.monotonic() > until:
+      return True
+    time.sleep(0.05)
+  return False
 
 
 def _who() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Damages every file of a workdir in every way, one at a time, and goes on with it.
 
-    python -m tests.faults.damage                 # all of them, about 15 minutes
+    python -m tests.faults.damage                 # all of them, about half an hour
     python -m tests.faults.damage seal.json       # files with that in their path
 
 Of a small run there are two workdirs: of one that was stopped half way, and of one that
@@ -292,6 +292,8 @@ def campaign(base: Path, chosen: Callable[[list[Trial]], list[Trial]], words=())
     for trial in chosen(list(trials(base, list(words)))):
       came, said = worker.ask(base, *dataclasses.astuple(trial))
       found.append((trial, came, said))
+      if sys.stderr.isatty():
+        print(f"\r{len(found)}", end="", file=sys.stderr, flush=True)
       if came not in MARKS:
         print(f"{came}: {trial}\n{said}", flush=True)
   finally:
