@@ -164,8 +164,10 @@ def models_of(settings: Settings) -> dict[str, str]:
     paths |= {f"teachers.{name}": path for name, path in settings.teachers.items()}
   found = {key: models.glance(path) for key, path in paths.items() if path}
   if settings.teacher.cache:
-    about = json.dumps(made_from(local(settings.teacher.cache)), sort_keys=True)
-    found["teacher.cache"] = checksums.of_bytes(about.encode())
+    stores = sorted(local(settings.teacher.cache).glob("*/made_from.json"))
+    about = {file.parent.name: made_from(file.parent) for file in stores}
+    text = json.dumps(about, sort_keys=True)
+    found["teacher.cache"] = checksums.of_bytes(text.encode())
   if settings.teacher.adapter:
     found["teacher.adapter"] = adapter_digest(settings.teacher)
   return found
