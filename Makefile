@@ -2,8 +2,10 @@
 #   make demo            a teacher, an SFT start and an OKD student in a few minutes
 #   make test            the quick tests; PARITY=1 adds the comparisons with torch
 #   make test-slow       the long ones
-#   make faults          kills runs at random moments; an hour and more on two cores
+#   make faults          damages every file of a run, and kills runs at random moments:
+#                        an hour and more on two cores
 #   make mutants         plants known bugs and shows that the tests catch each
+#   make fuzz            5,200 inputs that somebody else may have made, in minutes
 #   make lint            ruff check and format
 # PYTHON=… names the interpreter; by default python3 if it is 3.11 or newer, else the
 # newest one on the PATH.
@@ -23,7 +25,7 @@ PARITY ?=
 # glibc with huge pages: a third less time for small models on CPU (BUILD_NOTES.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-slow faults mutants lint clean
+.PHONY: demo test test-slow faults fuzz mutants lint clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m okd_jax.main --config=configs/quickstart.py --workdir=$(RUN)
@@ -35,10 +37,14 @@ test-slow: $(VENV)/.test$(if $(PARITY),-parity)
 	$(BIN)/python -m pytest -m slow
 
 faults: $(VENV)/.test
+	$(BIN)/python -m tests.faults.damage
 	$(BIN)/python tests/faults/kills.py
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutate.py
+
+fuzz: $(VENV)/.test
+	cd tests && PYTHONPATH=.:.. ../$(BIN)/python -m fuzz.run $(if $(SEED),--seed=$(SEED))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import transformers
 
-from okd_jax import bench
+from okd_jax.bench import measure
+from okd_jax.bench.generate import generate_flags, random_prompts
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model, load, save
 from okd_jax.runtime import cli
@@ -38,12 +39,12 @@ def main(arguments: list[str]) -> None:
     prog="python benchmarks/generate.py",
     description="Compares our sampler with transformers' generate.",
   )
-  bench.generate_flags(parser)
+  generate_flags(parser)
   flags = parser.parse_args(arguments)
   cli.use_compilation_cache()
   path = _packaged() if flags.model == "smollm2" else flags.model
   model = load(path)
-  prompts = bench.random_prompts(model.config, flags)
+  prompts = random_prompts(model.config, flags)
   with tempfile.TemporaryDirectory() as folder:
     # Through our own export, since transformers opens no .gguf of every kind.
     save(Path(folder) / "model", model.params, model.config, model.tokenizer)
@@ -104,7 +105,7 @@ def _alternate(runs: Mapping[str, Callable], warmup: int, repeats: int):
       def call(name=name, run=run):
         tokens[name] = run()
 
-      elapsed = bench.seconds(call)
+      elapsed = measure.seconds(call)
       if i >= max(warmup, 1):
         times[name].append(elapsed)
   return tokens, times
@@ -112,12 +113,12 @@ def _alternate(runs: Mapping[str, Callable], warmup: int, repeats: int):
 
 def _section(name: str, flags, tokens: Mapping, times: Mapping) -> str:
   new = flags.batch_size * flags.max_new_tokens
-  speeds = {k: bench.spread([new / t for t in v]) for k, v in times.items()}
+  speeds = {k: measure.spread([new / t for t in v]) for k, v in times.items()}
   lines = [
     f"### {name}: {flags.batch_size} prompts of {flags.prompt_tokens} random tokens, "
     f"{flags.max_new_tokens} new ones each",
     "",
-    bench.describe(bench.environment()) + f", torch {torch.__version__} (eager)",
+    measure.describe(measure.environment()) + f", torch {torch.__version__} (eager)",
     "",
     f"| greedy, float32, {flags.repeats} runs in turn | tokens/s, median | least "
     "| greatest | ours to theirs, each turn | median |",

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from command import call, rows
 
-from okd_jax import METHODS, bench
+from okd_jax import METHODS
+from okd_jax.bench import measure
 from okd_jax.errors import UserError
 from okd_jax.runtime import cli
 
@@ -55,7 +56,7 @@ def _section(args, folder: Path) -> str:
   lines = [
     "### Learning",
     "",
-    bench.describe(bench.environment()),
+    measure.describe(measure.environment()),
     "",
     f"| {' | '.join(names)} |",
     "|---" * len(names) + "|",
@@ -93,8 +94,8 @@ def _parser() -> cli.Parser:
     type=lambda text: text.split(","),
     default=sorted(METHODS),
   )
-  add("--start_steps", type=bench.at_least(1), default=100, help="of the SFT start")
-  add("--window", type=bench.at_least(1), default=20, help="steps that are averaged")
+  add("--start_steps", type=measure.at_least(1), default=100, help="of the SFT start")
+  add("--window", type=measure.at_least(1), default=20, help="steps that are averaged")
   return parser
 
 

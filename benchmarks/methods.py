@@ -27,7 +27,8 @@ import jax
 from command import vary
 from ml_collections import ConfigDict
 
-from okd_jax import METHODS, bench
+from okd_jax import METHODS
+from okd_jax.bench import measure
 from okd_jax.config import read
 from okd_jax.data import PAD_ID, train_loader
 from okd_jax.errors import UserError
@@ -167,7 +168,7 @@ def _section(args, run: Run, racers, rounds) -> str:
     f"student of {run.cast.student.config.num_layers} layers, "
     f"{settings.train.batch_size} rows of {settings.data.max_length} tokens",
     "",
-    bench.describe(bench.environment()),
+    measure.describe(measure.environment()),
     "",
     f"{args.rounds} rounds of {args.steps} steps of each method, after "
     f"{args.warmup} more for compilation. Times are medians of the rounds' means.",
@@ -184,7 +185,7 @@ def _section(args, run: Run, racers, rounds) -> str:
 
 def _cells(rounds: list[list[Step]], base: list[list[Step]]) -> list[str]:
   times = [_seconds(steps) for steps in rounds]
-  ms = bench.spread([1e3 * t / len(rounds[0]) for t in times])
+  ms = measure.spread([1e3 * t / len(rounds[0]) for t in times])
   pairs = zip(times, map(_seconds, base), strict=True)
   every = [step for steps in rounds for step in steps]
   speeds = [sum(s.tokens for s in steps) / _seconds(steps) for steps in rounds]
@@ -215,7 +216,7 @@ def _parser() -> cli.Parser:
     description="Compares the time of a training step between methods. Also takes "
     "--config=FILE (by default configs/stories.py) and --config.key=value.",
   )
-  add, whole = parser.add_argument, bench.at_least(1)
+  add, whole = parser.add_argument, measure.at_least(1)
   names = ["kd", *sorted(set(METHODS) - {"kd"})]
   add(
     "--names",

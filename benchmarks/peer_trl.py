@@ -32,7 +32,8 @@ import jax
 import numpy as np
 from contender import RANK, TRL
 
-from okd_jax import METHODS, bench, models
+from okd_jax import METHODS, models
+from okd_jax.bench import measure
 from okd_jax.errors import UserError
 from okd_jax.runtime import cli
 
@@ -161,7 +162,7 @@ def _section(args, contenders, measured, rounds) -> str:
     f"### TRL: GPT-2 of {_words(TEACHER)} to {_words(STUDENT)}, {args.vocab_size} "
     f"tokens, {args.batch_size} rows of {args.length}",
     "",
-    bench.describe(bench.environment()) + _versions(args.names),
+    measure.describe(measure.environment()) + _versions(args.names),
     "",
     f"{args.rounds} rounds of {args.steps} step(s) of each in turn, after "
     f"{args.warmup} more; float32. TRL: GKDTrainer, lmbda=0, beta=0, which is "
@@ -184,7 +185,7 @@ def _cells(args, answers: list[dict], base: list[dict]) -> list[str]:
   times, theirs = (
     [statistics.fmean(answer["times"]) for answer in part] for part in (answers, base)
   )
-  spread = bench.spread([1e3 * t for t in times])
+  spread = measure.spread([1e3 * t for t in times])
   ratio = statistics.median(t / b for t, b in zip(times, theirs, strict=True))
   speed = args.batch_size * args.length / statistics.median(times)
   cells = [f"{spread[key]:.0f}" for key in ("median", "min", "max")]
@@ -220,7 +221,7 @@ def _parser() -> cli.Parser:
     prog="python benchmarks/peer_trl.py",
     description="Compares a training step's time and memory with TRL's GKDTrainer.",
   )
-  add, whole = parser.add_argument, bench.at_least(1)
+  add, whole = parser.add_argument, measure.at_least(1)
   add(
     "--names",
     type=lambda text: text.split(","),

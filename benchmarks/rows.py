@@ -23,7 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from okd_jax import bench, models
+from okd_jax import models
+from okd_jax.bench import measure
 from okd_jax.config import read
 from okd_jax.config.schema import DataSettings, EvalSettings
 from okd_jax.data import PAD_ID, embedded, make_tokenizer, rows, train_loader
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
       print(json.dumps(found[-2:]), file=sys.stderr, flush=True)
   print(_table(found))
   if args.output:
-    environment = bench.environment()
+    environment = measure.environment()
     files.write_json(args.output, {"environment": environment, "starts": found})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from command import call, rows
 
-from okd_jax import bench
+from okd_jax.bench import measure
 from okd_jax.runtime import cli
 
 _RANDOM = {"layers": 0, "model.hidden_size": 64, "model.num_heads": 8}
@@ -60,7 +60,7 @@ def _section(folder: Path) -> str:
   lines = [
     "## Starting points",
     "",
-    bench.describe(bench.environment()),
+    measure.describe(measure.environment()),
     "",
     f"| {' | '.join(names)} |",
     "|---" * len(names) + "|",

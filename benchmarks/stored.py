@@ -16,7 +16,7 @@ import numpy as np
 from command import call, rows
 from safetensors.numpy import load_file
 
-from okd_jax import bench
+from okd_jax.bench import measure
 from okd_jax.runtime import cli
 
 
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
   lines = [
     "### Stored teachers",
     "",
-    bench.describe(bench.environment()),
+    measure.describe(measure.environment()),
     "",
     "| teacher | bytes per trained token | first loss | last loss | held-out loss "
     "| KL(teacher‖student) | to the live one's | largest difference of a weight |",
@@ -100,7 +100,7 @@ def _parser() -> cli.Parser:
   add("--folder", required=True, help="holds runs and caches")
   add("--k", type=lambda t: [int(k) for k in t.split(",")], default="8,32,128")
   add("--dtype", default="float32", help="of the stored log-probabilities")
-  add("--start_steps", type=bench.at_least(1), default=100, help="of the SFT start")
+  add("--start_steps", type=measure.at_least(1), default=100, help="of the SFT start")
   return parser
 
 

@@ -243,6 +243,9 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 500  # steps; one is always written at the end
   config.checkpoint.keep = 2  # the newest so many, and the best
+  # Go on from checkpoints that other versions of the packages have written: the run
+  # then does not end as it would have.
+  config.checkpoint.any_version = False
 
   config.eval = ConfigDict()
   config.eval.every = 500  # steps; always at the start and at the end; 0: only these

@@ -66,6 +66,10 @@ start() {
     --coordinator="127.0.0.1:$port" --processes="$processes" --process="$i" "$@"
 }
 
+# Heard from here on, and told to the processes once all of them are there.
+asked=
+trap 'asked=yes' TERM INT
+
 # Each job leads its own process group, so that a signal to this script's group reaches
 # the processes once, through us: to them a second one means "at once".
 set -m
@@ -91,15 +95,13 @@ tell() {
   for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 
-# `timeout` and others signal a process and then its group: within a second that is one.
-# shellcheck disable=SC2329  # the trap calls it
-stop() {
-  if [[ -z $told ]] || ((SECONDS - told > 1)); then tell TERM; fi
-}
-trap stop TERM INT
-
 while ((${#alive[@]})); do
   sleep 0.2 || true
+  if [[ -n $asked ]]; then
+    asked=
+    # `timeout` and others signal a process, then its group: within a second it is one.
+    if [[ -z $told ]] || ((SECONDS - told > 1)); then tell TERM; fi
+  fi
   left=()
   for pid in "${alive[@]}"; do
     if kill -0 "$pid" 2>/dev/null; then

@@ -6,14 +6,6 @@ Writes DIR/analysis.json and pictures: agreement and KL by the difficulty of a t
 exposure bias, calibration, and the likeliest tokens at a few places.
 """
 
-import jax.numpy as jnp
-
-from okd_jax.analysis import pictures
-from okd_jax.analysis.pair import Options, analyse, places
-from okd_jax.data import load_records
-from okd_jax.data.sources import source_list
-from okd_jax.models import load, template_of
-from okd_jax.run import distill
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local, write_json
 
@@ -21,6 +13,16 @@ from okd_jax.runtime.files import local, write_json
 def main(arguments: list[str]) -> None:
   """Analyses as the arguments say."""
   args = vars(_parser().parse_args(arguments))
+  # From here on all is needed, which takes seconds to import.
+  import jax.numpy as jnp
+
+  from okd_jax.analysis import pictures
+  from okd_jax.analysis.pair import Options, analyse, places
+  from okd_jax.data import load_records
+  from okd_jax.data.sources import source_list
+  from okd_jax.models import load, template_of
+  from okd_jax.run import distill
+
   student, teacher, adapter, data, output = (
     args.pop(name) for name in ("student", "teacher", "adapter", "data", "output")
   )

@@ -9,20 +9,11 @@ DIR/eval. The configuration is the run's own; where it names stages, --workdir i
 run that has finished them. Stopped and run again, it goes on with the missing rows.
 """
 
-from pathlib import Path
-
-import jax
-
 from okd_jax.config import read
 from okd_jax.config.stages import stages
 from okd_jax.errors import UserError
-from okd_jax.run.build import Run, build
-from okd_jax.run.stop import Signalled
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
-from okd_jax.runtime.workdir import Workdir
-from okd_jax.teachers import record
-from okd_jax.teachers.store import Store
 
 
 def main(arguments: list[str]) -> None:
@@ -31,27 +22,15 @@ def main(arguments: list[str]) -> None:
   own = stages(read.read(rest), local(args.workdir or args.output))[-1]
   if own.config.teacher.cache:
     raise UserError("teacher.cache is what this command writes: name it by --output")
+  # From here on all is needed, which takes seconds to import.
+  from okd_jax.run import stored
+  from okd_jax.run.build import build
+  from okd_jax.run.stop import Signalled
+  from okd_jax.runtime.workdir import Workdir
+
   with cli.devices(args), Signalled() as stop:
     run = build(own.config, Workdir(own.workdir), stop)
-    write(run, local(args.output), args.k, args.dtype)
-
-
-def write(run: Run, folder: Path, k: int, dtype: str) -> dict[str, Store]:
-  """The teacher cache of a run that has one teacher; see `record.write`."""
-  if run.method.several or run.data.other:
-    raise UserError(
-      "a store holds the words of one teacher in the student's own tokens; set "
-      "method.name=kd and teacher.path, and leave out method.cross_tokenizer"
-    )
-  if run.data.stream or run.settings.teacher.itself or not run.cast.teachers:
-    raise UserError("only another teacher's words on rows, no data.stream, are stored")
-  [(name, teacher)] = run.cast.teachers.items()
-  parts = {"train": run.data.train} | ({"eval": run.data.eval} if run.data.eval else {})
-  size = min(run.cast.vocab_sizes)
-  given = teacher, run.cast.frozen[name], run.settings, run.mesh
-  options = {"k": k, "dtype": dtype, "vocab_size": size, "heard": run.stop.heard}
-  with jax.set_mesh(run.mesh):
-    return record.write(parts, *given, folder, **options)
+    stored.write(run, local(args.output), args.k, args.dtype)
 
 
 def _parser() -> cli.Parser:

@@ -7,12 +7,6 @@ python -m okd_jax.evaluate --model=M --sets NAME=F.jsonl … --protocol --answer
 import dataclasses
 from pathlib import Path
 
-from okd_jax.data import load_records
-from okd_jax.data.sources import source_list
-from okd_jax.evaluation.figures import table
-from okd_jax.evaluation.held_out import Options
-from okd_jax.evaluation.sets import beside_greedy, evaluate_sets, read_sets
-from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_json
 
@@ -23,6 +17,14 @@ def main(arguments: list[str]) -> None:
   args = vars(parser.parse_args(arguments))
   names = ("model", "teacher", "data", "sets", "output", "template")
   path, teacher, data, sets, output, template = (args.pop(name) for name in names)
+  # From here on all is needed, which takes seconds to import.
+  from okd_jax.data import load_records
+  from okd_jax.data.sources import source_list
+  from okd_jax.evaluation.figures import table
+  from okd_jax.evaluation.held_out import Options
+  from okd_jax.evaluation.sets import beside_greedy, evaluate_sets, read_sets
+  from okd_jax.models import load, template_of
+
   options = Options(**args, template=template or "default")
   if sets and options.predictions:
     parser.error("--predictions is for --data; --answers keeps those of all sets")

@@ -8,21 +8,23 @@ python -m okd_jax.generate --model=TEACHER --draft=STUDENT --prompt=…  # specu
 
 import argparse
 
-import jax.numpy as jnp
-
 from okd_jax.errors import UserError
-from okd_jax.models import load, template_of
 from okd_jax.runtime import cli
-from okd_jax.text.complete import NEW_TOKENS, RAW, complete
-from okd_jax.text.rollout import Sampling
-from okd_jax.text.speculative import DRAFT_TOKENS
+from okd_jax.text.defaults import DRAFT_TOKENS, NEW_TOKENS, RAW
 
 
 def main(arguments: list[str]) -> None:
   """Prints the completion that the arguments ask for."""
   flags = _parser().parse_args(arguments)
-  cli.use_compilation_cache()
   prompt = cli.text_or_stdin(flags.prompt, "the prompt")
+  # From here on all is needed, which takes seconds to import.
+  import jax.numpy as jnp
+
+  from okd_jax.models import load, template_of
+  from okd_jax.text.complete import complete
+  from okd_jax.text.rollout import Sampling
+
+  cli.use_compilation_cache()
   model = load(flags.model, dtype=jnp.dtype(flags.dtype))
   if model.tokenizer is None:
     raise UserError(f"{flags.model} has no tokenizer, so it cannot read a prompt")

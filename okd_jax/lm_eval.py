@@ -6,7 +6,6 @@ python -m okd_jax.lm_eval --model=M --tasks=my_task.yaml [--data=F.jsonl]
 
 import logging
 
-from okd_jax.models import load
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_json
 
@@ -24,8 +23,9 @@ def main(arguments: list[str]) -> None:
   if args["log_samples"] and not output:
     parser.error("--log_samples needs an --output to be kept in")
   cli.need("lm_eval", extra="lm-eval")
-  # Here, because only now it is known to be there; it takes seconds to import.
+  # Only now the harness is known to be there; all this takes seconds to import.
   from okd_jax.evaluation.harness_tasks import Options, find_tasks, run, table
+  from okd_jax.models import load
 
   cli.use_compilation_cache()
   options = Options(**args)

@@ -22,10 +22,7 @@ scripts that start them.
 from okd_jax.config import read
 from okd_jax.config.describe import help_page
 from okd_jax.errors import UserError
-from okd_jax.run import distill
-from okd_jax.run.stop import Signalled
-from okd_jax.runtime import cli, mirror
-from okd_jax.runtime.workdir import writes
+from okd_jax.runtime import cli
 
 
 def main(arguments: list[str]) -> None:
@@ -41,6 +38,12 @@ def main(arguments: list[str]) -> None:
   config = read.read(rest)
   if not args.workdir:
     raise UserError("--workdir=DIR is needed: the folder of the run's results")
+  # From here on all is needed, which takes seconds to import.
+  from okd_jax.run import distill
+  from okd_jax.run.stop import Signalled
+  from okd_jax.runtime import mirror
+  from okd_jax.runtime.workdir import writes
+
   with (
     cli.devices(args),
     Signalled() as stop,

@@ -12,16 +12,10 @@ by arithmetic, compiles the best three (--compile=N: so many; 0: none) and names
 best. --vocab_size=N is that of models drawn at random, of which nothing else says it.
 """
 
-import jax
-
-from okd_jax.bench import plan_text, planning
-from okd_jax.bench.measure import at_least
 from okd_jax.bench.roofline import topology_of
 from okd_jax.config import read
 from okd_jax.config.describe import help_page
 from okd_jax.config.unstaged import without_stages
-from okd_jax.run.ahead import outline
-from okd_jax.run.job import check
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import write_json
 
@@ -34,14 +28,24 @@ def main(arguments: list[str]) -> None:
   parser = cli.Parser(prog="okd_jax.plan", add_help=False)
   parser.add_argument("--topology", required=True)
   parser.add_argument("--search", action="store_true")
-  parser.add_argument("--compile", type=at_least(0), default=3)
-  parser.add_argument("--vocab_size", type=at_least(1), default=32000)
+  count = cli.number(int, "at least 0", lambda n: n >= 0)
+  parser.add_argument("--compile", type=count, default=3)
+  tokens = cli.number(int, "at least 1", lambda n: n >= 1)
+  parser.add_argument("--vocab_size", type=tokens, default=32000)
   parser.add_argument("--output", default="")
   args, rest = parser.parse_known_args(arguments)
   cli.check_places(parser, {"output": args.output}, {}, ())
   topology = topology_of(args.topology)
+  config = without_stages(read.read(rest))
+  # From here on all is needed, which takes seconds to import.
+  import jax
+
+  from okd_jax.bench import plan_text, planning
+  from okd_jax.run.ahead import outline
+  from okd_jax.run.job import check
+
   jax.config.update("jax_platforms", "cpu")  # no device of this machine is used
-  job = check(without_stages(read.read(rest)))
+  job = check(config)
   planner = planning.Planner(job, outline(job.settings, args.vocab_size), topology)
   plans = planner.search() if args.search else [planner.by_arithmetic(planner.asked())]
   plans = planner.compile_best(plans, 0 if topology.of_gpus else args.compile)

@@ -13,15 +13,9 @@ import functools
 
 from okd_jax.config import read
 from okd_jax.config.stages import stages
-from okd_jax.data import day, prepared
-from okd_jax.data.sources import shards_of
 from okd_jax.errors import UserError
-from okd_jax.run.data import making, records
-from okd_jax.run.job import check
-from okd_jax.run.outline import outline
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
-from okd_jax.runtime.workdir import Workdir
 
 _TRAINED = "bpe:"
 
@@ -30,7 +24,15 @@ def main(arguments: list[str]) -> None:
   """Writes as the arguments say; a UserError for whatever is wrong with them."""
   args, rest = _parser().parse_known_args(arguments)
   output, place = args.output, local(args.workdir or f"{args.output}/train")
-  job = check(stages(read.read(rest), place)[-1].config)
+  config = stages(read.read(rest), place)[-1].config
+  from okd_jax.data import day, prepared  # heavy, from here on
+  from okd_jax.data.sources import shards_of
+  from okd_jax.run.data import making, records
+  from okd_jax.run.job import check
+  from okd_jax.run.outline import outline
+  from okd_jax.runtime.workdir import Workdir
+
+  job = check(config)
   data, prompts = job.settings.data, job.method.sequences.answers_all
   trained = data.tokenizer.startswith(_TRAINED)
   if data.prepared:

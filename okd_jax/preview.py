@@ -13,17 +13,13 @@ DIR/lengths.png. Where paths mean stages, --workdir is the run that has finished
 
 import logging
 import tempfile
-from pathlib import Path
 
 from okd_jax.config import read
 from okd_jax.config.describe import help_page
 from okd_jax.config.stages import Stage, stages, untrained
 from okd_jax.errors import UserError
-from okd_jax.run import look, look_text
-from okd_jax.run.job import check
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local, write_json
-from okd_jax.runtime.workdir import Workdir
 
 
 def main(arguments: list[str]) -> None:
@@ -39,12 +35,18 @@ def main(arguments: list[str]) -> None:
   with tempfile.TemporaryDirectory() as nowhere:
     workdir = local(args.workdir or nowhere)
     own = _stage(stages(read.read(rest), workdir), args.stage)
+    # From here on all is needed, which takes seconds to import.
+    from okd_jax.run import look, look_text
+    from okd_jax.run.job import check
+    from okd_jax.runtime.workdir import Workdir
+
     logging.getLogger("okd_jax").setLevel(logging.WARNING)  # the page says the rest
     seen = look.look(check(own.config), Workdir(own.workdir))
     found = look.figures(seen)
   print(look_text.text(seen, found), flush=True)
   if args.output:
-    _write(seen, found, local(args.output))
+    write_json(local(args.output) / "preview.json", found)
+    look.save_picture(seen, local(args.output) / "lengths.png")
 
 
 def _stage(parts: list[Stage], name: str) -> Stage:
@@ -59,12 +61,6 @@ def _stage(parts: list[Stage], name: str) -> Stage:
       f"known; name the run that has by --workdir=DIR, or preview --stage={stage}"
     )
   return found[0]
-
-
-def _write(seen: look.Look, found: dict, folder: Path) -> None:
-  write_json(folder / "preview.json", found)
-  own = look.lengths_of(seen.data.train)
-  look.lengths.save_picture(own, look.longest_of(seen), folder / "lengths.png")
 
 
 def command() -> None:

@@ -3,20 +3,22 @@
 python -m okd_jax.sample --model=M --data=F --output=O.jsonl
 """
 
-import jax.numpy as jnp
-
-from okd_jax.data import load_records
-from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
-from okd_jax.models import Decoder, load, template_of
 from okd_jax.runtime import cli
-from okd_jax.text.answers_file import write_samples
-from okd_jax.text.rollout import Sampling
 
 
 def main(arguments: list[str]) -> None:
   """Writes the file that the arguments ask for."""
   args = _parser().parse_args(arguments)
+  # From here on all is needed, which takes seconds to import.
+  import jax.numpy as jnp
+
+  from okd_jax.data import load_records
+  from okd_jax.data.sources import source_list
+  from okd_jax.models import Decoder, load, template_of
+  from okd_jax.text.answers_file import write_samples
+  from okd_jax.text.rollout import Sampling
+
   cli.use_compilation_cache()
   model = load(args.model, dtype=args.dtype)
   if model.tokenizer is None:

@@ -9,15 +9,17 @@ work too). Of several references the best one counts, for either measure.
 
 import json
 
-from okd_jax.data import read_predictions, read_references
 from okd_jax.errors import UserError
-from okd_jax.evaluation.rouge import score
 from okd_jax.runtime import cli, files
 
 
 def main(arguments: list[str]) -> None:
   """Scores two files."""
   flags = _parser().parse_args(arguments)
+  # From here on all is needed, which takes seconds to import.
+  from okd_jax.data import read_predictions, read_references
+  from okd_jax.evaluation.rouge import score
+
   references = read_references(flags.references)
   result = score(read_predictions(flags.predictions), references)
   print(

@@ -11,11 +11,6 @@ command goes on after it was stopped or killed; what is finished is not run agai
 
 import sys
 
-from okd_jax.analysis import comparison, study_report, tables
-from okd_jax.config import study as studies
-from okd_jax.errors import UserError
-from okd_jax.run import study as runs
-from okd_jax.run.stop import Signalled
 from okd_jax.runtime import cli
 from okd_jax.runtime.files import local
 
@@ -23,13 +18,19 @@ from okd_jax.runtime.files import local
 def main(arguments: list[str]) -> None:
   """Runs what is missing of a study and writes its table."""
   flags, keys = _parser().parse_known_args(arguments)
+  # From here on all is needed, which takes seconds to import.
+  from okd_jax.analysis import comparison, study_report, tables
+  from okd_jax.config import study as studies
+  from okd_jax.run import study as runs
+  from okd_jax.run.stop import Signalled
+
   whole = studies.load(flags.config, keys)
   study = studies.select(whole, flags.arms, flags.seeds)
   jobs = studies.jobs(study, local(flags.workdir))
   cli.use_compilation_cache()
   with Signalled() as stop:
     if flags.run:
-      runs.run(study, _named(jobs, flags.run), stop)
+      runs.run(study, studies.named(jobs, flags.run), stop)
       return
     command = [sys.executable, "-m", "okd_jax.study", *arguments]
     runs.run_all(jobs, command, stop, flags.jobs)
@@ -38,13 +39,6 @@ def main(arguments: list[str]) -> None:
   study_report.write(study, found, local(flags.workdir))
   print(tables.text(found))
   print(f"\nreport  {local(flags.workdir) / 'report.html'}")
-
-
-def _named(jobs: list[studies.Job], name: str) -> studies.Job:
-  for job in jobs:
-    if job.name == name:
-      return job
-  raise UserError(f"--run={name} is none of {', '.join(job.name for job in jobs)}")
 
 
 def _parser() -> cli.Parser:

@@ -92,14 +92,17 @@ def losses(workdir):
   return {row["step"]: row["loss"] for row in rows(workdir, "train")}
 
 
-def same_folder(one, two):
+def same_folder(one, two, but=()):
   """Whether two folders hold the same files with the same bytes.
 
   But for the place of an adapter's base model, which may lie beside it.
+
+  but: names of files that are not compared.
   """
 
   def files(folder):
-    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in but)
+    return sorted(p.relative_to(folder) for p in found)
 
   def contents(path):
     if path.name != "adapter_config.json":

@@ -10,11 +10,12 @@ import pytest
 from commands import QUICK, call, losses, rows, train
 from small import built, config, step_of
 
-from okd_jax import METHODS, cache_teacher, methods
+from okd_jax import METHODS, methods
 from okd_jax.data import train_loader
 from okd_jax.errors import UserError
 from okd_jax.run.batches import Batches
 from okd_jax.run.evaluator import Evaluator
+from okd_jax.run.stored import write as write_store
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def live(folder):
 @pytest.fixture(scope="module")
 def whole(live, folder):
   """The whole vocabulary, in float32."""
-  cache_teacher.write(live, folder / "whole", 0, "float32")
+  write_store(live, folder / "whole", 0, "float32")
   return folder / "whole"
 
 
@@ -118,7 +119,7 @@ def test_at_another_temperature_no_kl_is_measured(live, folder):
   """What is stored is the distribution at T; the KL is that at 1."""
   warm = config(**{"method.temperature": 2.0})
   run = built(warm, folder)
-  cache_teacher.write(run, folder / "warm", 4, "float32")
+  write_store(run, folder / "warm", 4, "float32")
   warm.teacher.cache = str(folder / "warm")
   run = built(warm, folder)
   with jax.set_mesh(run.mesh):
@@ -136,7 +137,7 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
   values = []
   for k in (2, 16, 64):
     run = built(config(), folder)
-    cache_teacher.write(run, folder / f"k{k}", k, "float32")
+    write_store(run, folder / f"k{k}", k, "float32")
     run = built(config(**{"teacher.cache": str(folder / f"k{k}")}), folder)
     values.append(float(steps(run, 1)[0][0]["divergence"]))
   full = built(config(**{"teacher.cache": str(whole)}), folder)
@@ -145,11 +146,11 @@ def test_fewer_tokens_are_a_bound_from_below(live, whole, folder):
 
 
 def test_an_interrupted_store_ends_up_the_same(live, whole, folder):
-  kept = cache_teacher.write(live, folder / "cut", 0, "float32")
+  kept = write_store(live, folder / "cut", 0, "float32")
   names = sorted(path.relative_to(whole) for path in whole.glob("*/0*"))
   assert {name.parent.name for name in names} == {"train", "eval"}
   (folder / "cut" / names[-1]).unlink()
-  again = cache_teacher.write(live, folder / "cut", 0, "float32")
+  again = write_store(live, folder / "cut", 0, "float32")
   for part in ("train", "eval"):
     assert kept[part].missing() == again[part].missing() == []
   for name in names:

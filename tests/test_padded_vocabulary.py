@@ -61,15 +61,8 @@ def with_method(run, method):
   return dataclasses.replace(run, job=dataclasses.replace(run.job, method=method))
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    "skd",
-    pytest.param("minillm", marks=pytest.mark.slow),
-    pytest.param("gkd", marks=pytest.mark.slow),
-    pytest.param("imitkd", marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["skd", "minillm", "gkd", "imitkd"])
 def test_sampled_text_is_what_both_can_read(run, name):
   """Else the one with fewer ids reads NaN; by the plain and by the adapted teacher."""
   method = methods.build(name, only_read(name, sampled_share=1.0))

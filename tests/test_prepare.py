@@ -66,6 +66,7 @@ def test_two_tokenizers_are_refused(tmp_path):
     built(config(**changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_exported_without_them(tmp_path):
   output, workdir = made(tmp_path / "p"), tmp_path / "run"
   call("main", *FLAGS, f"--config.data.prepared={output}", f"--workdir={workdir}")

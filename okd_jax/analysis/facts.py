@@ -158,16 +158,17 @@ def _speed(history: History) -> dict[str, str]:
 
 
 def _machines(parts: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  machines, versions = [], []
+  machines, versions, commands = [], [], []
   for part in parts:
     since = f"from step {part['step']:,} on " if part["step"] else ""
     machines.append(since + _machine(part["machine"]))
     packages = ", ".join(f"{k} {v}" for k, v in part["versions"].items())
-    versions.append(since + packages)
-  return {
-    "machine": "; ".join(dict.fromkeys(machines)),
-    "versions": "; ".join(dict.fromkeys(versions)),
-  }
+    commit = part.get("commit", "")  # which runs of before it was kept lack
+    versions.append(since + packages + (f", commit {commit}" if commit else ""))
+    if command := part.get("command", ""):
+      commands.append(since + command)
+  found = {"machine": machines, "versions": versions, "command": commands}
+  return {name: "; ".join(dict.fromkeys(x)) for name, x in found.items() if x}
 
 
 def _machine(found: Mapping[str, Any]) -> str:

@@ -1,11 +1,4 @@
-from okd_jax import bench
-from okd_jax.runtime import cli
-
-
-def command() -> None:
-  """The console script."""
-  cli.run(bench.main)
-
+from okd_jax.bench.command import command
 
 if __name__ == "__main__":
   command()

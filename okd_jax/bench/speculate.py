@@ -17,6 +17,7 @@ from okd_jax.data.sources import source_list
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model, load
 from okd_jax.text import rollout, speculative
+from okd_jax.text.defaults import DRAFT_TOKENS
 from okd_jax.text.rollout import Sampling
 from okd_jax.text.source import Side, decoder_source
 from okd_jax.text.speculative import Drafted
@@ -46,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   add(
     "--draft_tokens",
     type=at_least(1),
-    default=speculative.DRAFT_TOKENS,
+    default=DRAFT_TOKENS,
     help="drafted before each pass",
   )
   add("--temperature", type=measure.temperature, default=0.0, help="0 is greedy")

@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from okd_jax import methods
 from okd_jax.config.read import defaults, recipes
 
 _KEY = re.compile(r"  (config|model)\.([\w.]+) = (.*?)(?:  # (.*))?$")
@@ -56,6 +55,8 @@ def describe(file: str = "") -> str:
 
 def _knobs_of(file: str) -> list[tuple[str, str, str]]:
   """The knobs that a method file adds: (key, default, what reads it)."""
+  from okd_jax import methods  # needs JAX, as the rest of this page does not
+
   methods.load_file(file)
   ours = defaults().method
   return [

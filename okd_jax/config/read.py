@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import inspect
 import json
 import logging
@@ -18,7 +19,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from okd_jax import methods
 from okd_jax.errors import UserError
 from okd_jax.runtime.files import local, read_json
 
@@ -134,11 +134,34 @@ def saved(path: Path) -> ConfigDict:
     values = read_json(path)
   except UserError as error:
     raise UserError(f"{error}; the file is damaged: name another workdir") from error
-  known = json.loads(json.dumps(defaults().to_dict()))
-  config = ConfigDict(_filled(values, known))
+  config = ConfigDict(filled(values))
   if file := config.method.file:
-    methods.load_file(file)
+    _check_own(file, path)
+    _methods().load_file(file)
   return config
+
+
+def _check_own(file: str, path: Path) -> None:
+  """Raises a UserError for a method file that came with the workdir itself.
+
+  It is run; whoever got the workdir from somebody else would run that person's.
+  """
+  place, workdir = local(file), path.parent.resolve()
+  if not place.is_absolute() or place.resolve().is_relative_to(workdir):
+    raise UserError(
+      f"{path}: method.file={file} lies in the workdir, from which no program is run; "
+      "move the file elsewhere and write its new path into config.json"
+    )
+
+
+def _methods() -> types.ModuleType:
+  """The registry: imported here, since --help and wrong keys do without JAX."""
+  return importlib.import_module("okd_jax.methods")
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A run's configuration; keys younger than the run have their defaults."""
+  return _filled(dict(values), json.loads(json.dumps(defaults().to_dict())))
 
 
 def _filled(values: Any, known: Any) -> Any:
@@ -257,6 +280,7 @@ def _fspath(value: Any) -> Any:
 
 def add_method_file(config: ConfigDict, file: str) -> None:
   """Runs a file of somebody's methods and adds what their knobs are to `config`."""
+  methods = _methods()
   methods.load_file(file)
   ours, section = defaults().method, config.method
   theirs = {k: v for k, v in methods.defaults().items() if k not in ours}
@@ -274,6 +298,7 @@ def _leave_behind(config: ConfigDict, changes: Mapping[str, Any]) -> None:
 
   Only knobs that the new method does not read, and none that `changes` names.
   """
+  methods = _methods()
   section, known = config.method, methods.defaults()
   left = methods.unread(section.name, section.to_dict(), config.adapter.kind)
   left = [key for key in left if f"method.{key}" not in changes]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from okd_jax.config.bounds import beyond
 from okd_jax.config.players import (
   INT8,
   AdapterSettings,
@@ -175,10 +176,11 @@ class OptimSettings(Section):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Section):
-  """How often, and how many are kept."""
+  """How often, how many are kept, and which are gone on from."""
 
   every: int = 500
   keep: int = 2
+  any_version: bool = False
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""
@@ -310,6 +312,10 @@ def _sections(config: ConfigDict, names: Sequence[str]) -> dict[str, Any]:
       found[name] = _section(_SECTIONS[name], config[name].to_dict())
     except UserError as error:
       problems.append(str(error))
+  if problems:
+    raise UserError("; ".join(problems))
+  for name in [*names, "method"]:
+    problems += beyond(name, config[name].to_dict())
   if problems:
     raise UserError("; ".join(problems))
   return found

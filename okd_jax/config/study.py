@@ -172,3 +172,11 @@ def _ordered(config: ConfigDict) -> ConfigDict:
   for name in config.stages:
     kept[name] = config.stages[name]
   return kept
+
+
+def named(jobs: list[Job], name: str) -> Job:
+  """The job of that name; a UserError if there is none."""
+  for job in jobs:
+    if job.name == name:
+      return job
+  raise UserError(f"--run={name} is none of {', '.join(job.name for job in jobs)}")

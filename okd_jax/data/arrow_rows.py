@@ -38,6 +38,7 @@ def _read(path: Path, batches: Any) -> Iterator[Row]:
   number = 0
   try:
     for schema, batch in batches(path):
+      batch.validate(full=True)  # else a wrong offset ends the process
       decode = _decoder(schema)
       for row in batch.to_pylist():
         number += 1

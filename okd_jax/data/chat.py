@@ -1,20 +1,17 @@
 """Conversations as text, by the chat template of a tokenizer."""
 
 import functools
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from okd_jax.data.day import dated
+from okd_jax.data.chat_template import mask, spans_of, text_of
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MARK = "answer 6d61726b"  # stands for any answer that a template leaves alone
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks what a model says
 
 Message = Mapping[str, Any]
 Write = Callable[..., str]
@@ -92,8 +89,8 @@ def write(
 
   prompt: whether the opening of an answer follows.
   """
-  template = _template(tokenizer, tools)
-  return _applied(tokenizer, messages, record, tools, template, prompt=prompt)
+  what = f"{record.where}: the tokenizer's chat template refuses the messages"
+  return text_of(tokenizer, messages, what, tools=tools, prompt=prompt)
 
 
 def marked(
@@ -104,48 +101,16 @@ def marked(
   None for a template without {% generation %}, or a tokenizer that cannot tell where
   in the text its tokens lie.
   """
-  template = _template(tokenizer, record.tools)
-  if not (_GENERATION.search(template) and tokenizer.is_fast):
+  if not tokenizer.is_fast:
     return None
   answer = {"role": "assistant", **record.final, "content": record.references[0]}
-  found = _applied(
-    tokenizer,
-    [*as_messages(record), answer],
-    record,
-    record.tools,
-    template,
-    masked=True,
-  )
-  return found["input_ids"], found["assistant_masks"]
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str:
-  return dated(tokenizer.get_chat_template(tools=list(tools) if tools else None))
-
-
-def _applied(
-  tokenizer: PreTrainedTokenizerBase,
-  messages: Sequence[Message],
-  record: Record,
-  tools: Sequence[Any] | None,
-  template: str,
-  prompt: bool = False,
-  masked: bool = False,
-) -> Any:
-  try:
-    return tokenizer.apply_chat_template(
-      list(messages),
-      tools=list(tools) if tools else None,
-      chat_template=template,
-      tokenize=masked,
-      return_dict=masked,
-      return_assistant_tokens_mask=masked,
-      add_generation_prompt=prompt,
-    )
-  except (jinja2.TemplateError, TypeError, ValueError) as error:
-    raise UserError(
-      f"{record.where}: the tokenizer's chat template refuses the messages ({error})"
-    ) from error
+  what = f"{record.where}: the tokenizer's chat template refuses the messages"
+  found = spans_of(tokenizer, [*as_messages(record), answer], what, record.tools)
+  if found is None:
+    return None
+  text, spans = found
+  out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+  return out["input_ids"], list(mask(spans, out["offset_mapping"]))
 
 
 def beyond_text(record: Record) -> list[tuple[str, str]]:

@@ -3,12 +3,10 @@
 import contextlib
 import contextvars
 import datetime
-import re
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _DAY = contextvars.ContextVar[datetime.date | None]("day", default=None)
 
 
@@ -33,11 +31,3 @@ def written_on(date: datetime.date | None) -> Iterator[None]:
 def names_the_day(tokenizer: PreTrainedTokenizerBase, *templates: str) -> bool:
   """Whether rows of one of these templates depend on the day they are written."""
   return "chat" in templates and "strftime_now" in str(tokenizer.chat_template)
-
-
-def dated(template: str) -> str:
-  """A chat template with `day` in the places of its calls of strftime_now.
-
-  transformers lets no caller give another clock.
-  """
-  return _NOW.sub(lambda found: repr(day().strftime(found[2])), template)

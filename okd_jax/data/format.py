@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-import jinja2.sandbox
 import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +26,7 @@ from okd_jax.data.chat import (
   chat_render,
   joined,
 )
+from okd_jax.data.sandbox import Sandbox, rendered
 from okd_jax.data.sources import Record
 from okd_jax.errors import UserError
 
@@ -48,9 +48,7 @@ NAMED = {  # name: (without input, with input)
 }
 KEY, FIELDS = "data.template", ("instruction", "input")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_JINJA = jinja2.sandbox.SandboxedEnvironment(
-  keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-)
+_JINJA = Sandbox(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
 
 Values = Mapping[str, str]  # of 'instruction', 'input' and perhaps 'output'
 Fill = Callable[[Values], str]  # to a prompt
@@ -161,20 +159,14 @@ def _plain_fill(template: str, fields: tuple[str, ...], key: str) -> Fill:
 
 
 def _jinja_fill(template: str, fields: tuple[str, ...], key: str) -> Fill:
-  try:
-    names = jinja2.meta.find_undeclared_variables(_JINJA.parse(template))
-    compiled = _JINJA.from_string(template)
-  except jinja2.TemplateError as error:
-    raise UserError(f"{key}: not valid jinja2 ({error})") from error
+  compiled = _JINJA.template(template, f"{key}: not valid jinja2")
+  names = jinja2.meta.find_undeclared_variables(_JINJA.parse(template))
   _check_names(names, template, fields, key)
   if "instruction" not in names:
     raise UserError(f"{key}={template!r} never uses instruction; add it")
 
-  def fill(values: Mapping[str, str]) -> str:
-    try:
-      return compiled.render(values)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-      raise UserError(f"{key}: fails with {error}") from error
+  def fill(values: Values) -> str:
+    return rendered(compiled, values, f"{key}: fails")
 
   return _with_input(fill, has_input="input" in names)
 

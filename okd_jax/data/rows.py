@@ -21,7 +21,7 @@ from jaxtyping import Int, Shaped
 
 from okd_jax.data.example import Example
 from okd_jax.errors import UserError
-from okd_jax.runtime.files import local
+from okd_jax.runtime.files import local, parse_json
 
 _IDS = pa.list_(pa.int32())
 INDEX = pa.schema(
@@ -60,6 +60,10 @@ class Rows(Sequence[Example]):
   read: gives a batch of `CONTENT` by its number.
   ends: where each batch ends, in rows.
   chosen: numbers of rows; None for all.
+  name: of the folder that they lie in, for messages.
+
+  Raises:
+    UserError: where a row is asked for that is not as it was written.
   """
 
   def __init__(
@@ -68,8 +72,10 @@ class Rows(Sequence[Example]):
     read: Callable[[int], pa.RecordBatch],
     ends: Sequence[int],
     chosen: Int[np.ndarray, " M"] | None = None,
+    name: str = "",
   ):
     self._index, self._read, self._ends, self._chosen = index, read, ends, chosen
+    self._name = name
     self._columns = functools.lru_cache(_RECENT)(self._split)
 
   def __len__(self) -> int:
@@ -88,31 +94,46 @@ class Rows(Sequence[Example]):
       for name, column in columns.items()
     }
     trained = found.pop("trained")
-    return Example(
+    example = Example(
       prompt_length=int(self._index["prompt_length"][row]),
       number=int(self._index["number"][row]),
       trained=None if trained is None else _pairs(trained),
       references=tuple(found.pop("references")),
       **found,
     )
+    if key(example) != self._index["key"][row].tobytes():
+      raise self._damaged(f"row {row} is not as it was written")
+    return example
 
   def __iter__(self) -> Iterator[Example]:
     return (self[i] for i in range(len(self)))
 
   def _split(self, batch: int) -> dict[str, Any]:
     """The columns of a batch by name; ids as (the lists, their values, offsets)."""
-    own = self._read(batch)
+    start = int(self._ends[batch - 1]) if batch else 0
+    try:
+      own = self._read(batch)
+      own.validate(full=True)  # else a wrong offset ends the process
+    except (pa.ArrowException, ValueError, OSError) as error:
+      raise self._damaged(str(error)) from error
+    if len(own) != self._ends[batch] - start:
+      raise self._damaged(f"batch {batch} has {len(own)} rows")
     columns = dict(zip(own.schema.names, own.columns, strict=True))
     for name in _LISTS:
       lists = columns[name]
       columns[name] = lists, lists.values.to_numpy(), lists.offsets.to_numpy()
     return columns
 
+  def _damaged(self, why: str) -> UserError:
+    return UserError(
+      f"{self._name} holds damaged rows ({why}); delete the folder to have it made anew"
+    )
+
   def take(self, rows: Sequence[int] | Int[np.ndarray, " M"]) -> "Rows":
     """These rows, in this order; nothing is copied but their numbers."""
     rows = np.asarray(rows, np.int64)
     chosen = rows if self._chosen is None else self._chosen[rows]
-    return Rows(self._index, self._read, self._ends, chosen)
+    return Rows(self._index, self._read, self._ends, chosen, self._name)
 
   def column(self, name: str) -> Shaped[np.ndarray, " N"]:
     """A column of the index."""
@@ -219,9 +240,11 @@ def read_about(folder: str) -> dict[str, Any]:
   """
   try:
     with fsspec.open(f"{place(folder)}/{FILES[2]}", "rb") as file:
-      found = json.load(file)
-    if not isinstance(found["ends"], list):
-      raise TypeError("its ends are no list")
+      found = parse_json(file.read().decode())
+    ends = found["ends"]
+    whole = isinstance(ends, list) and all(type(end) is int for end in ends)
+    if not whole or sorted({0, *ends}) != [0, *ends]:
+      raise TypeError("its ends are no ascending numbers")
     return found
   except FileNotFoundError:
     raise UserError(f"{folder} holds no tokenised rows") from None
@@ -242,14 +265,18 @@ def open_rows(folder: str) -> Rows:
     index, content = (
       pa.ipc.open_file(_opened(f"{place(folder)}/{name}")) for name in FILES[:2]
     )
-    columns = _index(index.read_all())
+    table = index.read_all()
+    table.validate(full=True)
+    columns = _index(table)
     if (index.schema, content.schema) != (INDEX, CONTENT):
       raise pa.ArrowInvalid("other columns than these")
     if len(columns["length"]) != (ends[-1] if ends else 0):
       raise pa.ArrowInvalid("rows are missing")
-  except (OSError, pa.ArrowInvalid) as error:
+    if content.num_record_batches != len(ends):
+      raise pa.ArrowInvalid("batches are missing")
+  except (OSError, pa.ArrowException, KeyError, ValueError) as error:
     raise UserError(f"{folder} holds damaged rows ({error})") from error
-  return Rows(columns, content.get_batch, ends)
+  return Rows(columns, content.get_batch, ends, name=folder)
 
 
 def place(folder: str) -> str:

@@ -20,6 +20,7 @@ from okd_jax.errors import UserError
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
 _SMALLEST = 256 + 2  # every byte, EOS and padding
+_LARGEST = 1 << 20  # the trainer takes memory for all of them before it begins
 _REMEDY = (
   "distillation needs one vocabulary: give the student the teacher's tokenizer, or set "
   "method.name=kd, method.cross_tokenizer=uld and method.kd_ratio=0.6, which needs none"
@@ -33,21 +34,26 @@ def make_tokenizer(spec: str, records: Iterable[Record]) -> PreTrainedTokenizerF
   EOS (256) and padding (257). The same records give the same `bpe:N` everywhere.
 
   Raises:
-    UserError: if `spec` is neither, or N is below the 256 bytes, EOS and padding.
+    UserError: if `spec` is neither, or N is below the 256 bytes, EOS and padding, or
+      beyond what a vocabulary has.
 
   >>> make_tokenizer("bytes", [])("hi<|endoftext|>")["input_ids"]
   [104, 105, 256]
   """
   if spec == "bytes":
     return _finished(_bytes_tokenizer())
-  found = re.fullmatch(r"bpe:(\d+)", spec)
+  found = re.fullmatch(r"bpe:([0-9]+)", spec)
   if not found:
     raise UserError(
       f"tokenizer {spec!r} is unknown; use bytes, or bpe:N such as bpe:1024"
     )
-  size = int(found[1])
-  if size < _SMALLEST:
-    raise UserError(f"tokenizer {spec!r} is too small; N must be at least {_SMALLEST}")
+  # Not as a number first, whose digits Python limits.
+  size = int(found[1]) if len(found[1]) < 20 else _LARGEST + 1
+  if not _SMALLEST <= size <= _LARGEST:
+    what = "small" if size < _SMALLEST else "large"
+    raise UserError(
+      f"tokenizer {spec[:40]!r} is too {what}; N must be from {_SMALLEST} to {_LARGEST}"
+    )
   return _finished(_bpe_tokenizer(size, records))
 
 

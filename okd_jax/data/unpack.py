@@ -13,6 +13,10 @@ from okd_jax.errors import UserError
 
 PACKED = (".gz", ".zst")
 _PIECE = 1 << 20
+# Of zstd, 4 kB of which may be 100 MB.
+_PACKED = 1 << 12
+# Bytes of a line, and of a file that is read as a whole: some kB may unpack to more.
+LINE, WHOLE = 1 << 29, 1 << 32
 _BOM = b"\xef\xbb\xbf"  # that some editors put before a text
 _LFS = b"version https://git-lfs.github.com/spec/"
 # Of a file that was written with --long: by default 128 MB are the limit.
@@ -23,9 +27,17 @@ def whole(path: Path) -> bytes:
   """All that a file holds, without a byte order mark.
 
   Raises:
-    UserError: if it cannot be read, or is a pointer of git-lfs.
+    UserError: if it cannot be read, is too long, or is a pointer of git-lfs.
   """
-  return b"".join(_pieces(path)).removeprefix(_BOM)
+  found, size = [], 0
+  for piece in _pieces(path):
+    found.append(piece)
+    size += len(piece)
+    if size > WHOLE:
+      raise UserError(
+        f"{path}: has more than {WHOLE >> 20:,} MB; use .jsonl or .parquet"
+      )
+  return b"".join(found).removeprefix(_BOM)
 
 
 def lines(path: Path) -> Iterator[bytes]:
@@ -36,10 +48,13 @@ def lines(path: Path) -> Iterator[bytes]:
   Raises:
     UserError: as `whole` does.
   """
-  mark, held = _BOM, []
+  mark, held, size = _BOM, [], 0
   for piece in _pieces(path):
     first, *others = piece.split(b"\n")
     held.append(first)
+    size = len(others[-1]) if others else size + len(first)
+    if size > LINE:
+      raise UserError(f"{path}: has a line of more than {LINE >> 20:,} MB")
     for other in others:
       yield b"".join(held).removeprefix(mark)
       mark, held = b"", [other]
@@ -84,11 +99,11 @@ def _read(file: io.BufferedIOBase) -> Iterator[bytes]:
 def _unzip(file: io.BufferedIOBase) -> Iterator[bytes]:
   """Frame by frame; the library's own reader ends in silence where a file was cut."""
   unzip = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-  frame, packed = None, file.read(_PIECE)
+  frame, packed = None, file.read(_PACKED)
   while packed:
     frame = frame or unzip.decompressobj()
     yield frame.decompress(packed)
-    packed = frame.unused_data or file.read(_PIECE)
+    packed = frame.unused_data or file.read(_PACKED)
     frame = None if frame.eof else frame
   if frame:
     raise EOFError("it ends before the end of its zstd frame")

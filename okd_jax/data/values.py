@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from okd_jax.errors import UserError
+from okd_jax.runtime.files import parse_json
 
 FORMS_HELP = (
   "a record has 'instruction' and 'output' (and 'input'), 'prompt' and 'completion', "
@@ -48,14 +49,14 @@ def decode(content: bytes, where: str) -> str:
 def loads(content: bytes, where: str, what: str) -> Any:
   """Whatever JSON says; a UserError that names where, and what is to be mended."""
   try:
-    return json.loads(decode(content, where))
+    return parse_json(decode(content, where))
   except UserError:
     raise
   except json.JSONDecodeError as error:
     reason = f"{error.msg} at column {error.colno}"
     if what == "file":
       reason = f"{error.msg} at line {error.lineno} column {error.colno}"
-  except (ValueError, RecursionError) as error:  # endless digits or nesting
+  except ValueError as error:  # endless digits or nesting
     reason = cause(error)
   raise UserError(f"{where}: not valid JSON ({reason}); fix or remove the {what}")
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -22,6 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from okd_jax.data.chat_template import text_of
 from okd_jax.errors import UserError
 from okd_jax.evaluation.continuations import log_likelihoods
 from okd_jax.models import Decoder, Model
@@ -136,15 +136,16 @@ class DecoderLM(TemplateLM):
     plain = [message for message in chat_history if message["role"] != "system"]
     for messages in (chat_history, plain):
       try:
-        return self.tokenizer.apply_chat_template(
+        return text_of(
+          self.tokenizer,
           messages,
-          tokenize=False,
-          add_generation_prompt=add_generation_prompt,
-          continue_final_message=not add_generation_prompt,
+          "the chat template refuses a prompt",
+          prompt=add_generation_prompt,
+          goes_on=not add_generation_prompt,
         )
-      except jinja2.TemplateError as error:
+      except UserError as error:
         refusal = error
-    raise UserError(f"the chat template refuses a prompt ({refusal})") from refusal
+    raise refusal
 
   def _loglikelihood_tokens(
     self, requests: Sequence[_Request], disable_tqdm: bool = False, **kwargs: Any

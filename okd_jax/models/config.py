@@ -1,10 +1,20 @@
 """What decides the shape of a decoder: one frozen dataclass for every family."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 from okd_jax.errors import UserError
+from okd_jax.models.bounds import (
+  LIST,
+  NUMBER,
+  SWITCH,
+  TEXT,
+  WHOLE,
+  Bound,
+  number,
+  whole,
+)
+from okd_jax.models.bounds import problems as out_of_bounds
 
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("learned", "rope", "none")
@@ -14,6 +24,61 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 NORM_PLACES = ("before", "on_output", "both", "on_sum")
 QK_NORMS = ("", "head", "projection")
 SCALINGS = ("linear", "dynamic", "llama3", "yarn", "longrope")
+MOST_LAYERS, MOST_LENGTH, MOST_IDS = 4096, 1 << 30, (1 << 31) - 1
+_FACTOR = number(-1e9, 1e9)
+BOUNDS = (
+  {  # of the fields of `ModelConfig`; those of 0 say that another decides
+    "family": Bound(TEXT),
+    "vocab_size": whole(0, 1 << 24),
+    "hidden_size": whole(0, 1 << 18),
+    "num_layers": whole(0, MOST_LAYERS),
+    "num_heads": whole(0, 1 << 14),
+    "num_kv_heads": whole(0, 1 << 14),
+    "head_dim": whole(0, 1 << 14),
+    "mlp_size": whole(0, 1 << 20),
+    "embed_size": whole(0, 1 << 18),
+    "max_length": whole(0, MOST_LENGTH),
+    "norm_eps": number(0.0, 1.0),
+    "rope_theta": number(1e-3, 1e15),
+    "rotary_share": number(0.0, 1.0),
+    "experts": whole(0, 1 << 14),
+    "experts_per_token": whole(0, 1 << 14),
+    "embed_scale": _FACTOR,
+    "residual_scale": _FACTOR,
+    "attention_scale": _FACTOR,
+    "logit_divisor": number(1e-9, 1e9),
+    "attention_cap": number(0.0, 1e9),
+    "logit_cap": number(0.0, 1e9),
+    "init_std": number(0.0, 100.0),
+    "bos_id": whole(0, MOST_IDS),
+    "eos_ids": Bound(LIST, 0, MOST_IDS, WHOLE),
+    "pad_id": whole(0, MOST_IDS),
+  }
+  | {
+    name: Bound(SWITCH)
+    for name in ("norm_from_one", "final_norm", "gated_mlp", "normalize_experts")
+    + ("qkv_bias", "out_bias", "mlp_bias", "tie_embeddings")
+  }
+  | {
+    name: Bound(TEXT)
+    for name in ("norm", "norm_place", "qk_norm", "position") + ("activation",)
+  }
+)
+_OF_SCALING = {
+  name: number(1e-6, 1e6)
+  for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast")
+  + ("beta_slow", "attention_factor")
+} | {
+  "original_max_length": whole(1, MOST_LENGTH),
+  "truncate": Bound(SWITCH),
+  "short_factors": Bound(LIST, 1e-9, 1e9, NUMBER),
+  "long_factors": Bound(LIST, 1e-9, 1e9, NUMBER),
+}
+_OF_KIND = {
+  "window": whole(0, MOST_LENGTH),
+  "rotary": Bound(SWITCH),
+  "rope_theta": number(0.0, 1e15),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +113,8 @@ class RopeScaling:
       raise UserError(
         f"rope scaling {self.kind!r} is not supported, only {', '.join(SCALINGS)}"
       )
-    numbers = (self.factor, self.original_max_length, self.attention_factor)
-    numbers += (*self.short_factors, *self.long_factors)
-    if wrong := [x for x in numbers if not 0 < x < math.inf]:
-      raise UserError(f"rope scaling {self.kind!r}: {wrong[0]} must be above 0")
+    if wrong := list(out_of_bounds(vars(self), _OF_SCALING)):
+      raise UserError(f"rope scaling {self.kind!r}: {'; '.join(wrong)}")
 
   @property
   def by_pair(self) -> bool:
@@ -71,6 +134,10 @@ class LayerKind:
   window: int = 0
   rotary: bool = True
   rope_theta: float = 0.0
+
+  def __post_init__(self) -> None:
+    if wrong := list(out_of_bounds(vars(self), _OF_KIND)):
+      raise UserError(f"a layer's attention: {'; '.join(wrong)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +191,8 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     fill = object.__setattr__
+    if wrong := list(out_of_bounds(vars(self), BOUNDS)):
+      raise UserError(f"the model's configuration is unusable: {'; '.join(wrong)}")
     if not self.num_kv_heads:
       fill(self, "num_kv_heads", self.num_heads)
     if not self.head_dim:

@@ -18,6 +18,7 @@ from okd_jax.data.tokens import words
 from okd_jax.errors import UserError
 from okd_jax.evaluation.answers import answerable, judged
 from okd_jax.models import ModelConfig, parameter_shapes
+from okd_jax.run import identity
 from okd_jax.run.build import Run
 from okd_jax.runtime import machine
 from okd_jax.runtime.files import read_json
@@ -27,16 +28,22 @@ _SAMPLES = 5  # prompts whose answers are kept
 
 
 def write(run: Run, workdir: Workdir, step: int) -> None:
-  """Writes sizes, data and, of this part of the run that begins at `step`, where.
+  """Writes sizes, data, and what this part of the run, from `step` on, is of.
 
-  A part like the one before it is none of its own.
+  That is its machine, versions, commit and command. A part like the one before it is
+  none of its own.
   """
-  part = {"machine": machine.machine(), "versions": machine.versions()}
+  part = {
+    "machine": machine.machine(),
+    "versions": machine.versions(),
+    "commit": machine.commit(),
+    "command": machine.command(),
+  }
   kept = read_json(workdir.about)["parts"] if workdir.about.exists() else []
   parts = [old for old in kept if old["step"] < step]
   if not parts or {**parts[-1], "step": 0} != {**part, "step": 0}:
     parts.append({"step": step} | part)
-  found = {"models": _models(run), "data": _data(run), "parts": parts}
+  found = {"models": _models(run), "data": data_of(run), "parts": parts}
   workdir.write_json(workdir.about, found)
 
 
@@ -76,11 +83,11 @@ def check_rows(run: Run, workdir: Workdir) -> None:
   Raises:
     UserError: that names what is another: tokenizer, template, or the rows alone.
   """
-  kept = read_json(workdir.about).get("data", {}) if workdir.about.exists() else {}
+  saved = identity.kept(workdir)["data"]
   changed = [
     f"data.{part}"
-    for part, now in _data(run).items()
-    if kept.get(part, now)["digest"] != now["digest"]
+    for part, now in data_of(run).items()
+    if saved.get(part, now)["digest"] != now["digest"]
   ]
   if changed:
     raise UserError(
@@ -89,7 +96,8 @@ def check_rows(run: Run, workdir: Workdir) -> None:
     )
 
 
-def _data(run: Run) -> dict[str, Any]:
+def data_of(run: Run) -> dict[str, Any]:
+  """The rows, the tokenizer and the template, each with its digest."""
   data, settings = run.data, run.settings
   count = sum(map(judged, data.eval)) if settings.eval.generate else 0
   count = min(count, settings.eval.generate_limit or count)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from okd_jax.config.schema import Settings
 from okd_jax.data import day, rows
 from okd_jax.methods import Method
-from okd_jax.run import checks, ends, identity, student
+from okd_jax.run import checks, ends, identity, room, student
 from okd_jax.run.cast import Cast, kernel, make_cast, shapes
 from okd_jax.run.data import Data, read_data, records
 from okd_jax.run.job import Job, check
@@ -83,6 +83,7 @@ def build(config: ConfigDict, workdir: Workdir, stop: Stop | None = None) -> Run
   identity.check_processes(config.to_dict(), settings)
   identity.check_models(settings, workdir)
   shape = outline(job, workdir, functools.partial(records, settings.data))
+  room.check(settings, shape.student, workdir)
   ends.tell(shape, settings.data)
   with day.written_on(identity.kept_day(settings, workdir)):
     data = _read(job, shape, mesh)

@@ -2,9 +2,11 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from okd_jax import models
@@ -13,28 +15,22 @@ from okd_jax.config.stages import Stage, stages
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.models import Model
-from okd_jax.run import about, card, checkpoint
+from okd_jax.run import about, card, checkpoint, finished, identity, room, seal
 from okd_jax.run.build import Run, build
 from okd_jax.run.export import (
   export_student,
   export_student_adapter,
   export_teachers,
 )
-from okd_jax.run.identity import (
-  growth,
-  models_of,
-  tell_growth,
-)
+from okd_jax.run.identity import growth, models_of, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
-from okd_jax.runtime import machine
-from okd_jax.runtime.workdir import Workdir, barrier
+from okd_jax.runtime import lock, machine
+from okd_jax.runtime.workdir import MODULES, Workdir, barrier
 from okd_jax.teachers import activity, saliency, trunk
 
 _log = logging.getLogger(__name__)
-
-MODULES = ("adapter", "teacher")  # folders of the adapted teachers, in either form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +96,16 @@ def run(
     except UserError as error:
       name = part.name
       raise UserError(f"stage {name}: {error}" if name else str(error)) from error
-  _refuse_stale(parts)
   results = []
-  for part in parts:
-    if part.name:
-      _log.info("stage %s, in %s", part.name, part.workdir)
-    _run_one(part, stop, profile)
-    results.append(Result(part.workdir, report.summary_rows(part.workdir)))
-    if part.name:
-      _log.info("%s", results[-1])
+  with lock.held(workdir) as ours:
+    _refuse_stale(parts)
+    for part in parts:
+      if part.name:
+        _log.info("stage %s, in %s", part.name, part.workdir)
+      _run_one(part, stop, profile, ours)
+      results.append(Result(part.workdir, report.summary_rows(part.workdir)))
+      if part.name:
+        _log.info("%s", results[-1])
   return results
 
 
@@ -126,44 +123,63 @@ def _refuse_stale(parts: list[Stage]) -> None:
         )
 
 
-def _run_one(part: Stage, stop: Stop, profile: bool) -> None:
+def _run_one(part: Stage, stop: Stop, profile: bool, ours: Callable[[], None]) -> None:
+  """One stage; `ours` raises once the workdir is another run's."""
   workdir = Workdir(part.workdir)
   longer = growth(part.config.to_dict(), workdir)
-  if not longer and workdir.report.exists():
+  if not longer and finished.whole(workdir):
     _log.info("%s is finished already; name another workdir to run anew", workdir.path)
     return
+  room.try_out(workdir)
+  _make_sound(workdir)
   own = build(part.config, workdir, stop)
   about.check_rows(own, workdir)
   if longer:
     tell_growth(own.settings, own.method)
+  identity.check_versions(own.settings, workdir)
   stop.check()
   kept = None
   if own.settings.teacher.trunk:
     kept = trunk.opened(own.job.method, own.cast, own.data, own.settings)
   _begin(part, own, workdir)
-  best = figures.score_by(own.settings.eval.best)
+  best, config = figures.score_by(own.settings.eval.best), part.config.to_dict()
+  made_from = identity.of(config, own.settings, about.data_of(own))
+  beside = seal.Beside(workdir, made_from, ours)
   with (
     machine.counted(workdir),
     jax.set_mesh(own.mesh),
     checkpoint.opened(
-      workdir.checkpoints, own.settings.checkpoint.keep, best
+      workdir.checkpoints, own.settings.checkpoint.keep, best, beside=beside
     ) as checkpoints,
   ):
-    config = part.config.to_dict()
-    state, step, chosen = train(
+    state, chosen = train(
       own, workdir, checkpoints, kept, config=config, profile=profile
     )
-    if chosen != step:
-      state = checkpoints.restore_step(chosen, own.plan.abstract, None, own.mesh)
-    _log.info("exporting the student of step %d", chosen)
-    said = card.of_student(own.settings, workdir.path, chosen)
-    export_student(own, state.params, workdir.student, card=said)
-    if own.settings.student.adapter.kind:
-      export_student_adapter(own, state.params, workdir.student_adapter)
-    if adapter := own.cast.adapter:
-      export_teachers(own, state.params, workdir.module(adapter.folder))
+    _export(own, state.params, chosen, workdir)
   report.write(workdir)
+  finished.write(workdir)
   barrier("workdir finished")  # the next stage reads it
+
+
+def _export(
+  own: Run, params: Mapping[str, PyTree], step: int, workdir: Workdir
+) -> None:
+  """Writes whatever the run was for."""
+  _log.info("exporting the student of step %d", step)
+  said = card.of_student(own.settings, workdir.path, step)
+  export_student(own, params, workdir.student, card=said)
+  if own.settings.student.adapter.kind:
+    export_student_adapter(own, params, workdir.student_adapter)
+  if adapter := own.cast.adapter:
+    export_teachers(own, params, workdir.module(adapter.folder))
+
+
+def _make_sound(workdir: Workdir) -> None:
+  """Puts back what a run that goes on reads before its checkpoint, or refuses."""
+  if found := seal.newest(workdir.checkpoints):
+    place, sealed = found
+    seal.put_back(workdir, place, sealed, fixed=True)
+    seal.check_watched(workdir, sealed)
 
 
 def _begin(part: Stage, own: Run, workdir: Workdir) -> None:

@@ -13,16 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from okd_jax import models
 from okd_jax.errors import UserError
+from okd_jax.evaluation.figures import score_by
 from okd_jax.methods.base import STUDENT
 from okd_jax.models import Card, ModelConfig, int8
 from okd_jax.models.adapters import Lora
-from okd_jax.run import student
+from okd_jax.run import checkpoint, student
 from okd_jax.run.build import Run, Shapes
 from okd_jax.run.card import made_by
 from okd_jax.run.outline import teacher_paths
+from okd_jax.run.state import TrainState
 from okd_jax.runtime.files import local
 from okd_jax.runtime.sharding import gathered
-from okd_jax.runtime.workdir import writes
+from okd_jax.runtime.workdir import Workdir, writes
 from okd_jax.teachers.load import load_whole
 
 GGUF = ".gguf"
@@ -131,11 +133,29 @@ def export_merged(
 
 
 # What a run can write beside its student: by a command's flag, how, and what it is.
-FOLDERS = {
-  "adapter": (export_teachers, "the adapter, or the trained teacher"),
-  "merge": (export_merged, "the teacher with its adapter merged in"),
-  "student_adapter": (export_student_adapter, "the LoRA of the student"),
+WRITERS = {  # of the folders that the command writes if it is asked to
+  "adapter": export_teachers,
+  "merge": export_merged,
+  "student_adapter": export_student_adapter,
 }
+
+
+def restored(shapes: Shapes, workdir: Workdir, step: int | None) -> TrainState:
+  """What a run's checkpoint holds; of step None that of the best one.
+
+  Raises:
+    UserError: if there is no such checkpoint.
+  """
+  settings = shapes.job.settings
+  best, keep = score_by(settings.eval.best), settings.checkpoint.keep
+  with checkpoint.opened(workdir.checkpoints, keep, best, read_only=True) as found:
+    if not (steps := found.steps()):
+      raise UserError(f"{workdir.checkpoints} holds no whole checkpoint yet")
+    if step is None:
+      return found.best(shapes.plan.abstract, shapes.mesh)[0]
+    if step not in steps:
+      raise UserError(f"--step={step}: the checkpoints at hand are {steps}")
+    return found.restore_step(step, shapes.plan.abstract, shapes.mesh)
 
 
 def _base_of_teacher(

@@ -18,9 +18,10 @@ from okd_jax.data import day, prepared
 from okd_jax.errors import UserError
 from okd_jax.methods import Method
 from okd_jax.methods.base import Linear
-from okd_jax.runtime import agreement
+from okd_jax.run import seal
+from okd_jax.runtime import agreement, checksums, machine
 from okd_jax.runtime.files import local, read_json
-from okd_jax.runtime.workdir import Workdir
+from okd_jax.runtime.workdir import Workdir, made_from
 from okd_jax.teachers.load import adapter_digest
 
 _log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ _log = logging.getLogger(__name__)
 # How a run is watched and kept is not what it computes; neither is the mesh that it
 # goes on on.
 _FREE = ("train.log_every", "train.tensorboard", "train.wandb", "checkpoint.keep")
+_FREE = (*_FREE, "checkpoint.any_version")
 
 
 def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
@@ -40,15 +42,15 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
     UserError: if the folder holds a run with another configuration, or if its method's
       file is another now.
   """
-  if not workdir.config.exists():
+  saved = kept(workdir)["config"]
+  if not saved:
     return ""
-  saved = json.loads(json.dumps(read.saved(workdir.config).to_dict()))
   wanted = json.loads(json.dumps(config))
   # Of both the steps count: with them the epochs mean nothing.
   by_steps = wanted["train"]["steps"] > 0
   length = "train.steps" if by_steps else "train.epochs"
   free = (*_FREE, "train.epochs") if by_steps else _FREE
-  saved, wanted = _placeless(saved), _placeless(wanted)
+  wanted = _placeless(wanted)
   changed = [
     row
     for row in _differences(saved, wanted)
@@ -67,6 +69,65 @@ def growth(config: Mapping[str, Any], workdir: Workdir) -> str:
     )
   _check_method_file(wanted["method"]["file"], workdir)
   return "".join(grown)
+
+
+def of(
+  config: Mapping[str, Any], settings: Settings, data: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What a run is made from, for its checkpoints: JSON.
+
+  Args:
+    config: the resolved configuration; data: digests of rows, tokenizer and template.
+  """
+  found = {"config": _placeless(dict(config)), "models": models_of(settings)}
+  found |= {"data": dict(data), "versions": machine.versions()}
+  return json.loads(json.dumps(found))
+
+
+def kept(workdir: Workdir) -> dict[str, Any]:
+  """What the run in a workdir was made from; parts of which nobody knows are empty.
+
+  As its newest checkpoint says. Until there is one, as the workdir's files say.
+
+  Raises:
+    UserError: if one of these is damaged.
+  """
+  nothing = {"config": {}, "models": {}, "data": {}, "versions": {}}
+  found = seal.newest(workdir.checkpoints)
+  if found and found[1].identity:
+    known = nothing | found[1].identity
+    return known | {"config": json.loads(json.dumps(read.filled(known["config"])))}
+  if workdir.config.exists():
+    own = read.saved(workdir.config).to_dict()
+    nothing["config"] = _placeless(json.loads(json.dumps(own)))
+  if workdir.models.exists():
+    nothing["models"] = read_json(workdir.models)
+  if workdir.about.exists():
+    nothing["data"] = read_json(workdir.about).get("data", {})
+  return nothing
+
+
+def check_versions(settings: Settings, workdir: Workdir) -> None:
+  """Refuses to go on from a checkpoint with other versions than it was written with.
+
+  Raises:
+    UserError: that names them.
+  """
+  saved, now = kept(workdir)["versions"], machine.versions()
+  changed = [
+    f"{name} {before} there, {now.get(name)} here"
+    for name, before in saved.items()
+    if now.get(name) != before
+  ]
+  if not changed:
+    return
+  said = f"{workdir.checkpoints}: written with other versions ({'; '.join(changed)})"
+  if not settings.checkpoint.any_version:
+    raise UserError(
+      f"{said}; the run would not end as it began: put those back, or go on all the "
+      "same with checkpoint.any_version=True"
+    )
+  _log.warning("%s: the run will not end as it would have with those", said)
 
 
 def _placeless(config: Any) -> Any:
@@ -102,6 +163,9 @@ def models_of(settings: Settings) -> dict[str, str]:
     paths |= {"teacher.path": teacher}
     paths |= {f"teachers.{name}": path for name, path in settings.teachers.items()}
   found = {key: models.glance(path) for key, path in paths.items() if path}
+  if settings.teacher.cache:
+    about = json.dumps(made_from(local(settings.teacher.cache)), sort_keys=True)
+    found["teacher.cache"] = checksums.of_bytes(about.encode())
   if settings.teacher.adapter:
     found["teacher.adapter"] = adapter_digest(settings.teacher)
   return found
@@ -127,9 +191,7 @@ def check_models(settings: Settings, workdir: Workdir) -> None:
   Raises:
     UserError: that names one.
   """
-  if not workdir.models.exists():  # a run of before there was this file, or none
-    return
-  saved = read_json(workdir.models)
+  saved = kept(workdir)["models"]
   changed = [k for k, now in models_of(settings).items() if saved.get(k, now) != now]
   if changed:
     raise UserError(

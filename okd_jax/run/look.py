@@ -6,6 +6,7 @@ Nothing here reads a weight; the rows are those that the run itself will find.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,11 @@ def figures(seen: Look) -> dict[str, Any]:
     "special_tokens": special_tokens(seen),
     "warnings": ends.problems(seen.outline, seen.settings.data),
   }
+
+
+def save_picture(seen: Look, path: Path) -> None:
+  """The rows' lengths, as a picture."""
+  lengths.save_picture(lengths_of(seen.data.train), longest_of(seen), path)
 
 
 def lengths_of(train: Sequence[Example]) -> dict[str, Int[np.ndarray, " N"]]:

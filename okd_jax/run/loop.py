@@ -98,8 +98,8 @@ def train(
   *,
   config: Mapping[str, Any],
   profile: bool = False,
-) -> tuple[TrainState, int, int]:
-  """Trains to the end; (the last state, its step, the step that is to be exported).
+) -> tuple[TrainState, int]:
+  """Trains to the end; (the state that is to be exported, its step).
 
   Args:
     kept: where the teacher's trunk is kept, if it is; config: for trackers to show.
@@ -124,11 +124,11 @@ def train(
         run, place, checkpoints, batches, evaluations, progress, trace
       )
     run.stop.check()
-    chosen = checkpoints.best_step()
+    state, chosen = checkpoints.best(run.plan.abstract, run.mesh, (state, step))
     writer.write(step, "export", {"exported_step": chosen})
   finally:
     writer.close()
-  return state, step, chosen
+  return state, chosen
 
 
 def _begin(

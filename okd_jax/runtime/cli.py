@@ -2,21 +2,23 @@
 
 import argparse
 import contextlib
+import glob
 import importlib.util
 import logging
 import math
 import os
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
-
 from okd_jax.errors import UserError
-from okd_jax.runtime import distributed
 from okd_jax.runtime.files import cache_folder
+
+_log = logging.getLogger(__name__)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,6 +64,8 @@ def devices(args: argparse.Namespace) -> Iterator[None]:
   Raises:
     UserError: as `distributed.joined` does.
   """
+  from okd_jax.runtime import distributed  # needs JAX, as no flag does
+
   with distributed.joined(args.coordinator, args.processes, args.process):
     use_compilation_cache()
     yield
@@ -216,9 +220,32 @@ def use_compilation_cache() -> None:
   Not for several simulated devices: such programs hang when they come out of the
   cache (jax 0.10.2; BUILD_NOTES.md, 2026-11-22).
   """
+  import jax
+
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  _remove_torn_entries(jax.config.jax_compilation_cache_dir)
+
+
+def _remove_torn_entries(folder: str) -> None:
+  """Has entries removed that JAX finds unreadable, each with a line.
+
+  It compiles such a program anew at every start and never writes over what is there;
+  all that it says is a warning with the program's name, with which its files begin.
+  """
+  shown = warnings.showwarning
+
+  def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+    torn = re.match("Error reading persistent compilation .* '(.+?)': ", str(message))
+    if not torn:
+      shown(message, *rest, **more)
+      return
+    for entry in Path(folder).glob(f"{glob.escape(torn[1])}-*-cache"):
+      entry.unlink(missing_ok=True)
+    _log.warning("%s: what was kept of %s is torn: compiled anew", folder, torn[1])
+
+  warnings.showwarning = show

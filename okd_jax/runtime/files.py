@@ -5,16 +5,33 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from okd_jax.errors import UserError
 
+DEPTH = 100  # of JSON
+_DEEP = f"it is nested more than {DEPTH} levels deep"
+
 
 def local(path: str | os.PathLike) -> Path:
-  """A path as people write it: a ~ at its front is their home."""
-  return Path(path).expanduser()
+  """A path as people write it: a ~ at its front is their home.
+
+  Raises:
+    UserError: for what no file can be called, or the home of nobody.
+  """
+  name = os.fspath(path)
+  try:
+    if b"\0" in os.fsencode(name):
+      raise UserError(f"{name!r} cannot be a path: it holds a NUL byte")
+    return Path(path).expanduser()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{name!r} cannot be a path: {error.reason}") from error
+  except RuntimeError:
+    raise UserError(
+      f"{name}: there is no such user; write ./{name} for a file of that name"
+    ) from None
 
 
 def cache_folder() -> Path:
@@ -24,16 +41,44 @@ def cache_folder() -> Path:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
   """Writes beside `path`, then takes its place; makes the folder if it must."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+  """As `write_text`."""
   path = local(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(text, encoding="utf8")
+  temporary.write_bytes(content)
   os.replace(temporary, path)
 
 
 def write_json(path: str | os.PathLike, value: Any, sort_keys: bool = False) -> None:
   """Writes JSON; with sorted keys equal values give equal bytes."""
   write_text(path, json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def parse_json(text: str) -> Any:
+  """What JSON says, if it is not nested so deeply that whoever walks it would fall.
+
+  Raises:
+    ValueError: if it is no JSON, or deeper than `DEPTH` lists and objects.
+  """
+  try:
+    value = json.loads(text)
+  except RecursionError:
+    raise ValueError(_DEEP) from None
+  level, depth = [value], 0
+  while level and text.count("[") + text.count("{") > DEPTH:
+    level = [x for v in level if isinstance(v, list | dict) for x in _inside(v)]
+    depth += 1
+    if depth > DEPTH:
+      raise ValueError(_DEEP)
+  return value
+
+
+def _inside(value: list | dict) -> Iterable[Any]:
+  return value.values() if isinstance(value, dict) else value
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -44,7 +89,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   """
   path = local(path)
   try:
-    value = json.loads(path.read_text("utf-8"))
+    value = parse_json(path.read_text("utf-8"))
   except FileNotFoundError:
     raise UserError(f"{path} does not exist") from None
   except (ValueError, OSError) as error:
@@ -52,6 +97,17 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise UserError(f"{path} holds no JSON object")
   return value
+
+
+def aside(path: Any) -> Any:
+  """Renames a file or folder to damaged-NAME, or damaged-NAME-2, …; where it is now.
+
+  path: a `Path` or an `epath.Path`.
+  """
+  names = (f"damaged-{path.name}{n}" for n in ["", *(f"-{i}" for i in range(2, 1000))])
+  free = next(place for place in map(path.with_name, names) if not place.exists())
+  path.rename(free)
+  return free
 
 
 def remove_folder(folder: Path) -> None:

@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import resource
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +43,38 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found
+
+
+def command() -> str:
+  """The command line of this process, as a shell takes it."""
+  return shlex.join(sys.orig_argv)
+
+
+def commit() -> str:
+  """The commit that this package is of, '' where nobody knows.
+
+  pip knows it of what it installed from a repository; a checkout is asked by git, and
+  '-dirty' says that files of it have changed since.
+  """
+  root = Path(__file__).resolve().parents[2]
+  if not (root / ".git").exists():
+    return _installed_from()
+  ask = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+  try:
+    done = subprocess.run(
+      [*ask, "--exclude=*"], capture_output=True, text=True, timeout=10
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  return done.stdout.strip() if not done.returncode else ""
+
+
+def _installed_from() -> str:
+  try:
+    text = importlib.metadata.distribution("okd_jax").read_text("direct_url.json")
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+  return json.loads(text or "{}").get("vcs_info", {}).get("commit_id", "")
 
 
 def peak() -> dict[str, Any]:

@@ -34,9 +34,8 @@ class Writer:
   def __init__(
     self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping
   ):
-    self.kept = [
-      row for row in read(workdir) if row["step"] <= step and row["kind"] != "export"
-    ]
+    rows = read(workdir) if step >= 0 else []
+    self.kept = [row for row in rows if row["step"] <= step and row["kind"] != "export"]
     self._sinks, self._file = [], None
     barrier("metrics read")  # before the first of them is written
     if not writes():
@@ -116,17 +115,32 @@ def _run_id(path: Path) -> str:
 
 
 def read(workdir: Path) -> list[dict]:
-  """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+  """The rows of a run's metrics.jsonl; a last line cut short by a kill is left out.
+
+  Raises:
+    UserError: for any other line that is no row.
+  """
   path = workdir / "metrics.jsonl"
   if not path.exists():
     return []
-  rows = []
-  for line in path.read_text(encoding="utf8").splitlines():
-    try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+  *lines, torn = path.read_bytes().split(b"\n")
+  rows = [_row(line) for line in lines]
+  if None in rows:
+    raise UserError(
+      f"{path}, line {rows.index(None) + 1}: no row of figures; the file is damaged: "
+      "delete it, and a run that goes on has the rows from its last checkpoint"
+    )
+  last = _row(torn)
+  return rows if last is None else [*rows, last]
+
+
+def _row(line: bytes) -> dict | None:
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  sound = isinstance(row, dict) and isinstance(row.get("step"), int)
+  return row if sound and isinstance(row.get("kind"), str) else None
 
 
 def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from okd_jax.runtime.files import cache_folder, local, remove_folder, write_json
 
 _ORBAX = "gs://"  # where Orbax itself writes
 _CHECKPOINTS = "checkpoints"
-_LAST = ("_CHECKPOINT_METADATA", "report.html")  # they say that the rest is there
+# They say that the rest is there.
+_LAST = ("_CHECKPOINT_METADATA", "finished.json", "report.html")
 _log = logging.getLogger("okd_jax")
 _open: list["Mirror"] = []  # written to
 _read: list["Mirror"] = []
@@ -104,6 +105,15 @@ def checkpoints_of(workdir: Path) -> "Path | epath.Path":
   return workdir / _CHECKPOINTS
 
 
+def original(path: Path) -> "Path | _Object":
+  """A file of a workdir where it belongs: on the store, if that is of a store."""
+  for mirror in _open:
+    if path.is_relative_to(mirror.folder):
+      own = path.relative_to(mirror.folder).as_posix()
+      return _Object(mirror.system, f"{mirror._root}/{own}")
+  return path
+
+
 def fetched(place: str, checkpoints: bool = True) -> Path:
   """The folder itself, or a copy of one on a store as it is now, to read from.
 
@@ -121,6 +131,27 @@ def fetched(place: str, checkpoints: bool = True) -> Path:
     raise UserError(f"{place}: there is no such folder")
   _read.append(mirror)
   return mirror.folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Object:
+  """A file on a store, as much of a `Path` as a small one needs."""
+
+  system: Any
+  name: str
+
+  def read_bytes(self) -> bytes:
+    self.system.invalidate_cache()
+    return self.system.cat_file(self.name)
+
+  def write_text(self, text: str) -> None:
+    self.system.pipe_file(self.name, text.encode())
+
+  def unlink(self) -> None:
+    self.system.rm_file(self.name)
+
+  def __str__(self) -> str:
+    return self.system.unstrip_protocol(self.name)
 
 
 @dataclasses.dataclass

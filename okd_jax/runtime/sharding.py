@@ -40,6 +40,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
   # device gets a multiple of 128, and adds up all of it on all devices otherwise.
   (r"(^|/)(embed/embedding|head)$", PartitionSpec(("tensor", "fsdp"), None)),
   (r"(^|/)(embed/embedding|head)$", PartitionSpec("tensor", "fsdp")),
+  (r"position_embed/embedding$", PartitionSpec("fsdp", None)),
   (r"position_embed/embedding$", PartitionSpec(None, "fsdp")),
   (r"(widen|narrow)/kernel$", PartitionSpec("fsdp", "tensor")),
   (r"experts_(gate|up)/kernel$", PartitionSpec(None, None, "fsdp", "tensor")),

@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from okd_jax.errors import UserError
 from okd_jax.runtime import files, mirror
 
+MODULES = ("adapter", "teacher")  # folders of the adapted teachers, in either form
 _MADE_FROM = "made_from.json"
 
 
@@ -111,6 +112,35 @@ class Workdir:
   @property
   def tensorboard(self) -> Path:
     return self.path / "tensorboard"
+
+  @property
+  def finished(self) -> Path:
+    """Digests of what the run has left, once it has ended."""
+    return self.path / "finished.json"
+
+  @property
+  def left(self) -> list[Path]:
+    """What a finished run has left: files, and folders with all that is in them."""
+    files = [self.config, self.models, self.metrics, self.about, self.sample_answers]
+    folders = [self.student, self.student_adapter, *map(self.module, MODULES)]
+    bases = [folder.with_name(f"{folder.name}_base") for folder in folders]
+    return [*files, self.report, *folders, *bases]
+
+  @property
+  def fixed(self) -> tuple[Path, ...]:
+    """Small files that stay as they are from the first step on."""
+    return self.method, self.blocks, self.width, self.day
+
+  @property
+  def grown(self) -> tuple[Path, ...]:
+    """Small files that each checkpoint has a copy of: the fixed ones and what grows."""
+    return *self.fixed, self.metrics, self.about, self.sample_answers
+
+  @property
+  def watched(self) -> list[Path]:
+    """Larger files that the run reads and that stay as they are once they are whole."""
+    found = [*self.tokenizer.rglob("*"), *(self.path / "samples").rglob("*")]
+    return sorted(p for p in found if p.is_file() and ".partial" not in p.name)
 
   def module(self, name: str) -> Path:
     """The online module, in the folder that its form has its name from."""

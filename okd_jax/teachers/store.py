@@ -58,9 +58,11 @@ class Store:
     tensors = {name: file.get_tensor(name) for name in file.keys()}
     if (file.metadata() or {}).get(_SUM) != _checksum(tensors):
       raise UserError(f"{path} is damaged; delete it, and what wrote it writes it anew")
+    if not _fit_together(tensors):
+      raise UserError(f"{path} holds arrays that do not fit together; delete it")
     ends = tensors["ends"].tolist()
     for row, start, end in zip(
-      tensors["rows"].tolist(), [0, *ends], ends, strict=False
+      tensors["rows"].tolist(), [0, *ends[:-1]], ends, strict=True
     ):
       self._where[row] = (path.name, start, end)
     self._files[path.name] = file
@@ -177,6 +179,23 @@ def begin(folder: str | os.PathLike, count: int, about: Mapping[str, Any]) -> St
   folder.mkdir(parents=True, exist_ok=True)
   claim(folder, dict(about) | {"rows": count}, "folder")
   return Store(folder, count, about)
+
+
+def _fit_together(tensors: Mapping[str, np.ndarray]) -> bool:
+  """Whether a file's arrays are those of the rows that it names, one behind the other.
+
+  Its checksum says that it is as somebody wrote it, and not who.
+  """
+  if not {"rows", "ends"} < tensors.keys():
+    return False
+  rows, ends = tensors["rows"], tensors["ends"]
+  counts = all(x.ndim == 1 and np.issubdtype(x.dtype, np.integer) for x in (rows, ends))
+  if not counts or not len(rows) or rows.shape != ends.shape or rows.min() < 0:
+    return False
+  rest = [x for name, x in tensors.items() if name not in ("rows", "ends")]
+  # A row of which nothing is stored ends where it begins.
+  ascending = ends[0] >= 0 and (np.diff(ends) >= 0).all()
+  return bool(ascending) and all(x.ndim and len(x) == ends[-1] for x in rest)
 
 
 def digest(parts: Iterable[bytes]) -> str:

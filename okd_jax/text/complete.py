@@ -5,19 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jaxtyping import Int
 
 from okd_jax.errors import UserError
 from okd_jax.models import Decoder, Model
 from okd_jax.text import rollout, speculative
+from okd_jax.text.defaults import DRAFT_TOKENS, NEW_TOKENS, RAW
 from okd_jax.text.source import Side, decoder_source
 
 _log = logging.getLogger(__name__)
-
-NEW_TOKENS = 128
-RAW = "raw"  # the template of who wants none
 
 
 def complete(
@@ -75,7 +72,7 @@ def _continue(
     source = decoder_source(side.decoder)
     [completion] = rollout.generate(source, side.variables, [tokens], **settings)
     return completion.tokens
-  settings["draft_tokens"] = draft_tokens or speculative.DRAFT_TOKENS
+  settings["draft_tokens"] = draft_tokens or DRAFT_TOKENS
   found = speculative.generate(side, small, tokens, **settings)
   _log.info("%s", _told(found))
   return found.tokens
@@ -149,13 +146,12 @@ def _chat_tokens(model: Model, prompt: str) -> list[int]:
   """The prompt as a user's turn, and the opening of the answer."""
   if not model.tokenizer.chat_template:
     raise UserError("the model's tokenizer has no chat template; set --template=raw")
+  # Here, because the data pipeline takes half a second to import.
+  from okd_jax.data.chat_template import text_of
+
   messages = [{"role": "user", "content": prompt}]
-  try:
-    text = model.tokenizer.apply_chat_template(
-      messages, tokenize=False, add_generation_prompt=True
-    )
-  except (jinja2.TemplateError, TypeError, ValueError) as error:
-    raise UserError(f"the chat template refuses the prompt ({error})") from error
+  what = "the chat template refuses the prompt"
+  text = text_of(model.tokenizer, messages, what, prompt=True)
   return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

@@ -28,11 +28,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from okd_jax.errors import UserError
 from okd_jax.models import Cache, Decoder, init_cache
 from okd_jax.models import logits as logits_of
+from okd_jax.text.defaults import DRAFT_TOKENS
 from okd_jax.text.prompts import bucket
 from okd_jax.text.rollout import Sampling, traced, warp
 from okd_jax.text.source import Side
-
-DRAFT_TOKENS = 4  # before each pass of the large model, where nobody says
 
 
 class Drafted(NamedTuple):

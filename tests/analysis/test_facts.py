@@ -97,6 +97,14 @@ def test_a_run_that_moved_names_both_machines():
   found = facts.facts(HISTORY, CONFIG, ABOUT | {"parts": moved}, COST)
   pod = "from step 300 on 16 × TPU v5e, 112 CPU cores a process, 4 processes"
   assert found["machine"] == f"1 × cpu, 2 CPU cores; {pod}"
+  assert "command" not in found and "commit" not in found["versions"]  # an old run's
+
+
+def test_a_run_says_how_it_was_made():
+  part = ABOUT["parts"][0] | {"commit": "abc-dirty", "command": "python -m x '--a=b c'"}
+  found = facts.facts(HISTORY, CONFIG, ABOUT | {"parts": [part]}, COST)
+  assert found["versions"].endswith("jax 0.12.0, commit abc-dirty")
+  assert found["command"] == "python -m x '--a=b c'"
 
 
 def test_stages_are_linked_both_ways(tmp_path, no_charts):

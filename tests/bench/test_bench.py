@@ -7,8 +7,7 @@ import pytest
 from alphabet import save
 from commands import call
 
-from okd_jax import bench
-from okd_jax.bench import measure
+from okd_jax.bench import command, measure
 from okd_jax.errors import UserError
 
 NAME = "llama_gqa"
@@ -26,7 +25,7 @@ def test_speculate_prints_both_speeds(tmp_path, capsys):
   model, output = save(tmp_path / "model"), tmp_path / "result.json"
   rows = tmp_path / "rows.jsonl"
   rows.write_text("".join(f'{{"prompt": "{c}", "completion": "x"}}\n' for c in "abw"))
-  bench.main(
+  command.main(
     [
       "speculate",
       f"--model={model}",
@@ -49,7 +48,7 @@ def test_speculate_prints_both_speeds(tmp_path, capsys):
 def test_generate_prints_a_table_and_writes_json(folder, tmp_path, capsys):
   output = tmp_path / "deep" / "result.json"
   shape = {"batch_size": 2, "prompt_tokens": 3, "max_new_tokens": 4, "repeats": 3}
-  bench.main(
+  command.main(
     [
       "generate",
       f"--model={folder}",
@@ -92,7 +91,7 @@ def test_every_row_runs_to_the_limit_whatever_the_settings(folder, monkeypatch):
   monkeypatch.setattr(measure, "read_rate", lambda: 1e9)
   flags = ["--batch_size=16", "--prompt_tokens=5", "--max_new_tokens=40", "--repeats=2"]
   flags += ["--temperature=9", "--dtype=bfloat16", "--warmup=0"]
-  bench.main(["generate", f"--model={folder}", *flags])
+  command.main(["generate", f"--model={folder}", *flags])
   assert [rollout.lengths.tolist() for rollout in seen[1::2]] == [[1] * 16] * 2
   for rollout in seen[::2]:
     assert rollout.lengths.tolist() == [40] * 16
@@ -101,7 +100,7 @@ def test_every_row_runs_to_the_limit_whatever_the_settings(folder, monkeypatch):
 
 def test_the_model_must_have_room(folder):
   with pytest.raises(UserError, match="are 129 tokens, but the model takes 128"):
-    bench.main(["generate", f"--model={folder}", "--max_new_tokens=97"])
+    command.main(["generate", f"--model={folder}", "--max_new_tokens=97"])
 
 
 @pytest.mark.parametrize(
@@ -182,7 +181,7 @@ def test_depth_costs_no_compilation():
 @pytest.mark.filterwarnings("ignore:.*load_module:DeprecationWarning")  # ml_collections
 def test_what_a_step_refuses(flags, words):
   with pytest.raises(UserError, match=words):
-    bench.main(["step", *flags])
+    command.main(["step", *flags])
 
 
 def test_a_benchmark_must_be_named(capsys):
@@ -195,7 +194,7 @@ def test_a_benchmark_must_be_named(capsys):
 
 def _refused(arguments, named, capsys):
   with pytest.raises(SystemExit) as exit:
-    bench.main(arguments)
+    command.main(arguments)
   assert exit.value.code == 2
   out, err = capsys.readouterr()
   assert not out

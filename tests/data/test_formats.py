@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from okd_jax.data import load_records
+from okd_jax.data import load_records, unpack
 from okd_jax.data.files import shards
 from okd_jax.data.sources import read_rows, shards_of
 from okd_jax.errors import UserError
@@ -281,7 +281,7 @@ def test_broken_tables(name, tmp_path):
 def test_a_zst_file_that_was_cut_off(cut, tmp_path):
   """The library's own stream reader ends there in silence."""
   path = tmp_path / "a.jsonl.zst"
-  content = zstandard.compress(lines([{"text": f"{i * 7919}"} for i in range(200_000)]))
+  content = zstandard.compress(lines([{"text": f"{i * 7919}"} for i in range(30_000)]))
   path.write_bytes(content[:-cut])
   fails(path, f"{path}: cannot be read", "zstd frame")
   path.write_bytes(b"not zstd")
@@ -380,3 +380,18 @@ def test_patterns(tmp_path, monkeypatch):
   fails(tmp_path / "*", "notes.md: not a known kind of data file")
   monkeypatch.setenv("HOME", str(tmp_path))
   assert [part.name for part in shards("~/deep/*/*")] == [f"{tmp_path}/deep/er/c.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_what_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch, suffix):
+  monkeypatch.setattr(unpack, "LINE", 1 << 20)
+  monkeypatch.setattr(unpack, "WHOLE", 1 << 20)
+  pack = PACKS[suffix]
+  for name, what in (
+    ("a.jsonl", "a line of more than 1 MB"),
+    ("a.txt", "more than 1 MB"),
+  ):
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(pack(b"a" * (3 << 20)))
+    with pytest.raises(UserError, match=f"{path.name}: has {what}"):
+      load_records(str(path))

@@ -152,7 +152,7 @@ def test_each_epoch_has_its_own_order_of_shards():
   assert all(sorted(order) == sorted(orders[0]) for order in orders.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
   stop=st.integers(0, 30),
   size=st.sampled_from([1, 2, 3, 5, 8, 11]),

@@ -115,7 +115,7 @@ def test_unknown_kinds(spec):
 
 
 def test_too_small():
-  with pytest.raises(UserError, match="'bpe:257' is too small; N must be at least 258"):
+  with pytest.raises(UserError, match="'bpe:257' is too small; N must be from 258"):
     make_tokenizer("bpe:257", RECORDS)
 
 
@@ -170,3 +170,10 @@ def test_a_folder_with_nothing_but_a_tokenizer(shared):
   assert tokenizer.decode(tokenizer.encode("Once upon")) == "Once upon"
   with pytest.raises(UserError, match="there is no such file or folder"):
     models.load_tokenizer("./nowhere")
+
+
+@pytest.mark.parametrize("size", ["99999999999", "1048577", "9" * 5000])
+def test_too_large(size):
+  """The trainer would take memory for all entries at once, terabytes for the first."""
+  with pytest.raises(UserError, match="^tokenizer 'bpe:.*is too large; N must be from"):
+    make_tokenizer(f"bpe:{size}", [])

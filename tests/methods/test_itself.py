@@ -77,6 +77,7 @@ def test_no_gradient_goes_through_the_teacher(source, tmp_path):
   chex.assert_trees_all_close(itself, apart, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_under_lora_the_teacher_is_the_base(source, tmp_path):
   """What is trained of the student is not the teacher's: that stays as it began."""
   run = built(own(source, **LORA), tmp_path)
@@ -92,7 +93,7 @@ def test_under_lora_the_teacher_is_the_base(source, tmp_path):
   assert first == last
 
 
-@pytest.mark.parametrize("changes", [{}, LORA])
+@pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_with_a_module_it_learns_as_any_teacher_does(changes, source, tmp_path):
   run = built(own(source, **{"method.name": "okd"} | changes), tmp_path)
   start = jax.device_get(run.init().params["adapter"])

@@ -429,8 +429,15 @@ def test_every_knob_changes_something(name, knob):
   assert changed or one.updates != other.updates or plans[0] != plans[1]
 
 
+FLOATS = [(n, k) for n, k in USED if type(KNOBS[k]) is float]
+
+
 @pytest.mark.parametrize(
-  "name, knob", [(n, k) for n, k in USED if type(KNOBS[k]) is float]
+  "name, knob",
+  [  # One method of each knob; `make test-slow` has them all.
+    pytest.param(n, k, marks=[pytest.mark.slow] * (k in {x for _, x in FLOATS[:i]}))
+    for i, (n, k) in enumerate(FLOATS)
+  ],
 )
 def test_a_knob_moves_linearly(name, knob):
   """Halfway through a schedule the loss is the one of the value halfway."""
@@ -451,7 +458,8 @@ def test_a_knob_moves_linearly(name, knob):
   np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
-@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_moving_knob_in_a_training_step(microbatches):
   """The step hands the knob on, differentiates through it and logs its value."""
   setup = Setup(

@@ -68,9 +68,8 @@ def test_loss_equals_the_formula():
   np.testing.assert_allclose(both.sum(), 1)
 
 
-@pytest.mark.parametrize(
-  "side", [pytest.param("right", marks=pytest.mark.slow), "left"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_makes_no_difference(side):
   """Guards B2: of a pair of unequal rows the longer one's rest stays unmixed."""
   setup, batch = Setup("mixkd"), make_batch()

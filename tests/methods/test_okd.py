@@ -132,7 +132,7 @@ def test_sequential_update_shows_the_student_the_moved_module():
     pytest.param(Lora(rank=4), marks=pytest.mark.slow),
     pytest.param(Lora(rank=4, layers=1), marks=pytest.mark.slow),
     pytest.param(Prefix(length=3, layers=2), marks=pytest.mark.slow),
-    Prompt(length=3),
+    pytest.param(Prompt(length=3), marks=pytest.mark.slow),
   ],
   ids=["lora", "lora-top", "prefix-top", "prompt"],
 )

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import built, config, step_of
 
-from okd_jax import METHODS, cache_teacher
+from okd_jax import METHODS
 from okd_jax.data import Example, pack_row, train_loader
 from okd_jax.data.batch import Batch
 from okd_jax.data.pack import whole_row
@@ -22,6 +22,7 @@ from okd_jax.errors import UserError
 from okd_jax.models import output
 from okd_jax.run.batches import Batches
 from okd_jax.run.evaluator import Evaluator
+from okd_jax.run.stored import write as write_store
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +187,10 @@ def test_gradients_reach_student_and_module_through_the_gather(source, tmp_path)
       np.testing.assert_allclose(found, size, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_stored_teacher_is_the_live_one(source, tmp_path):
   run = built(hinted(source), tmp_path / "live")
-  cache_teacher.write(run, tmp_path / "store", 0, "float32")
+  write_store(run, tmp_path / "store", 0, "float32")
   store = hinted(source, **{"teacher.cache": str(tmp_path / "store")})
   stored = built(store, tmp_path / "stored")
   assert not stored.cast.teachers

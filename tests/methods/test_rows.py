@@ -59,9 +59,8 @@ def test_the_modules_gradient_is_that_of_its_rows(name, options):
     np.testing.assert_allclose(theirs[figure], metrics[figure], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "name, microbatches", [("okd", 2), pytest.param("kd", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, microbatches", [("okd", 2), ("kd", 2)])
 def test_micro_batches_teach_with_the_same_rows(name, microbatches):
   """Guards C1: unequal parts, the first of which has nothing to train on."""
   batch = without(make_batch(), jnp.array([0, 1, 2, 3]))
@@ -167,9 +166,8 @@ def test_packed_rows_give_one_loss_however_they_are_cut(ways, seed, empty):
       np.testing.assert_allclose(got[norm], want[norm], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-  "order", ["simultaneous", pytest.param("sequential", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["simultaneous", "sequential"])
 def test_a_step_that_holds_the_module(order):
   """The adapter and its moments stay to the last bit; the student is pulled to it."""
   setup = setup_of("okd", update_order=order)
@@ -194,6 +192,7 @@ def test_a_step_that_holds_the_module(order):
   )
 
 
+@pytest.mark.slow
 def test_the_share_saves_memory():
   """The teacher keeps what its backward pass needs for a quarter of the rows."""
   batch = make_batch(rows=16, length=12)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import families
 import jax
@@ -374,14 +375,31 @@ def test_kinds_that_a_layout_has_no_words_for(name, kind):
     ("qwen2", {"layer_types": ["full_attention"] * 9}, "has 9 of them for 3 layers"),
     ("smollm3", {"no_rope_layers": [1, 0]}, "has 2 of them for 4 layers"),
     ("qwen2", {"max_window_layers": None, "layer_types": None}, "of the wrong type"),
-    ("gemma2", {"query_pre_attn_scalar": 0}, "of the wrong type"),
-    ("llama3", {"rope_scaling": "linear"}, "of the wrong type"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "_scalar=0 must be a number from 0.001"),
+    ("llama3", {"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
     (
       "llama3",
       {"rope_scaling": {"type": "linear", "factor": "2"}},
-      "of the wrong type",
+      "rope_scaling.factor='2' must be a number",
     ),
-    ("llama3", {"hidden_size": "64"}, "of the wrong type"),
+    ("llama3", {"hidden_size": "64"}, "hidden_size='64' must be a whole number"),
+    ("llama3", {"num_hidden_layers": 10**12}, "a whole number from 0 to 4,096"),
+    ("gemma2", {"num_hidden_layers": 10**12}, "a whole number from 0 to 4,096"),
+    ("llama3", {"num_hidden_layers": 4000}, "tensors, and it holds|missing"),
+    ("qwen3_moe", {"num_experts": 9999}, "describes 90,021 tensors, and it holds"),
+    ("llama3", {"vocab_size": 10**12}, "vocab_size=10.* must be a whole number"),
+    ("llama3", {"num_hidden_layers": 2.0}, "num_hidden_layers=2.0 must be a whole"),
+    ("llama3", {"num_hidden_layers": True}, "num_hidden_layers=True must be a whole"),
+    ("llama3", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan must be a number"),
+    ("llama3", {"rms_norm_eps": [1]}, "rms_norm_eps=.1. must be a number"),
+    ("llama3", {"rope_theta": math.inf}, "rope_theta=inf must be a number"),
+    ("llama3", {"attention_bias": "no"}, "attention_bias='no' must be true or false"),
+    ("llama3", {"eos_token_id": {"a": 1}}, "eos_token_id=.* must be a whole number"),
+    ("llama3", {"bos_token_id": 2**40}, "bos_token_id=1099511627776 must be"),
+    ("mistral", {"sliding_window": "all"}, "sliding_window='all' must be a whole"),
+    ("smollm3", {"no_rope_layer_interval": 0}, "interval=0 must be a whole number"),
+    ("olmo3", {"layer_types": [1, 2]}, "layer_types=.* must be a list, each text"),
+    ("llama3", {"hidden_size": 10**4000}, "hidden_size=a very large number must be"),
     ("llama3", {"model_type": ["llama"]}, "model_type ..llama.. is not supported"),
     (
       "gemma",

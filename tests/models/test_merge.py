@@ -67,6 +67,7 @@ def test_blocks_take_the_places_of_their_layers():
     np.testing.assert_array_equal(new[np.array([0, 2])], own.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_adapted_teacher(tmp_path):
   """teacher.adapter, a PEFT folder or the run that holds it, below any method."""
   tokenizer = make_tokenizer("bytes", [])

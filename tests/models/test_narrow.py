@@ -54,7 +54,7 @@ def silenced(params, config, kept):
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
-@pytest.mark.parametrize("width", [0.5, 0.1])
+@pytest.mark.parametrize("width", [0.5, pytest.param(0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["grouped", "llama_gqa", "gpt2"])
 def test_a_narrow_model_is_the_whole_one_with_the_rest_silenced(name, width):
   """The oracle: zeros in the kernels that read heads and channels that are gone."""

@@ -166,3 +166,14 @@ def test_pushed_private_unless_it_is_to_be_public(public, tmp_path, monkeypatch)
   assert Hub.calls == [create, ("folder", folder), create, ("file", file)]
   with pytest.raises(UserError, match=r"not on the hub as me/taken: 403 Forbidden$"):
     card.push(tmp_path, "me/taken", public)
+
+
+def test_what_a_card_says_is_text_and_no_markup():
+  """A file's name cannot be a heading, a picture, a script or a row of its own."""
+  name = "a|b\n# c\n<script>x</script> ![d](e) *f* under_score.jsonl"
+  text = model_card(SHAPE, 1000, Card({"Data": name}, datasets=["a: b\n---\nc: d"]))
+  [row] = [line for line in text.splitlines() if line.startswith("| Data")]
+  assert row == (
+    r"| Data | a\|b # c \<script\>x\</script\> !\[d\](e) \*f\* under_score.jsonl |"
+  )
+  assert text.count("\n---\n") == 1 and "<script>" not in text

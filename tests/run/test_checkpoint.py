@@ -1,6 +1,9 @@
 """Checkpoints come back bit for bit, and a damaged one is passed over, not trusted."""
 
+import errno
+import json
 import math
+import shutil
 
 import chex
 import jax
@@ -12,7 +15,7 @@ from okd_jax.data import Example, train_loader
 from okd_jax.errors import UserError
 from okd_jax.evaluation import figures
 from okd_jax.run import checkpoint
-from okd_jax.runtime import sharding
+from okd_jax.runtime import checksums, sharding
 
 
 def loader():
@@ -137,7 +140,7 @@ def test_what_was_not_finite_is_never_the_best(tmp_path):
   best, data = figures.score_by("loss"), loader()
   with checkpoint.opened(tmp_path, 3, best) as checkpoints:
     for step, loss in enumerate([math.nan, 2.0, 3.0], 1):
-      checkpoints.save(step, {"weight": np.zeros(2)}, data, {"loss": loss})
+      checkpoints.save(step, {"weight": np.zeros(2, np.float32)}, data, {"loss": loss})
   with checkpoint.opened(tmp_path, 3, best) as checkpoints:
     assert checkpoints.steps() == [1, 2, 3] and checkpoints.best_step() == 2
 
@@ -147,7 +150,7 @@ def test_another_number_of_devices(tmp_path):
   setup, states, _ = saved(tmp_path)
   mesh = sharding.make_mesh(1, 8, 1)
   with checkpoint.opened(tmp_path, 3) as checkpoints:
-    state = checkpoints.restore_step(3, jax.eval_shape(lambda: setup.state), None, mesh)
+    state = checkpoints.restore_step(3, jax.eval_shape(lambda: setup.state), mesh)
   kernel = state.params["student"]["layers"]["mlp"]["up"]["kernel"]
   assert len(kernel.addressable_shards) == 8
   assert kernel.addressable_shards[0].data.size < kernel.size
@@ -157,3 +160,144 @@ def test_another_number_of_devices(tmp_path):
 def test_keep_must_be_positive(tmp_path):
   with pytest.raises(UserError, match="checkpoint.keep=0"):
     checkpoint.Checkpoints(tmp_path, 0)
+
+
+def flip(path, place):
+  """Flips one bit of a file."""
+  content = bytearray(path.read_bytes())
+  content[int(place * (len(content) - 1))] ^= 4
+  path.write_bytes(bytes(content))
+
+
+def test_one_bit_of_an_array_is_enough(tmp_path, caplog):
+  """What the files' own format lets pass: a state that nobody has computed."""
+  setup, states, _ = saved(tmp_path / "sound")
+  for place in (0.1, 0.3, 0.5):
+    copy = shutil.copytree(tmp_path / "sound", tmp_path / str(place))
+    [file] = (copy / "3/state/ocdbt.process_0/d").iterdir()
+    flip(file, place)
+    caplog.clear()
+    state, step, _ = restored(setup, copy)
+    assert step == 2 and "checkpoint of step 3 is damaged" in caplog.text
+    chex.assert_trees_all_equal(jax.tree.map(np.array, state), states[2])
+
+
+def test_the_array_is_named(tmp_path, caplog):
+  """Of a checkpoint whose files are sound, and whose array is another all the same."""
+  weight, data = {"weight": np.ones(3, np.float32)}, loader()
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, weight, data, None)
+  good = json.loads((tmp_path / "2/seal/seal.json").read_text())
+  body = json.loads(good["seal"])
+  body["arrays"] = dict.fromkeys(body["arrays"], "float32[3] 00")
+  text = json.dumps(body, sort_keys=True)
+  digest = checksums.of_bytes(text.encode())
+  (tmp_path / "2/seal/seal.json").write_text(
+    json.dumps({"sha256": digest, "seal": text})
+  )
+  mesh = sharding.make_mesh(8, 1, 1)
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    assert checkpoints.restore(weight, loader(), mesh)[1] == 1
+  assert "array ['state']['weight'] is not as it was written" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["metrics/metrics", "data/position.json", "seal/seal.json", "_CHECKPOINT_METADATA"],
+)
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"\xff\x00", None])
+def test_a_damaged_small_file(name, content, tmp_path, caplog):
+  """Also one that is valid JSON, and says something else."""
+  assert name in _checkpoints_of_numbers(tmp_path)
+  path = tmp_path / "2" / name
+  path.unlink() if content is None else path.write_bytes(content)
+  with checkpoint.opened(tmp_path, 3, figures.score_by("loss")) as checkpoints:
+    state, step, _ = checkpoints.restore(
+      {"n": np.zeros(2, np.float32)}, loader(), a_mesh()
+    )
+    assert step == 1 and state["n"].tolist() == [1, 1]
+  assert "checkpoint of step 2 is damaged" in caplog.text
+  assert (tmp_path / "damaged-2").is_dir()
+
+
+def a_mesh():
+  return sharding.make_mesh(8, 1, 1)
+
+
+def _checkpoints_of_numbers(folder):
+  """Steps 1 and 2, of losses 3 and 2; the names of the last one's files."""
+  data = loader()
+  with checkpoint.opened(folder, 3, figures.score_by("loss")) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(
+        step, {"n": np.full(2, np.float32(step))}, data, {"loss": 4.0 - step}
+      )
+  files = [path for path in (folder / "2").rglob("*") if path.is_file()]
+  return {path.relative_to(folder / "2").as_posix() for path in files}
+
+
+def test_the_best_gives_way_and_it_is_told(tmp_path, caplog):
+  """Reading alone, as an export does: nothing is renamed."""
+  _checkpoints_of_numbers(tmp_path)
+  best = figures.score_by("loss")
+  for file in (tmp_path / "2/state").rglob("d/*"):
+    file.write_bytes(b"")
+  with checkpoint.opened(tmp_path, 3, best, read_only=True) as found:
+    state, step = found.best({"n": np.zeros(2, np.float32)}, a_mesh())
+    assert step == 1 and state["n"].tolist() == [1, 1]
+    with pytest.raises(UserError, match="2 is damaged; other steps: 1"):
+      found.restore_step(2, {"n": np.zeros(2, np.float32)}, a_mesh())
+  assert "the checkpoint of step 1 is taken in its place" in caplog.text
+  assert (tmp_path / "2").is_dir()
+
+
+def test_if_none_is_whole_nothing_starts_anew_in_silence(tmp_path):
+  _checkpoints_of_numbers(tmp_path)
+  for step in (1, 2):
+    (tmp_path / str(step) / "metrics/metrics").write_text("{")
+  with pytest.raises(UserError, match="no checkpoint below .* can be read; move"):
+    checkpoint.Checkpoints(tmp_path, 3)
+  assert (tmp_path / "1").is_dir() and (tmp_path / "2").is_dir()
+
+
+def test_a_checkpoint_of_before_there_were_seals(tmp_path, caplog):
+  """It is taken, and said to be unchecked; one whose seal is lost is not."""
+  _checkpoints_of_numbers(tmp_path)
+  shutil.rmtree(tmp_path / "2/seal")
+  about = json.loads((tmp_path / "2/_CHECKPOINT_METADATA").read_text())
+  del about["item_handlers"]["seal"]
+  (tmp_path / "2/_CHECKPOINT_METADATA").write_text(json.dumps(about))
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    assert (
+      checkpoints.restore({"n": np.zeros(2, np.float32)}, loader(), a_mesh())[1] == 2
+    )
+  assert "checkpoint of step 2 has no checksums" in caplog.text
+  shutil.rmtree(tmp_path / "1/seal")
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+    assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [28]"),
+  ],
+)
+def test_a_full_disk_is_one_sentence(error, tmp_path, monkeypatch):
+  _checkpoints_of_numbers(tmp_path)
+  with checkpoint.opened(tmp_path, 3) as checkpoints:
+
+    def full(*args, **kwargs):
+      raise RuntimeError("save failed") from error
+
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        checkpoints._checkpointer, "save_checkpointables_async", full, raising=False
+      )
+      words = (
+        r"could not be written \(No space left on device\); that of step 2 is whole"
+      )
+      with pytest.raises(UserError, match=words):
+        checkpoints.save(3, {"n": np.zeros(2, np.float32)}, loader(), None)

@@ -15,16 +15,20 @@ from okd_jax.config.schema import settings
 from okd_jax.config.stages import stages
 from okd_jax.data import day, make_tokenizer
 from okd_jax.errors import UserError
-from okd_jax.run import about, distill
+from okd_jax.run import about, checkpoint, distill, seal
 from okd_jax.run.build import build
 from okd_jax.run.identity import (
   check_models,
+  check_versions,
   growth,
+  kept,
   kept_day,
   models_of,
+  of,
   tell_growth,
 )
 from okd_jax.run.job import check
+from okd_jax.runtime import machine
 from okd_jax.runtime.workdir import Workdir
 
 
@@ -267,3 +271,65 @@ def test_a_template_that_has_changed_is_named(tmp_path):
   names = r"^data.train, data.eval, data.template: not as when"
   with pytest.raises(UserError, match=names):
     about.check_rows(build(own, workdir), workdir)
+
+
+def sealed(folder, **changes):
+  """A workdir with a checkpoint of the changed run and no file besides."""
+  own, workdir = config(**changes), Workdir(folder)
+  made_from = of(own.to_dict(), check(own).settings, {"train": {"digest": "abc"}})
+  beside = seal.Beside(workdir, made_from, lambda: None)
+
+  class Still:
+    def get_state(self):
+      return {"next_index": 1}
+
+    def set_state(self, state):
+      pass
+
+  with checkpoint.opened(workdir.checkpoints, 1, beside=beside) as checkpoints:
+    checkpoints.save(1, {"n": np.zeros(2, np.float32)}, Still(), None)
+  return workdir
+
+
+def test_a_checkpoint_says_what_its_run_was_made_from(tmp_path):
+  """Guards going on under another configuration once config.json is lost."""
+  workdir = sealed(tmp_path)
+  assert growth(config().to_dict(), workdir) == ""
+  assert growth(config(**{"train.steps": 9}).to_dict(), workdir) == "train.steps"
+  with pytest.raises(UserError, match="another configuration .optim.lr=0.003 there, 1"):
+    growth(config(**{"optim.lr": 1.0}).to_dict(), workdir)
+  workdir.write_text(workdir.config, "[]")  # it is written anew when the run goes on
+  assert growth(config().to_dict(), workdir) == ""
+  assert kept(workdir)["data"] == {"train": {"digest": "abc"}}
+
+
+def test_other_versions_are_refused_unless_it_is_said(tmp_path, monkeypatch, caplog):
+  workdir, now = sealed(tmp_path), machine.versions()
+  check_versions(check(config()).settings, workdir)
+  monkeypatch.setattr(machine, "versions", lambda: now | {"jax": "99.0"})
+  words = f"other versions .jax {now['jax']} there, 99.0 here.*any_version=True"
+  with pytest.raises(UserError, match=words):
+    check_versions(check(config()).settings, workdir)
+  own = config(**{"checkpoint.any_version": True})
+  check_versions(check(own).settings, workdir)
+  assert "jax" in caplog.text and growth(own.to_dict(), workdir) == ""
+
+
+@pytest.mark.parametrize("content", [None, "other", ""])
+def test_what_a_run_reads_is_put_back_or_refused(content, tmp_path):
+  workdir = Workdir(tmp_path)
+  workdir.write_text(workdir.method, "# mine")
+  workdir.write_text(workdir.tokenizer / "tokenizer.json", "{}")
+  workdir.write_text(workdir.metrics, '{"step": 1}\n')
+  sealed(tmp_path)
+  place, found = seal.newest(workdir.checkpoints)
+  workdir.write_text(workdir.metrics, '{"step": 1}\n{"step": 2}\n')
+  for path in (workdir.method, workdir.tokenizer / "tokenizer.json"):
+    path.unlink() if content is None else path.write_text(content)
+  seal.put_back(workdir, place, found, fixed=True)
+  assert workdir.method.read_text() == "# mine"
+  assert len(workdir.metrics.read_text().splitlines()) == 2
+  with pytest.raises(UserError, match="tokenizer/tokenizer.json is "):
+    seal.check_watched(workdir, found)
+  seal.put_back(workdir, place, found, fixed=False)
+  assert workdir.metrics.read_text() == '{"step": 1}\n'

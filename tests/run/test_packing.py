@@ -10,12 +10,13 @@ from small import built, config, step_of
 from small import kept as kept_trunk
 from trial import Setup, make_batch, weighted
 
-from okd_jax import METHODS, cache_teacher
+from okd_jax import METHODS
 from okd_jax.data import each_alone, pack, train_loader
 from okd_jax.data.batch import Batch
 from okd_jax.errors import UserError
 from okd_jax.models.adapters import Blocks, Prefix, Prompt
 from okd_jax.run.batches import Batches
+from okd_jax.run.stored import write as write_store
 
 slow = pytest.mark.slow
 LONG = {"data.max_length": 256}
@@ -98,7 +99,7 @@ def test_a_stored_teacher_of_unpacked_rows(tmp_path):
   live = built(config(**PACK), tmp_path)
   assert max(map(len, live.data.packs)) > 1
   alone = built(config(**LONG), tmp_path)
-  cache_teacher.write(alone, tmp_path / "all", 0, "float32")
+  write_store(alone, tmp_path / "all", 0, "float32")
   store = {"teacher.cache": str(tmp_path / "all")}
   stored = built(config(**PACK | store), tmp_path)
   chex.assert_trees_all_close(

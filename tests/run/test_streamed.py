@@ -81,6 +81,7 @@ def train(folder, workdir):
   return [*FLAGS, *changes, f"--workdir={workdir}"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   call("main", *train(tmp_path / "data", whole))

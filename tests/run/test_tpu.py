@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from okd_jax import methods, models
 from okd_jax.bench import measure
+from okd_jax.bench.collectives import collectives
 from okd_jax.config.schema import OptimSettings
 from okd_jax.data.batch import Batch
 from okd_jax.models import Decoder, kernels
@@ -48,12 +49,12 @@ def make_mesh(devices, *sizes: int) -> Mesh:
   )
 
 
-def decoders(kernel: str, dtype, remat: bool) -> dict[str, Decoder]:
+def decoders(kernel: str, dtype, remat: bool, vocab: int) -> dict[str, Decoder]:
   """GPT-2's widths, four layers to two, so that attention is what fills the memory."""
   shape = functools.partial(
     models.preset,
     "gpt2",
-    vocab_size=VOCAB,
+    vocab_size=vocab,
     hidden_size=768,
     num_heads=12,
     max_length=LENGTH,
@@ -67,9 +68,9 @@ def decoders(kernel: str, dtype, remat: bool) -> dict[str, Decoder]:
   }
 
 
-def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False):
+def compiled(mesh: Mesh, kernel: str, dtype=jnp.bfloat16, remat=False, vocab=VOCAB):
   """A whole step of okd; nothing of it is ever in memory."""
-  cast = decoders(kernel, dtype, remat)
+  cast = decoders(kernel, dtype, remat, vocab)
   method = methods.build("okd", {})
   settings = OptimSettings(lr=1e-4, schedule="constant", weight_decay=1e-2, clip=1.0)
   rate = optim.schedule(settings, 100)
@@ -145,3 +146,22 @@ def test_splash_attention_takes_heads_of_any_size(devices, head_dim, dtype):
     with jax.set_mesh(mesh):
       program = gradient.lower(*qkv, segment_ids).compile()
     assert program.as_text().count("tpu_custom_call") >= 3  # out, dq, dk and dv
+
+
+def test_under_fsdp_hardly_a_layer_waits_for_weights(devices):
+  """Those of a product come during the one before, student's and teacher's alike.
+
+  And no gradient is added up whole: each device gets its part, of tables, too.
+  """
+  mesh = make_mesh(devices, 1, 4, 1)
+  program = compiled(mesh, "splash", remat=True, vocab=50304)
+  found = [each for each in collectives(program.as_text()) if each.bytes > 10**5]
+  kernel = 2 * 768**2  # bytes of a query's
+  layers = [x for x in found if x.in_loop and "Decoder._layers" in x.source]
+  gathers = [x for x in layers if x.kind in ("all-gather", "collective-permute")]
+  assert sum(x.bytes * x.times for x in gathers) > 2 * 6 * 12 * kernel * 3 / 4
+  waited = [x.bytes for x in gathers if not x.apart]
+  assert waited == [kernel] * len(waited) and len(waited) <= 3  # of 5 loops
+  assert "all-reduce" not in {x.kind for x in found}
+  scattered = [x.bytes for x in found if x.kind == "reduce-scatter"]
+  assert sum(size >= 2 * 50304 * 768 for size in scattered) == 2  # lookup and head

@@ -148,3 +148,16 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, extra, module, wa
   with pytest.raises(UserError, match=rf"train.{extra} needs .*okd-jax\[{extra}\]"):
     open_writer(tmp_path, **{extra: wanted})
   assert not (tmp_path / "metrics.jsonl").exists()  # what was there would be, too
+
+
+@pytest.mark.parametrize(
+  "garbage", [b"\x00\xff", b"{", b"[]", b"5", b'{"step": "x"}', b""]
+)
+def test_garbage_in_the_middle_is_told_and_no_row_dropped(garbage, tmp_path):
+  row = b'{"step": 1, "kind": "train"}\n'
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(row + garbage + b"\n" + row)
+  with pytest.raises(UserError, match="metrics.jsonl, line 2: no row of figures"):
+    metrics.read(tmp_path)
+  path.write_bytes(row + row + garbage)  # what a kill has left
+  assert len(metrics.read(tmp_path)) == 2

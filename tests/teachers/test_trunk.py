@@ -86,6 +86,7 @@ def test_the_layers_below_can_be_dropped(tmp_path):
       decoder.apply({"params": top}, **batch)
 
 
+@pytest.mark.slow
 def test_figures_of_a_teacher_without_its_trunk(tmp_path):
   """Those of the whole teacher, within what bfloat16 holds."""
   run = built(okd(**{"teacher.trunk": "memory"}), tmp_path)

@@ -619,6 +619,7 @@ def _printed(processes):
   return [stdout.splitlines()[-1] for stdout, _ in outputs]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_text_of_one():
   """Guards G3. Model and batch are split; the script compares both runs itself."""
   [text] = _printed([_spawn(1, 0, 0)])

@@ -50,7 +50,9 @@ def plain(model, prompt, limit, eos_ids=()):
   return found.tokens.tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_gqa"])
+@pytest.mark.parametrize(
+  "name", ["gpt2", pytest.param("llama_gqa", marks=pytest.mark.slow)]
+)
 def test_greedy_text_is_the_large_models(name):
   config = families.CONFIGS[name]
   model = side(config)
@@ -101,6 +103,7 @@ def test_prompts_of_any_length_and_texts_that_end():
       assert found.tokens.tolist() == right
 
 
+@pytest.mark.slow
 def test_a_text_may_fill_the_context():
   """Positions beyond it are read while drafting, and must not spoil what is kept."""
   config = dataclasses.replace(families.CONFIGS["gpt2"], max_length=20)
@@ -162,7 +165,9 @@ def probabilities(sampling, model, limit=3):
   }
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+  "name", ["as it is", pytest.param("filtered", marks=pytest.mark.slow)]
+)
 def test_texts_are_distributed_as_the_large_models(name):
   """Pearson's test of the texts against the product of the model's probabilities."""
   sampling, count = SAMPLINGS[name], COUNT
@@ -199,7 +204,7 @@ def test_drafts_are_kept_as_often_as_their_distributions_say():
   assert (whole[1] == whole[2]).all()  # p = q: nothing is ever rejected
 
 
-@pytest.mark.parametrize("size", [40, 80])
+@pytest.mark.parametrize("size", [pytest.param(40, marks=pytest.mark.slow), 80])
 def test_vocabularies_may_be_padded_differently(size):
   config = families.CONFIGS["llama_gqa"]
   model = side(config)

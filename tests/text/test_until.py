@@ -5,6 +5,7 @@ import functools
 import families
 import jax
 import numpy as np
+import pytest
 
 from okd_jax.models import Decoder
 from okd_jax.text import rollout
@@ -53,6 +54,7 @@ def test_parts_double():
   assert list(_parts(20)) == [(0, 20)]
 
 
+@pytest.mark.slow
 def test_greedy_parts_are_the_whole():
   """A text that no string stops is what one loop would have written."""
   config = families.CONFIGS["gpt2_untied"]

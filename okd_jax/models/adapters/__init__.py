@@ -56,7 +56,7 @@ KINDS: dict[str, type[Adapter]] = {
 }
 
 
-def make(kind: str, **fields: Any) -> Adapter:
+def make(kind: object, **fields: Any) -> Adapter:
   """The online module of this kind, with those of the fields that the kind has.
 
   Args:
@@ -67,7 +67,7 @@ def make(kind: str, **fields: Any) -> Adapter:
     UserError: for an unknown kind, a field that is wrong, or a choice of `layers` for a
       kind that leaves none.
   """
-  if kind not in KINDS:
+  if not isinstance(kind, str) or kind not in KINDS:
     raise UserError(f"adapter.kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
   cls = KINDS[kind]
   if cls.layers_refused and (layers := fields.get("layers")):

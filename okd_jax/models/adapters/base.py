@@ -1,7 +1,7 @@
 """What an online module is to the decoder, and to those who train and export it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from okd_jax.errors import UserError
+from okd_jax.models.bounds import Bound
+from okd_jax.models.bounds import problems as out_of_bounds
 from okd_jax.models.config import ModelConfig
 
 Tree = dict[str, Any]
@@ -44,15 +46,19 @@ class Adapter:
       model.
     whole: whether a pass must run all layers at once.
     layers_refused: why nobody may choose its layers by `adapter.layers`, '' if one may.
+    bounds: what its fields may hold.
   """
 
   kind: ClassVar[str] = ""
   folder: ClassVar[str] = "adapter"
   whole: ClassVar[bool] = False
   layers_refused: ClassVar[str] = ""
+  bounds: ClassVar[Mapping[str, Bound]] = {}
 
   def __post_init__(self):
-    if problems := list(self.problems()):
+    # Types first: `problems` compares.
+    wrong = list(out_of_bounds(vars(self), self.bounds, "adapter."))
+    if problems := wrong or list(self.problems()):
       raise UserError("; ".join(problems))
 
   def problems(self) -> Iterator[str]:

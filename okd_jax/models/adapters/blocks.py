@@ -1,7 +1,7 @@
 """Blocks: some of the teacher's own layers, as trained copies in their places."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 
 from okd_jax.errors import UserError
 from okd_jax.models.adapters.base import Adapter, Run, Tree, cut
-from okd_jax.models.config import ModelConfig
+from okd_jax.models.bounds import LIST, WHOLE, Bound
+from okd_jax.models.config import MOST_LAYERS, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Blocks(Adapter):
   layers_refused: ClassVar[str] = (
     "which chooses layers by their saliency; leave it at 0 and set adapter.share"
   )
+  bounds: ClassVar[Mapping[str, Bound]] = {"blocks": Bound(LIST, 0, MOST_LAYERS, WHOLE)}
   blocks: Sequence[int]
 
   def __post_init__(self):
-    object.__setattr__(self, "blocks", tuple(map(int, self.blocks)))
     super().__post_init__()
+    object.__setattr__(self, "blocks", tuple(map(int, self.blocks)))
 
   def problems(self) -> Iterator[str]:
     """As in the base class."""

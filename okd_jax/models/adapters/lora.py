@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from okd_jax.errors import UserError
 from okd_jax.models.adapters.base import Tree
 from okd_jax.models.adapters.layers import TopLayers
-from okd_jax.models.config import ModelConfig
+from okd_jax.models.bounds import LIST, TEXT, Bound, at_most, number
+from okd_jax.models.config import MOST_LAYERS, ModelConfig
 from okd_jax.models.product import project
 
 TARGETS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -35,13 +36,20 @@ class Lora(TopLayers):
   """
 
   kind: ClassVar[str] = "lora"
+  bounds: ClassVar[Mapping[str, Bound]] = {
+    "rank": at_most(1 << 16),
+    "scale": number(-1e6, 1e6),
+    "targets": Bound(LIST, of=TEXT),
+    "layers": at_most(MOST_LAYERS),
+  }
   rank: int = 32
   scale: float = 1.0
   targets: Sequence[str] = ("query", "value")
   layers: int = 0
 
   def __post_init__(self):
-    object.__setattr__(self, "targets", tuple(self.targets))
+    if isinstance(self.targets, list):
+      object.__setattr__(self, "targets", tuple(self.targets))
     super().__post_init__()
 
   def problems(self) -> Iterator[str]:

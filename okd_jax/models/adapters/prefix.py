@@ -1,7 +1,7 @@
 """A prefix: learned keys and values before the real ones of each layer."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import flax.linen as nn
@@ -10,8 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from okd_jax.models.adapters.layers import TopLayers
+from okd_jax.models.bounds import Bound, at_most
+from okd_jax.models.config import MOST_LAYERS
 
 STD = 0.02  # of virtual tokens at the start
+MOST_TOKENS = at_most(1 << 16)  # `length_problems` has words for 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Prefix(TopLayers):
   """
 
   kind: ClassVar[str] = "prefix"
+  bounds: ClassVar[Mapping[str, Bound]] = {
+    "length": MOST_TOKENS,
+    "layers": at_most(MOST_LAYERS),
+  }
   length: int = 16
   layers: int = 0
 

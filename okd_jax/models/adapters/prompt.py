@@ -1,7 +1,7 @@
 """A prompt: learned input vectors before the text."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,7 +12,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from okd_jax.models.adapters.base import Adapter, Tree
-from okd_jax.models.adapters.prefix import STD, length_problems
+from okd_jax.models.adapters.prefix import MOST_TOKENS, STD, length_problems
+from okd_jax.models.bounds import LIST, WHOLE, Bound
+from okd_jax.models.config import MOST_IDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +32,18 @@ class Prompt(Adapter):
   """
 
   kind: ClassVar[str] = "prompt"
+  bounds: ClassVar[Mapping[str, Bound]] = {
+    "length": MOST_TOKENS,
+    "ids": Bound(LIST, 0, MOST_IDS, WHOLE),
+  }
   whole: ClassVar[bool] = True
   layers_refused: ClassVar[str] = "whose vectors pass through all layers; leave it at 0"
   length: int = 16
   ids: Sequence[int] = ()
 
   def __post_init__(self):
+    if isinstance(self.ids, range | np.ndarray):
+      object.__setattr__(self, "ids", tuple(map(int, self.ids)))
     super().__post_init__()
     ids = np.resize(np.array(self.ids, np.int32), self.length) if len(self.ids) else ()
     object.__setattr__(self, "ids", tuple(map(int, ids)))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import huggingface_hub
 from okd_jax.models.config import ModelConfig
 
 _log = logging.getLogger(__name__)
+# An underscore within a word is no mark-up, and names of files are full of them.
+_MARKS = re.compile(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)")
 _LICENCE = ("license", "license_name", "license_link")
 
 
@@ -81,8 +84,18 @@ def licence(readme: Path) -> dict[str, str]:
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> list[str]:
   if not rows:
     return []
-  lines = [f"| {name} | {value} |" for name, value in rows.items()]
+  lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items()]
   return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines, ""]
+
+
+def _plain(text: str) -> str:
+  """Text as Markdown shows it letter by letter: no mark-up, no cell or row of its own.
+
+  >>> print(_plain("a|b <img>"), _plain("[x](y)"), _plain("c_d.jsonl"))
+  a\\|b \\<img\\> \\[x\\](y) c_d.jsonl
+  """
+  line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+  return _MARKS.sub(r"\\\g<0>", line)
 
 
 def _public(value: str) -> str:

@@ -18,8 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from okd_jax.errors import UserError
-from okd_jax.models.config import ModelConfig, RopeScaling
-from okd_jax.models.formats import gguf_tokenizer
+from okd_jax.models.bounds import TEXT, Bound, number, problems, whole
+from okd_jax.models.config import BOUNDS, ModelConfig, RopeScaling
+from okd_jax.models.formats import gguf_header, gguf_tokenizer
 from okd_jax.models.formats.assembly import assemble
 from okd_jax.models.formats.families import family_of
 from okd_jax.models.formats.parts import Bounds, Where, on_default_device
@@ -28,6 +29,34 @@ from okd_jax.models.rope import rope_frequencies
 
 Value = bool | int | float | str | list[Any] | None  # what a field may hold
 
+_RATIO = number(0.0, 1e9)
+_FIELDS = {
+  "general.license": Bound(TEXT),
+  "general.license.link": Bound(TEXT),
+  "general.license.name": Bound(TEXT),
+  "split.count": whole(0, 1 << 16),
+} | {
+  f"tokenizer.ggml.{name}_token_id": BOUNDS["bos_id"]
+  for name in ("bos", "eos", "eot", "eom", "padding", "unknown")
+}
+_OF_ARCH = {  # an architecture's own, one for all layers or one for each
+  "attention.head_count": BOUNDS["num_heads"]._replace(least=1),
+  "attention.head_count_kv": BOUNDS["num_kv_heads"]._replace(least=1),
+  "attention.key_length": BOUNDS["head_dim"],
+  "attention.layer_norm_epsilon": BOUNDS["norm_eps"],
+  "attention.layer_norm_rms_epsilon": BOUNDS["norm_eps"],
+  "attention.value_length": BOUNDS["head_dim"],
+  "block_count": BOUNDS["num_layers"]._replace(least=1),
+  "context_length": BOUNDS["max_length"],
+  "embedding_length": BOUNDS["hidden_size"]._replace(least=1),
+  "expert_count": BOUNDS["experts"],
+  "feed_forward_length": BOUNDS["mlp_size"],
+  "rope.dimension_count": BOUNDS["head_dim"],
+  "rope.freq_base": BOUNDS["rope_theta"],
+  "rope.scale_linear": _RATIO,
+  "rope.scaling.factor": _RATIO,
+  "rope.scaling.type": Bound(TEXT),
+}
 _IGNORED = re.compile(r"rope_freqs\.weight|attn_rot_embd")  # said by the config
 
 
@@ -118,10 +147,11 @@ class _File:
     self.path, self.name = path, str(path)
     self.fields, self._tensors = _read(path)
     self.arch = self.fields.get("general.architecture")
-    if self.arch not in WEIGHTS:
+    if not isinstance(self.arch, str) or self.arch not in WEIGHTS:
       self._refuse(
         f"the architecture {self.arch!r} is not supported, only {', '.join(WEIGHTS)}"
       )
+    self._check_fields()
     if self.fields.get("split.count", 1) > 1:
       self._refuse("it is one part of several; join them with llama-gguf-split --merge")
     self.table = WEIGHTS[self.arch]
@@ -130,8 +160,20 @@ class _File:
       for name, tensor in self._tensors.items()
       if not _IGNORED.search(name)
     }
+    if self.get("block_count") > len(self.shapes):
+      self._refuse(f"it has {len(self.shapes)} tensors for so many layers")
     if self._head_is_embedding():
       del self.shapes["output.weight"]
+
+  def _check_fields(self) -> None:
+    """Raises a UserError for fields that hold what no model has."""
+    wrong = list(problems(self.fields, _FIELDS))
+    for name, bound in _OF_ARCH.items():
+      value = self.fields.get(full := f"{self.arch}.{name}")
+      for one in value if isinstance(value, list) else [value]:
+        wrong += problems({full: one}, {full: bound})
+    if wrong:
+      self._refuse("; ".join(dict.fromkeys(wrong)))
 
   def config(self) -> ModelConfig:
     """The model's shape; what GGUF leaves unsaid shows in which tensors there are."""
@@ -143,6 +185,8 @@ class _File:
     if full not in self.fields and not default:
       self._refuse(f"the field {full} is missing")
     value = self.fields.get(full, *default)
+    if value is None:
+      self._refuse(f"the field {full} is missing")
     if isinstance(value, list):
       if len(set(value)) != 1:
         self._refuse(f"{full} differs from layer to layer, which is not supported")
@@ -202,6 +246,7 @@ def _read(path: Path) -> tuple[dict[str, Value], dict[str, Any]]:
     )
   import gguf
 
+  gguf_header.check(path, _block)
   try:
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -212,6 +257,13 @@ def _read(path: Path) -> tuple[dict[str, Value], dict[str, Any]]:
   return fields, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def _block(kind: int) -> tuple[int, int]:
+  """(values in a block, its bytes) of a tensor's type; ValueError for none."""
+  import gguf
+
+  return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+
+
 def _shared_config(file: _File) -> dict[str, Any]:
   heads = file.get("attention.head_count")
   ids = {
@@ -219,8 +271,8 @@ def _shared_config(file: _File) -> dict[str, Any]:
     for name in ("bos", "eos", "eot", "eom", "padding")
   }
   eos = (ids[name] for name in ("eos", "eot", "eom") if ids[name] is not None)
-  if "token_embd.weight" not in file.shapes:
-    raise UserError(f"{file.path}: the tensor token_embd.weight is missing")
+  if len(file.shapes.get("token_embd.weight", ())) != 2:
+    raise UserError(f"{file.path}: the matrix token_embd.weight is missing")
   return {
     "family": file.arch,
     "vocab_size": file.shapes["token_embd.weight"][0],
@@ -301,6 +353,8 @@ def _llama3_scaling(
 
   Every published LLaMA 3 has the same constants but for the largest factor.
   """
+  if factors.shape != (config.rotary_dim // 2,):
+    raise UserError(f"{file.path}: rope_freqs.weight has {factors.size} values")
   if np.allclose(factors, 1):
     return None
   scaling = RopeScaling("llama3", float(f"{factors.max():.7g}"))

@@ -10,9 +10,23 @@ import transformers
 from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
 from okd_jax.errors import UserError
+from okd_jax.models.bounds import LIST, NUMBER, SWITCH, TEXT, WHOLE, Bound, problems
 
 # llama.cpp's token types.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_LONGEST = 2000  # characters of a token; a SentencePiece is cut at each of them
+_FIELDS = {
+  "add_bos_token": Bound(SWITCH),
+  "add_eos_token": Bound(SWITCH),
+  "add_space_prefix": Bound(SWITCH),
+  "merges": Bound(LIST, of=TEXT),
+  "model": Bound(TEXT),
+  "pre": Bound(TEXT),
+  "scores": Bound(LIST, -3.5e38, 3.5e38, NUMBER),
+  "token_type": Bound(LIST, 0, 255, WHOLE),
+  "tokenizer.chat_template": Bound(TEXT),
+  "tokens": Bound(LIST, of=TEXT),
+}
 _NEVER = -1e6  # the score of a piece that no merge makes
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
@@ -35,16 +49,23 @@ def build(
   kind = fields.get("tokenizer.ggml.model")
   if kind in (None, "none", "no_vocab"):
     return None
+  named = {key.removeprefix("tokenizer.ggml."): v for key, v in fields.items()}
+  if wrong := list(problems(named, _FIELDS, "tokenizer.ggml.")):
+    raise UserError(f"{where}: {'; '.join(wrong)}")
   if kind not in _KINDS:
     raise UserError(
       f"{where}: the tokenizer {kind!r} is not supported, only {', '.join(_KINDS)}"
     )
   try:
-    return _wrap(
-      _KINDS[kind](_Fields(fields, where)), _Fields(fields, where), max_length
-    )
+    own = _Fields(fields, where)
+    own.check()
+    return _wrap(_KINDS[kind](own), own, max_length)
   except KeyError as error:
     raise UserError(f"{where}: the tokenizer's field {error} is missing") from None
+  except UserError:
+    raise
+  except Exception as error:  # tokenizers raises bare Exception for what it refuses
+    raise UserError(f"{where}: its tokenizer cannot be made: {error}") from error
 
 
 class _Fields:
@@ -62,6 +83,24 @@ class _Fields:
 
   def get(self, name: str, default: object = None) -> Any:
     return self._fields.get(f"tokenizer.ggml.{name}", default)
+
+  def check(self) -> None:
+    """Raises a UserError for lists and ids that do not fit together."""
+    count = len(self.tokens)
+    for name in ("token_type", "scores"):
+      if len(self.get(name) or self.tokens) != count:
+        raise UserError(
+          f"{self.where}: tokenizer.ggml.{name} has {len(self.get(name))} values for "
+          f"{count} tokens"
+        )
+    for name in ("bos", "eos", "unknown", "padding"):
+      if (self.get(f"{name}_token_id") or 0) >= count:
+        raise UserError(
+          f"{self.where}: its {name} token is {self.get(f'{name}_token_id')}, of "
+          f"{count}"
+        )
+    if longest := next((t for t in self.tokens if len(t) > _LONGEST), ""):
+      raise UserError(f"{self.where}: a token has {len(longest):,} characters")
 
   def named(self) -> dict[str, str]:
     """{'bos': '<s>', …} for the special tokens that the file names."""

@@ -25,7 +25,8 @@ from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from okd_jax.errors import UserError
-from okd_jax.models.config import ModelConfig
+from okd_jax.models.bounds import shown, whole
+from okd_jax.models.config import MOST_IDS, ModelConfig
 from okd_jax.models.formats.assembly import assemble, disassemble, stored_shapes
 from okd_jax.models.formats.card import Card, model_card
 from okd_jax.models.formats.families import FAMILIES, Family, family_of
@@ -36,6 +37,7 @@ from okd_jax.runtime.files import read_json, replacing, write_json
 from okd_jax.runtime.workdir import writes
 
 MAX_SHARD_BYTES = 5 * 10**9
+_ID = whole(-1, MOST_IDS)
 
 _TEMPLATE = "okd_jax_template"  # a key of config.json that others leave alone
 _SENTENCEPIECE = "tokenizer.model"
@@ -152,9 +154,11 @@ def load_tokenizer(folder: Path) -> "transformers.PreTrainedTokenizerBase | None
       "package is needed: pip install okd-jax[sentencepiece]"
     )
   try:
-    return transformers.AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
       folder, local_files_only=True, trust_remote_code=False
     )
+    tokenizer("a")  # some of what is wrong shows only now
+    return tokenizer
   except Exception as error:  # tokenizers raises bare Exception for a bad file
     raise UserError(f"{folder}: the tokenizer cannot be read: {error}") from error
 
@@ -257,16 +261,16 @@ def _token_ids(
   What neither says the tokenizer knows.
   """
   path = folder / "generation_config.json"
-  generation = read_json(path) if path.exists() else {}
-  eos = []
-  for source in (generation, raw):
-    ids = source.get("eos_token_id")
-    eos += ids if isinstance(ids, list) else [] if ids is None else [ids]
-  merged = {**raw, **{k: v for k, v in generation.items() if v is not None}}
+  sources = {path: read_json(path) if path.exists() else {}}
+  sources[folder / "config.json"] = raw
+  found = {
+    name: [i for p, source in sources.items() for i in _ids(p, source, f"{name}_id")]
+    for name in ("bos_token", "eos_token", "pad_token")
+  }
   ids = {
-    "bos_id": merged.get("bos_token_id"),
-    "eos_ids": tuple(dict.fromkeys(eos)),
-    "pad_id": merged.get("pad_token_id"),
+    "bos_id": next(iter(found["bos_token"]), None),
+    "eos_ids": tuple(dict.fromkeys(found["eos_token"])),
+    "pad_id": next(iter(found["pad_token"]), None),
   }
   if tokenizer is None:
     return ids
@@ -277,6 +281,15 @@ def _token_ids(
     "pad_id": tokenizer.pad_token_id,
   }
   return {k: fallback[k] if v in (None, ()) else v for k, v in ids.items()}
+
+
+def _ids(path: Path, source: Mapping[str, Any], key: str) -> list[int]:
+  """The ids under a key, one or a list; some write -1 for none."""
+  value = source.get(key)
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(map(_ID.fits, ids)):
+    raise UserError(f"{path}: {key}={shown(value)} must be {_ID}, or a list of these")
+  return [i for i in ids if i >= 0]
 
 
 def _ids_to_hf(config: ModelConfig) -> dict[str, Any]:

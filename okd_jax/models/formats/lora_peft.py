@@ -28,6 +28,7 @@ from jaxtyping import Float
 from okd_jax.errors import UserError
 from okd_jax.models.adapters import Lora
 from okd_jax.models.adapters.base import Tree
+from okd_jax.models.bounds import number, shown
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats.families import Family, family_of
 from okd_jax.models.formats.weights import listing, parameter_shapes
@@ -51,6 +52,8 @@ _MUST_BE_UNSET = (
   "use_qalora",
 )
 _ALPHA = 8  # PEFT's lora_alpha where the file names none
+_ALPHAS = number(-1e6, 1e6)
+_PATTERN, _STARS = re.compile(r"(?:[\w.^$-]|\\\.|\.\*){1,200}"), 4
 # Other ways to initialise also change the base weights.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -206,7 +209,7 @@ def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
   """{'attn.c_attn': {layer: {'A': array, 'B': array}}} of a safetensors file."""
   names = {name for name, _ in family.projections.values()}
   pattern = re.compile(
-    rf"base_model\.model\.(?:{re.escape(family.prefix)})?{family.layers}\.(\d+)\."
+    rf"base_model\.model\.(?:{re.escape(family.prefix)})?{family.layers}\.([0-9]{{1,6}})\."
     rf"({'|'.join(map(re.escape, names))})\.lora_([AB])\.weight"
   )
   pairs, unknown = {}, []
@@ -222,6 +225,7 @@ def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
       f"{path}: {empty[0]} is empty, as DeepSpeed's ZeRO stage 3 leaves it; save the "
       "adapter again with stage3_gather_16bit_weights_on_model_save"
     )
+  flat = [key for key in file.keys() if len(file.get_slice(key).get_shape()) != 2]
   halves = [
     f"{name} of layer {layer}"
     for name, layers in pairs.items()
@@ -231,6 +235,7 @@ def _parse(file: safetensors.safe_open, family: Family, path: Path) -> Parsed:
   problems = [
     *listing("tensors that no such model has", unknown),
     *listing("only one of A and B", halves),
+    *listing("no matrices", flat),
   ]
   if problems or not pairs:
     raise UserError(f"{path}: {'; '.join(problems) or 'there is no LoRA in it'}")
@@ -280,6 +285,11 @@ def _scale(raw: dict, module: str, pair: dict[str, np.ndarray]) -> float:
   """By what PEFT multiplies B A x in this module of theirs."""
   alpha = raw.get("lora_alpha", _ALPHA)
   for pattern, value in (raw.get("alpha_pattern") or {}).items():
+    # Names, perhaps with .* in them: of any regular expression the search may not end.
+    if not (_PATTERN.fullmatch(pattern) and pattern.count("*") <= _STARS):
+      raise UserError(f"alpha_pattern names {pattern!r}, which is not supported")
+    if not _ALPHAS.fits(value):
+      raise UserError(f"alpha_pattern.{pattern}={shown(value)} must be {_ALPHAS}")
     if re.match(rf"(.*\.)?({pattern})$", module):
       alpha = value
       break
@@ -314,8 +324,8 @@ def _split(
   for name, slices in modules.items():
     a = np.stack([pairs[name][layer]["A"] for layer in indices])
     b = np.stack([pairs[name][layer]["B"] for layer in indices])
-    for number, piece in enumerate(slices):
-      start = 0 if shared else number * adapter.rank
+    for at, piece in enumerate(slices):
+      start = 0 if shared else at * adapter.rank
       rank = slice(start, start + adapter.rank)
       out = slice(piece.start, piece.stop)
       flat[f"{piece.path}/down"] = a[:, rank].swapaxes(1, 2)

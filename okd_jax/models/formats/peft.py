@@ -15,17 +15,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from okd_jax.data.values import loads
 from okd_jax.errors import UserError
 from okd_jax.models import adapters
 from okd_jax.models.adapters import Adapter, Lora, Prefix, Prompt
 from okd_jax.models.adapters.base import Tree
+from okd_jax.models.bounds import OBJECT, SWITCH, TEXT, Bound, number, problems
 from okd_jax.models.config import ModelConfig
 from okd_jax.models.formats import lora_peft, prompt_peft
-from okd_jax.models.formats.tensors import open_safetensors
+from okd_jax.models.formats.tensors import FLOATS, open_safetensors
 from okd_jax.models.transformer import Decoder
 from okd_jax.runtime.files import read_json, replacing, write_json
 
@@ -33,6 +36,12 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _OURS = re.compile(r"adapter_config\.json|adapter_model\.safetensors|README\.md")
 _NOTE = "okd_jax"  # the header's only key: two would be written in random order
 _DIFFERS = "peft_differs_because"
+_KEYS = {  # of PEFT's configuration, those that are read
+  "alpha_pattern": Bound(OBJECT),
+  "lora_alpha": number(-1e6, 1e6),
+  "peft_type": Bound(TEXT),
+  "use_rslora": Bound(SWITCH),
+}
 
 
 class _Format(NamedTuple):
@@ -109,25 +118,46 @@ def load_adapter(
   """
   folder = Path(folder)
   raw = read_json(folder / _CONFIG)
+  if wrong := list(problems(raw, _KEYS)):
+    raise UserError(f"{folder / _CONFIG}: {'; '.join(wrong)}")
   path = folder / _WEIGHTS
   if not path.exists():
     pickled = "; pickled adapters are not read, since a pickle can run code"
     raise UserError(f"{path} does not exist" + pickled * any(folder.glob("*.bin")))
   file = open_safetensors(path)
-  cls, noted = _TYPES.get(raw.get("peft_type"), Lora), _noted(file)
+  _check_dtypes(file, path)
+  cls, noted = _TYPES.get(raw.get("peft_type"), Lora), _noted(file, path)
   ours = noted if isinstance(noted, cls) else None
   tree, adapter = _FORMATS[cls].read(raw, file, ours, model_config, path)
+  adapter.check(model_config)
   _check(tree, adapter, model_config)
+  if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)):
+    raise UserError(f"{path} holds numbers that are not finite")
   return jax.tree.map(jnp.array, tree), adapter
 
 
-def _noted(file: safetensors.safe_open) -> Adapter | None:
+def _check_dtypes(file: safetensors.safe_open, path: Path) -> None:
+  """Raises a UserError for tensors that hold no weights."""
+  for name in file.keys():
+    if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
+      raise UserError(f"{path}: {name} is {dtype}, not one of {', '.join(FLOATS)}")
+
+
+def _noted(file: safetensors.safe_open, path: Path) -> Adapter | None:
   """What the header says that we put there; None in another's file.
 
   Older notes name the fields of every kind, of which `make` takes the kind's own.
   """
-  note = json.loads((file.metadata() or {}).get(_NOTE, "null"))
-  return None if note is None else adapters.make(**note)
+  text = (file.metadata() or {}).get(_NOTE)
+  if text is None:
+    return None
+  note = loads(text.encode(), f"{path}: the note {_NOTE!r} in its header", "file")
+  if not isinstance(note, dict):
+    raise UserError(f"{path}: the note {_NOTE!r} in its header is no object")
+  try:
+    return adapters.make(note.pop("kind", None), **note)
+  except (UserError, TypeError) as error:  # TypeError: a field is missing
+    raise UserError(f"{path}: the note in its header: {error}") from error
 
 
 def _check(tree: Tree, adapter: Adapter, model_config: ModelConfig) -> None:

@@ -147,6 +147,8 @@ def _table(file: safetensors.safe_open, path: Path) -> Float[np.ndarray, "m W"]:
   names = list(file.keys())
   if names != [_TENSOR]:
     raise UserError(f"{path} holds {', '.join(names)}, not {_TENSOR} alone")
+  if len(shape := file.get_slice(_TENSOR).get_shape()) != 2:
+    raise UserError(f"{path}: {_TENSOR} is {list(shape)}, no matrix")
   return file.get_tensor(_TENSOR).astype(np.float32)
 
 

@@ -32,7 +32,7 @@ _NUMPY = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(jnp.bfloat16),
 }
-_FLOATS = tuple(_NUMPY)
+FLOATS = tuple(_NUMPY)
 _SMALL = 64  # bytes
 _BLOCK = 8 << 20  # bytes that are read at once
 _ROWS = 1024  # that are compared at once
@@ -79,10 +79,10 @@ class Tensors:
         )
       file = files[found[theirs]]
       header = file.headers[theirs]
-      if header["dtype"] not in _FLOATS:
+      if header["dtype"] not in FLOATS:
         raise UserError(
           f"{file.path}: {theirs} is {header['dtype']}, not one of "
-          f"{', '.join(_FLOATS)}; quantised weights are not supported"
+          f"{', '.join(FLOATS)}; quantised weights are not supported"
         )
       self._place[name] = file, theirs
       self.shapes[name] = tuple(header["shape"])

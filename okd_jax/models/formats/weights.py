@@ -8,6 +8,7 @@ all against the shapes that the decoder itself asks for before it touches any da
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,7 @@ class Weight:
 
 
 _LISTED = 12  # names in one message
+_FEW = 10_000  # tensors
 QKV = ("attention/query", "attention/key", "attention/value")
 
 
@@ -142,6 +144,7 @@ def check_tensors(
   Raises:
     UserError: naming every missing, unexpected and misshapen tensor.
   """
+  _check_count(rows, wanted, len(shapes), where)
   needed = {}
   for row in rows:
     theirs = stored_shape(row, wanted)
@@ -162,6 +165,17 @@ def check_tensors(
     raise UserError(
       f"{where}: the tensors are not those that its configuration describes; "
       + "; ".join(problems)
+    )
+
+
+def _check_count(
+  rows: Iterable[Weight], wanted: Shapes, there: int, where: str
+) -> None:
+  """Raises a UserError for more tensors than anybody would name one by one."""
+  count = sum(math.prod(wanted[r.path].shape[: r.stacked]) for r in rows)
+  if count > 4 * max(there, _FEW):  # too many to name
+    raise UserError(
+      f"{where}: its configuration describes {count:,} tensors, and it holds {there:,}"
     )
 
 

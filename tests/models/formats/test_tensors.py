@@ -1,8 +1,10 @@
 """Weights as they lie about: other names, other parts, other hands."""
 
+import ast
 import io
 import json
 import sys
+from pathlib import Path
 
 import families
 import jax
@@ -137,6 +139,20 @@ def test_the_configuration_is_read_before_the_tokenizer(saved):
   (folder / "tokenizer.json").write_text("{}")
   with pytest.raises(UserError, match="model_type 'qwen9' is not supported"):
     models.load(folder)
+
+
+def test_no_call_of_transformers_trusts_a_folder():
+  """Guards I: each says so itself, whatever the library's default becomes."""
+  calls = [
+    call
+    for path in Path(models.__file__).parents[1].rglob("*.py")
+    for call in ast.walk(ast.parse(path.read_text()))
+    if isinstance(call, ast.Call) and "from_pretrained" in ast.dump(call.func)
+  ]
+  assert calls
+  for call in calls:
+    said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    assert said["trust_remote_code"] == "False", ast.unparse(call)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from okd_jax.errors import UserError
 from okd_jax.models.config import Field, LayerKind, ModelConfig
 from okd_jax.models.formats.families import activations
+from okd_jax.models.formats.families.raw import wrong
 from okd_jax.models.formats.weights import QKV, Weight, linear, require
 
 Raw = Mapping[str, Any]  # what config.json holds
@@ -104,6 +105,9 @@ class Family:
     """
     left_out = {k: v for k, v in self.defaults.items() if raw.get(k) is None}
     raw = {**raw, **left_out}
+    named = {key.theirs: key.ours for key in self.keys}
+    if problems := list(wrong(raw, named)):
+      raise UserError("; ".join(problems))
     for name, value in self.only.items():
       if raw.get(name, value) != value:
         raise UserError(f"{name}={raw[name]} is not supported, only {value}")

@@ -1,0 +1,1 @@
+"""Inputs that somebody else made, and what becomes of them: see run.py."""
