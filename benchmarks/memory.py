@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 
 import matplotlib
-
-from benchmarks.command import rows
+from command import rows
 
 _EVERY = 0.2  # seconds from one look to the next
 

@@ -126,7 +126,9 @@ class TrainSettings(Section):
   @property
   def skips(self) -> int:
     """How many updates may be left out because something is not finite."""
-    return int(self.on_nonfinite.partition(":")[2] or 0)
+    if self.on_nonfinite == "stop":
+      return 0
+    return int(self.on_nonfinite.removeprefix("skip:"))
 
   def problems(self) -> Iterator[str]:
     """What no run could use, each in a sentence; as in the base class."""

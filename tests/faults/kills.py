@@ -42,6 +42,7 @@ from commands import EXPORTED, free_port, losses, rows, same_folder  # noqa: E40
 from golden_losses import QUICK, VARIANTS  # noqa: E402
 
 from okd_jax import METHODS, cache_teacher, main  # noqa: E402
+from okd_jax.run import build, distill  # noqa: E402, F401  (imported once, for all)
 from okd_jax.runtime import cli  # noqa: E402
 
 SHORT = QUICK | {"train.steps": 12, "checkpoint.every": 3, "eval.every": 6}
