@@ -50,7 +50,9 @@ def row(plan: dict) -> list[str]:
   total, room = best["memory"]["total"] / 1e9, plan["chip"]["hbm"] / 1e9
   ms = ", ".join(f"{1e3 * times[f'{n}_s']:.0f}" for n in ("compute", "hbm", "link"))
   ways = ("overlapped", "scheduled", "in_turn")
-  mfu = ", ".join(f"{times[f'mfu_{way}']:.2f}" for way in ways)
+  mfu = ", ".join(
+    f"{times[f'mfu_{way}']:.2f}" if f"mfu_{way}" in times else "–" for way in ways
+  )
   return [
     sizes,
     plan["topology"],
