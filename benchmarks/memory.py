@@ -71,7 +71,8 @@ def draw(found: list[tuple[int, float]], path: Path) -> None:
 
   figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
   axes.plot(*zip(*found, strict=True))
-  axes.set(xlabel="step", ylabel="resident memory, MB", ylim=(0, None))
+  top = 1.15 * max(size for _, size in found)
+  axes.set(xlabel="step", ylabel="resident memory, MB", ylim=(0, top))
   figure.savefig(path)
 
 
