@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -18,9 +19,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from okd_jax.errors import UserError
 from okd_jax.runtime.files import read_json
 from okd_jax.runtime.workdir import Workdir
 
+_log = logging.getLogger(__name__)
 _PACKAGES = ("okd_jax", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -102,13 +105,10 @@ def counted(workdir: Workdir) -> Iterator[None]:
   """Adds what the block costs to the run's cost.json, however the block ends.
 
   `seconds` are all that passed, over the run's parts; of `peak_bytes` the most stays.
-  What a killed process took is not in it.
-
-  Raises:
-    UserError: before anything runs, if cost.json is damaged.
+  What a killed process took is not in it. A damaged file is told of and begun anew: no
+  run is worth less than what it says.
   """
-  began = time.monotonic()
-  before = read_json(workdir.cost) if workdir.cost.exists() else {}
+  began, before = time.monotonic(), _cost(workdir)
   try:
     yield
   finally:
@@ -117,3 +117,16 @@ def counted(workdir: Workdir) -> Iterator[None]:
       found["peak_bytes"] = max(found["peak_bytes"], before["peak_bytes"])
     seconds = before.get("seconds", 0.0) + time.monotonic() - began
     workdir.write_json(workdir.cost, found | {"seconds": round(seconds, 1)})
+
+
+def _cost(workdir: Workdir) -> dict[str, Any]:
+  """What the run's earlier parts cost."""
+  if not workdir.cost.exists():
+    return {}
+  try:
+    found = read_json(workdir.cost)
+    numbers = float(found["seconds"]), int(found["peak_bytes"])
+    return {"seconds": numbers[0], "peak_bytes": numbers[1], "of": str(found["of"])}
+  except (UserError, KeyError, TypeError, ValueError):
+    _log.warning("%s is damaged: what the run has cost is counted anew", workdir.cost)
+    return {}
