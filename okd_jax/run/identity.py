@@ -28,8 +28,13 @@ _log = logging.getLogger(__name__)
 
 # How a run is watched and kept is not what it computes; neither is the mesh that it
 # goes on on.
-_FREE = ("train.log_every", "train.tensorboard", "train.wandb", "checkpoint.keep")
-_FREE = (*_FREE, "checkpoint.any_version")
+_FREE = (
+  "train.log_every",
+  "train.tensorboard",
+  "train.wandb",
+  "checkpoint.keep",
+  "checkpoint.any_version",
+)
 
 
 def growth(config: Mapping[str, Any], workdir: Workdir) -> str:

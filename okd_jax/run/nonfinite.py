@@ -1,6 +1,5 @@
 """What is not finite: which term of which model, in a sentence for people."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ class NotFinite(Exception):
   """A step that must not count; its update was left out of every tree.
 
   values: its figures; skipped: how many updates have been left out, this one among
-    them.
+    them, or -1 if it was not as a whole.
   """
 
   def __init__(
@@ -73,7 +72,7 @@ def error(
   """
   sound = f"the checkpoint of step {saved[-1]} is sound" if saved else "none is saved"
   limit = ""
-  if found.skipped:
+  if found.skipped > 0:
     before = found.skipped - 1
     limit = f"; {before} updates were skipped before it, which is all that may be"
   return UserError(
@@ -109,7 +108,7 @@ def _first_bad(tree: PyTree) -> str:
   return next((p for (p, _), ok in zip(leaves, whole, strict=True) if not ok), "")
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _are_finite(leaves: list[Any]) -> list[Any]:
   return [jnp.isfinite(leaf).all() for leaf in leaves]
 

@@ -87,7 +87,7 @@ class Progress:
   def _skip(self, found: NotFinite) -> None:
     """Tells of a step whose update was left out; raises it if it was one too many."""
     allowed = self._run.settings.train.skips
-    if found.skipped > allowed or not allowed:
+    if not 0 < found.skipped <= allowed:  # -1: it was not left out as a whole
       raise found
     self._writer.write(found.step, "skipped", {"skipped": found.skipped})
     self._print(

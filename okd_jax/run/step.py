@@ -43,9 +43,10 @@ def train_step(
   Knobs that move reach their ends at the last of `steps`.
 
   Gradients are taken with respect to the moving trees alone, so what is frozen has no
-  gradient buffers. If a loss, a figure, a gradient or a number of an update is not
+  gradient buffers. If a loss, a figure, a gradient or what the optimiser knows is not
   finite, all trees and optimisers' states come back as they were, and the metric
-  'finite' is 0; a state that counts such steps counts one more, 'skipped'.
+  'finite' is 0; a state that counts such steps counts one more, 'skipped'. Of an update
+  that overflows in some numbers, by sound gradients, these alone stay as they were.
   """
   batch = _weighted(batch, method.weights, models.one_row_in)
   key = jax.random.fold_in(state.key, state.step)
@@ -75,16 +76,16 @@ def train_step(
       params[name], opt_state[name], norms[f"{name}_update_norm"] = _updated(
         optimizers[name], grads[name], *own
       )
-  finite = jnp.isfinite(sum(logged.values()) + sum(sound))
-  params = _kept(finite, params, state.params)
-  opt_state = _kept(finite, opt_state, state.opt_state)
-  finite &= jnp.isfinite(sum(norms.values()))
+  moves = jnp.isfinite(sum(logged.values()) + sum(sound))
+  params = _kept(moves, params, state.params)
+  opt_state = _kept(moves, opt_state, state.opt_state)
+  finite = moves & jnp.isfinite(sum(norms.values()))
   _, base = models.seen(params, frozen)
   logged |= norms | _adapter_norms(models, base, params.get("adapter", {}))
   carried = method.carry(state.carried, logged, progress(state.step + 1, steps))
   carried = _kept(finite, carried, state.carried)
   new = TrainState(state.step + 1, params, opt_state, state.key, carried, state.skipped)
-  return _counted(new, finite, logged | _counts(batch))
+  return _counted(new, moves, finite, logged | _counts(batch))
 
 
 def _adapter_norms(
@@ -137,14 +138,19 @@ def _kept(finite: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def _counted(
-  state: TrainState, finite: Bool[Array, ""], logged: Metrics
+  state: TrainState, moves: Bool[Array, ""], finite: Bool[Array, ""], logged: Metrics
 ) -> tuple[TrainState, Metrics]:
-  """(state, metrics) with whether the step was taken, and how many were not."""
+  """(state, metrics) with whether the step was taken, and how many were not.
+
+  An update that overflows in some numbers only has moved the others: 'skipped' is -1,
+  as it was not left out.
+  """
   logged["finite"] = finite.astype(jnp.float32)
   if state.skipped is None:
     return state, logged
-  state = state.replace(skipped=state.skipped + ~finite)
-  return state, logged | {"skipped": state.skipped.astype(jnp.float32)}
+  state = state.replace(skipped=state.skipped + ~moves)
+  skipped = jnp.where(moves & ~finite, -1, state.skipped)
+  return state, logged | {"skipped": skipped.astype(jnp.float32)}
 
 
 def _counts(batch: Batch) -> Metrics:

@@ -7,7 +7,9 @@ never moves. One element that differs always changes the sum, several but for on
 in 2^64.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +83,9 @@ def _on_device(host: np.ndarray) -> Array:
   return jnp.asarray(host)
 
 
-def _summed(whole: NamedSharding | None) -> Any:
-  if whole not in _programs:
-    _programs[whole] = jax.jit(_sum, out_shardings=whole)
-  return _programs[whole]
-
-
-_programs: dict[NamedSharding | None, Any] = {}
+@functools.cache
+def _summed(whole: NamedSharding | None) -> Callable[[Array], Array]:
+  return jax.jit(_sum, out_shardings=whole)
 
 
 def _sum(array: Array) -> UInt32[Array, "2"]:

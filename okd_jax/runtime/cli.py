@@ -146,6 +146,7 @@ def number(
   """An argparse type: a number that `fits`, or an error that says what is allowed."""
 
   def parse(text: str) -> float:
+    """The number, or an ArgumentTypeError."""
     try:
       value = kind(text)
     except ValueError:
@@ -240,6 +241,7 @@ def _remove_torn_entries(folder: str) -> None:
   shown = warnings.showwarning
 
   def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+    """Shows a warning; one of a torn entry removes that."""
     torn = re.match("Error reading persistent compilation .* '(.+?)': ", str(message))
     if not torn:
       shown(message, *rest, **more)

@@ -62,6 +62,11 @@ class _Lock:
     self._said = _who() | {"since": datetime.datetime.now().isoformat(" ", "seconds")}
 
   def take(self) -> None:
+    """Writes down that the workdir is ours, and goes on saying so.
+
+    Raises:
+      UserError: if another run works there, or if it cannot be written.
+    """
     there = self._read()
     if there is not None:
       if self._lives(there):
@@ -82,6 +87,7 @@ class _Lock:
     self._thread.start()
 
   def check(self) -> None:
+    """Raises a UserError if another run has taken the workdir over."""
     if self._lost:
       raise UserError(
         f"{self._workdir}: another run has taken it over ({self._lost}), as this one "
@@ -89,6 +95,7 @@ class _Lock:
       )
 
   def release(self) -> None:
+    """Says no more, and takes the file away; the folder, too, if it stayed empty."""
     if self._thread is None:
       return
     self._ended.set()

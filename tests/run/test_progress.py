@@ -28,6 +28,12 @@ def run(tmp_path_factory):
   )
 
 
+def with_policy(run, on_nonfinite):
+  train = dataclasses.replace(run.settings.train, on_nonfinite=on_nonfinite)
+  settings = dataclasses.replace(run.settings, train=train)
+  return dataclasses.replace(run, job=dataclasses.replace(run.job, settings=settings))
+
+
 def follow(run, workdir, packs, values, rows):
   """What metrics.jsonl holds after one step, the seventh of eight."""
   run = dataclasses.replace(
@@ -56,23 +62,22 @@ def test_a_step_that_is_not_finite_names_its_rows(
   run, packs, rows, named, tmp_path, capsys
 ):
   """By number and by line; here it is skipped, the first of two."""
-  train = dataclasses.replace(run.settings.train, on_nonfinite="skip:2")
-  run = dataclasses.replace(
-    run,
-    job=dataclasses.replace(
-      run.job, settings=dataclasses.replace(run.settings, train=train)
-    ),
-  )
   values = {"loss": np.nan, "finite": 0.0, "skipped": 1.0, "tokens": 5.0}
-  row = follow(run, tmp_path, packs, values, rows)
+  row = follow(with_policy(run, "skip:2"), tmp_path, packs, values, rows)
   assert row == {"step": 7, "kind": "skipped", "skipped": 1.0}
   said = capsys.readouterr().err
   assert "step 7: update 1 of at most 2 skipped" in said
   assert "of the student: loss nan" in said and named in said
 
 
-def test_a_step_that_is_not_finite_ends_the_run(run, tmp_path):
+@pytest.mark.parametrize(
+  "policy, skipped", [("stop", 0.0), ("skip:2", -1.0), ("skip:2", 3.0)]
+)
+def test_a_step_that_is_not_finite_ends_the_run(policy, skipped, run, tmp_path):
+  """Where none may be skipped, where it was not left out as a whole, after too many."""
+  run = with_policy(run, policy)
   values = {"loss": np.nan, "finite": 0.0, "tokens": 5.0}
+  values |= {"skipped": skipped} if skipped else {}
   with pytest.raises(NotFinite):
     follow(run, tmp_path, [[0]], values, [0])
   assert not (tmp_path / "metrics.jsonl").read_text()

@@ -21,7 +21,7 @@ from okd_jax import methods
 from okd_jax.methods.kd import NAMED
 from okd_jax.models import Decoder
 from okd_jax.run.state import init_state
-from okd_jax.run.step import compile_step
+from okd_jax.run.step import _counted, compile_step
 from okd_jax.runtime import sharding
 
 
@@ -368,3 +368,13 @@ def test_a_run_goes_on_after_what_it_skipped(counting):
   assert metrics["skipped"] == 1 and metrics["finite"] == 1
   chex.assert_trees_all_equal(after.params, plain.params)
   chex.assert_trees_all_equal(after.opt_state, plain.opt_state)
+
+
+def test_an_update_that_overflows_in_some_numbers_is_none_that_was_skipped(counting):
+  """The others have moved: a run that may skip must stop there all the same."""
+  _, state, *_ = counting
+  yes, no = jnp.bool_(True), jnp.bool_(False)
+  new, told = _counted(state, yes, no, {})
+  assert told["skipped"] == -1 and told["finite"] == 0 and new.skipped == 0
+  new, told = _counted(state, no, no, {})
+  assert told["skipped"] == 1 == new.skipped
