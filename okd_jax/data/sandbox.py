@@ -57,6 +57,7 @@ class _Budget:
     self.steps, self.made, self.until = STEPS, MADE, time.thread_time() + SECONDS
 
   def spend(self, steps: int, made: int = 0) -> None:
+    """Takes steps and bytes off; a TemplateError once one of the three is used up."""
     self.steps -= steps
     self.made -= made
     if self.steps < 0:
@@ -85,7 +86,7 @@ def limited(what: str) -> Iterator[None]:
   except Exception as error:  # a stranger's program: there is no common class
     said = " ".join(str(error).split())[:200]
     kind = type(error).__name__
-    known = isinstance(error, jinja2.TemplateError | UserError) and said
+    known = isinstance(error, jinja2.TemplateError) and said
     raise UserError(f"{what} ({said if known else f'{kind}: {said}'})") from error
   finally:
     _BUDGET.reset(token)
@@ -288,6 +289,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
   @functools.wraps(function)
   def checked(*args: Any, **kwargs: Any) -> Any:
+    """The filter's result; a TemplateError where it would be too much."""
     _spend(1)
     ours, own = args[:first], list(args[first:])
     if own and isinstance(own[0], Iterator):
@@ -304,6 +306,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _test(function: Callable[..., bool]) -> Callable[..., bool]:
   @functools.wraps(function)
   def checked(*args: Any) -> bool:
+    """The test's answer, its arguments paid for."""
     return function(*map(weighed, args))
 
   return checked

@@ -22,7 +22,7 @@ from okd_jax.run.export import (
   export_student_adapter,
   export_teachers,
 )
-from okd_jax.run.identity import growth, models_of, tell_growth
+from okd_jax.run.identity import growth, tell_growth
 from okd_jax.run.job import check
 from okd_jax.run.loop import train
 from okd_jax.run.stop import Stop
@@ -141,9 +141,9 @@ def _run_one(part: Stage, stop: Stop, profile: bool, ours: Callable[[], None]) -
   kept = None
   if own.settings.teacher.trunk:
     kept = trunk.opened(own.job.method, own.cast, own.data, own.settings)
-  _begin(part, own, workdir)
   best, config = figures.score_by(own.settings.eval.best), part.config.to_dict()
   made_from = identity.of(config, own.settings, about.data_of(own))
+  _begin(part, own, workdir, made_from["models"])
   beside = seal.Beside(workdir, made_from, ours)
   with (
     machine.counted(workdir),
@@ -182,15 +182,15 @@ def _make_sound(workdir: Workdir) -> None:
     seal.check_watched(workdir, sealed)
 
 
-def _begin(part: Stage, own: Run, workdir: Workdir) -> None:
-  """Writes what a resumed run must find again."""
+def _begin(part: Stage, own: Run, workdir: Workdir, digests: Mapping[str, str]) -> None:
+  """Writes what a resumed run must find again; digests: of the models."""
   if own.settings.data.tokenizer:
     workdir.keep_folder("tokenizer", own.data.tokenizer.save_pretrained)
   workdir.remove(workdir.report)  # of the run as it was, if it is longer now
   if file := part.config.method.file:
     workdir.write_text(workdir.method, Path(file).read_text(encoding="utf8"))
   if not workdir.models.exists():
-    workdir.write_json(workdir.models, models_of(own.settings))
+    workdir.write_json(workdir.models, digests)
   workdir.write_json(workdir.config, part.config.to_dict())
   if own.cast.choice:
     # Never without its config.json, so no run ever reads another one's.

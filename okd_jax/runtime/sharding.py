@@ -162,6 +162,7 @@ def put_batch(batch: PyTree[np.ndarray], mesh: Mesh) -> PyTree[Array]:
   parts, ways = _own_parts(mesh), _row_ways(mesh)
 
   def place(rows: np.ndarray) -> Array:
+    """This process's rows [m, …] as those of all [B, …]."""
     size = len(rows) // len(parts)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:

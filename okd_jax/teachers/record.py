@@ -60,6 +60,7 @@ def _recorder(
   teacher: Decoder, settings: Settings, k: int, dtype: str, vocab_size: int
 ) -> Callable[[PyTree, Batch], dict[str, Array]]:
   def record(frozen: PyTree, batch: Batch) -> dict[str, Array]:
+    """What the teacher of these weights says about a batch (`stored.record`)."""
     return stored.record(
       output(teacher, {"params": frozen}, batch),
       batch.labels,

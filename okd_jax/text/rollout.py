@@ -236,6 +236,7 @@ def _picking(
   """`(loop, keys, what the source says) -> what is chosen`, the ban kept."""
 
   def pick(loop: _Loop, keys: Key[Array, " B"], said: PyTree) -> _Picked:
+    """The next token of each row [B], and its log-probability where it is known."""
     if not no_repeat_ngram:
       return choose(keys, said, sampling)
     before = jnp.concatenate([tokens, loop.out.tokens], axis=1)
